@@ -1,0 +1,323 @@
+"""Every error s3loader raises, as one tree.
+
+::
+
+    S3LoaderError
+    ├── ConfigError (ValueError)              a setting, URL or argument is unusable
+    │   └── CredentialsError                  no credentials were found
+    ├── StoreError                            one operation on a store failed
+    │   ├── ObjectNotFoundError (FileNotFoundError)
+    │   │   └── BucketNotFoundError
+    │   ├── AccessDeniedError (PermissionError)
+    │   │   └── AuthenticationError           key id, secret, token or signature refused
+    │   ├── PreconditionFailedError           a condition on the request did not hold
+    │   │   ├── ObjectExistsError (FileExistsError)   create-only put, the key is taken
+    │   │   └── ObjectChangedError            If-Match did not hold: the object was replaced
+    │   ├── ConflictError                     409: another writer is at work on this key
+    │   ├── OutcomeUnknownError               a conditional write may or may not have happened
+    │   ├── RangeError (ValueError)           the range lies outside the object
+    │   ├── ThrottledError                    the store asked us to slow down
+    │   ├── UnavailableError                  the store failed (5xx)
+    │   ├── StoreTimeoutError (TimeoutError)
+    │   ├── StoreConnectionError (ConnectionError)
+    │   ├── NoSpaceError (OSError)            the disk or quota is full
+    │   └── UnsupportedOperationError (NotImplementedError)
+    ├── IntegrityError                        bytes are not what they were
+    │   └── TruncatedError
+    ├── FormatError (ValueError)              stored data does not follow its format
+    │   ├── InvalidManifestError
+    │   └── ShardReadError
+    ├── S3ExchangeError                       the exchange API's own (see `s3loader.exchange`)
+    ├── PlanError (ValueError)                an order of samples cannot be made as asked
+    │   └── StateMismatchError                the state belongs to other data or options
+    ├── SampleError                           one sample failed: shard, member and position inside
+    ├── WorkerError                           a worker process or thread died
+    ├── CheckpointError                       see `s3loader.checkpoint`
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   ├── StepExistsError (FileExistsError)
+    │   ├── FencedError                       a newer job owns this run
+    │   ├── CommitUnknownError                the commit may or may not have happened
+    │   └── IncompleteCheckpointError
+    └── ClosedError (ValueError)              used after `close()`
+
+`str(error)` is what, where and why on the first line and, where one is known, a second line
+``hint: ...`` that names the fix. No error ever holds a credential.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "AccessDeniedError",
+    "AuthenticationError",
+    "BucketNotFoundError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ClosedError",
+    "CommitUnknownError",
+    "ConfigError",
+    "ConflictError",
+    "CredentialsError",
+    "FencedError",
+    "FormatError",
+    "IncompleteCheckpointError",
+    "IntegrityError",
+    "InvalidManifestError",
+    "NoSpaceError",
+    "ObjectChangedError",
+    "ObjectExistsError",
+    "ObjectNotFoundError",
+    "OutcomeUnknownError",
+    "PlanError",
+    "PreconditionFailedError",
+    "RangeError",
+    "S3ExchangeError",
+    "S3LoaderError",
+    "SampleError",
+    "ShardReadError",
+    "StateMismatchError",
+    "StepExistsError",
+    "StoreConnectionError",
+    "StoreError",
+    "StoreTimeoutError",
+    "ThrottledError",
+    "TruncatedError",
+    "UnavailableError",
+    "UnsupportedOperationError",
+    "WorkerError",
+]
+
+
+class S3LoaderError(Exception):
+    """Base of every error of s3loader.
+
+    Args:
+        message: What went wrong, as one sentence without a full stop.
+        op: The operation, e.g. ``"get"``.
+        url: Where: the full URL of the object or store.
+        status: HTTP status, where there was one.
+        code: The provider's own error code, e.g. ``"NoSuchKey"``.
+        request_id: The provider's request id.
+        attempts: How many times it was tried.
+        retryable: Whether trying again later may help; defaults to the class's `RETRYABLE`.
+        hint: How to fix it.
+
+    All but `message` are optional, so that code which rebuilds an exception from its text
+    alone (as torch's DataLoader does) still gets the right type.
+    """
+
+    RETRYABLE: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        op: str | None = None,
+        url: str | None = None,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        attempts: int = 1,
+        retryable: bool | None = None,
+        hint: str | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.op = op
+        self.url = url
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+        self.attempts = attempts
+        self.retryable = self.RETRYABLE if retryable is None else retryable
+        self.hint = hint
+        self.details = details
+        """Anything else the raiser knew: `line`, `member`, `position`, `missing`, ..."""
+
+    def __getattr__(self, name: str) -> Any:
+        details = self.__dict__.get("details")
+        if details is not None and name in details:
+            return details[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __str__(self) -> str:
+        where = f" {self.url}" if self.url and self.url not in self.message else ""
+        head = f"cannot {self.op}{where}: {self.message}" if self.op else self.message + where
+        facts = [str(self.status)] if self.status is not None else []
+        if self.code:
+            facts.append(self.code)
+        if self.request_id:
+            facts.append(f"request id {self.request_id}")
+        if self.attempts > 1:
+            facts.append(f"{self.attempts} attempts")
+        if facts:
+            head += f" ({', '.join(facts)})"
+        return f"{head}\nhint: {self.hint}" if self.hint else head
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, {**self.__dict__}))
+
+
+def _rebuild(cls: type[S3LoaderError], message: str, state: dict[str, Any]) -> S3LoaderError:
+    error = cls(message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(S3LoaderError, ValueError):
+    """A setting, URL or argument is unusable."""
+
+
+class CredentialsError(ConfigError):
+    """No credentials were found where some are needed."""
+
+
+class StoreError(S3LoaderError):
+    """One operation on an object store failed."""
+
+
+class ObjectNotFoundError(StoreError, FileNotFoundError):
+    """There is no object under this key."""
+
+
+class BucketNotFoundError(ObjectNotFoundError):
+    """There is no such bucket or root folder."""
+
+
+class AccessDeniedError(StoreError, PermissionError):
+    """The credentials are valid but may not do this."""
+
+
+class AuthenticationError(AccessDeniedError):
+    """The store refused the key id, secret, token or signature."""
+
+
+class PreconditionFailedError(StoreError):
+    """A condition on the request did not hold."""
+
+
+class ObjectExistsError(PreconditionFailedError, FileExistsError):
+    """A create-only put found the key taken."""
+
+
+class ObjectChangedError(PreconditionFailedError):
+    """The object is no longer the one whose ETag was given."""
+
+
+class ConflictError(StoreError):
+    """Another writer is at work on the same key (409); the same request may succeed later."""
+
+    RETRYABLE = True
+
+
+class OutcomeUnknownError(StoreError):
+    """A conditional write was sent, its answer was lost, and reading back did not settle it."""
+
+
+class RangeError(StoreError, ValueError):
+    """The byte range lies outside the object."""
+
+
+class ThrottledError(StoreError):
+    """The store asked for fewer requests (429, 503 SlowDown)."""
+
+    RETRYABLE = True
+
+
+class UnavailableError(StoreError):
+    """The store failed on its side (5xx)."""
+
+    RETRYABLE = True
+
+
+class StoreTimeoutError(StoreError, TimeoutError):
+    """No answer within the timeout."""
+
+    RETRYABLE = True
+
+
+class StoreConnectionError(StoreError, ConnectionError):
+    """The endpoint could not be reached, or the connection broke."""
+
+    RETRYABLE = True
+
+
+class NoSpaceError(StoreError, OSError):
+    """The disk, quota or store is full."""
+
+
+class UnsupportedOperationError(StoreError, NotImplementedError):
+    """The store or engine cannot do this."""
+
+
+class IntegrityError(S3LoaderError):
+    """Bytes are not what they were when they were written."""
+
+
+class TruncatedError(IntegrityError):
+    """Fewer bytes came than were promised."""
+
+
+class FormatError(S3LoaderError, ValueError):
+    """Stored data does not follow its format."""
+
+
+class S3ExchangeError(S3LoaderError):
+    """Base of the errors that belong to the exchange API alone."""
+
+
+class InvalidManifestError(FormatError, S3ExchangeError):
+    """A manifest line cannot be understood; `.line_number` says which (1-based)."""
+
+    def __init__(self, message: str = "", line_number: int | None = None, **facts: Any) -> None:
+        super().__init__(message, line_number=line_number, **facts)
+
+
+class ShardReadError(FormatError, S3ExchangeError):
+    """A shard (tar archive) or its index cannot be read."""
+
+
+class PlanError(S3LoaderError, ValueError):
+    """An order of samples cannot be made as asked."""
+
+
+class StateMismatchError(PlanError):
+    """The state was made for another dataset, seed or option; `.differs` names which."""
+
+
+class SampleError(S3LoaderError):
+    """One sample failed; `.position`, `.shard` and `.member` say which."""
+
+
+class WorkerError(S3LoaderError):
+    """A worker process or thread died before it delivered what it owed."""
+
+
+class CheckpointError(S3LoaderError):
+    """Base of the checkpoint errors."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no committed checkpoint where one was asked for."""
+
+
+class StepExistsError(CheckpointError, FileExistsError):
+    """Another attempt has committed this step."""
+
+
+class FencedError(CheckpointError):
+    """A newer job owns this run, or the step was retired while it was written."""
+
+
+class CommitUnknownError(CheckpointError):
+    """The commit was sent and its answer lost; whether the step exists could not be settled."""
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """Ranks or parts are missing; `.missing` lists them."""
+
+
+class ClosedError(S3LoaderError, ValueError):
+    """Used after `close()`."""

@@ -1,0 +1,49 @@
+"""Pure arithmetic on byte ranges: what to fetch so that what is wanted can be cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Span", "coalesce", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One range to fetch, ``[start, end)``, and the wanted ranges that lie in it."""
+
+    start: int
+    end: int
+    members: tuple[int, ...]
+    """Indices into the wanted ranges, in the order of their start."""
+
+
+def coalesce(ranges: Sequence[tuple[int, int]], *, max_gap: int, max_size: int) -> list[Span]:
+    """Merge wanted ``(start, end)`` ranges into spans, in order of start.
+
+    Two neighbours share a span when at most `max_gap` bytes lie between them and the span stays
+    within `max_size` bytes (a single wanted range larger than that is a span of its own, and
+    overlapping ranges are always merged). An empty range joins no fetch: it is in no span.
+    """
+    order = sorted((i for i, (start, end) in enumerate(ranges) if end > start), key=lambda i: ranges[i])
+    spans: list[Span] = []
+    members: list[int] = []
+    low = high = 0
+    for i in order:
+        start, end = ranges[i]
+        joins = members and (start < high or (start - high <= max_gap and max(end, high) - low <= max_size))
+        if joins:
+            members.append(i)
+            high = max(high, end)
+            continue
+        if members:
+            spans.append(Span(low, high, tuple(members)))
+        members, low, high = [i], start, end
+    if members:
+        spans.append(Span(low, high, tuple(members)))
+    return spans
+
+
+def split(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``[start, end)`` into pieces of at most `size` bytes, in order."""
+    return [(at, min(at + size, end)) for at in range(start, end, size)]

@@ -1,0 +1,156 @@
+"""The seam every engine implements: primitive object verbs on one bucket (or folder).
+
+`Backend` is the whole of that surface. Wrappers (retry, limit, events, fault) are backends
+around a backend; `ObjectStore` is the public face over the outermost one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutRequest,
+    PutResult,
+    ReadRequest,
+)
+
+__all__ = ["Backend", "BulkBackend", "Driver", "ReadResult"]
+
+Driver: TypeAlias = Literal["auto", "pump", "threads"]
+"""Who turns the wheels of a bulk read: ``"pump"`` = the calling thread itself (epoll, no
+handoff); ``"threads"`` = background threads, for prefetch beside a busy main thread."""
+
+
+class ReadResult(NamedTuple):
+    """One answer of a bulk read."""
+
+    request: ReadRequest
+    data: memoryview
+    """The bytes read. Lent: its buffer is used again when the last view of it is gone, so keep
+    a view (or a slice, or an array over it) as long as you need the bytes. For a request with
+    `into`, that very memory."""
+    etag: str
+    size: int
+    """Size of the whole object in bytes."""
+
+
+class Backend(Protocol):
+    """Primitive verbs on one root. Keys are relative to it, and literal: ``a//b`` is not ``a/b``.
+
+    Every method raises the tree of `s3loader.errors` only, with `op` and `url` set, is safe to
+    call from several threads, and after a fork of the process that used it.
+    """
+
+    @property
+    def url(self) -> str:
+        """Root without a trailing slash: ``s3://bucket``, ``file:///data``, ``memory://name``."""
+        ...
+
+    @property
+    def engine(self) -> str:
+        """``direct``, ``obstore``, ``boto3``, ``file``, ``memory``; for events and `explain`."""
+        ...
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it).
+
+        Raises:
+            RangeError: `start` is beyond the object (or at its end, for a non-empty range).
+            ObjectChangedError: the object's ETag is not `if_match`; checked on the answer even
+                where the server ignores the condition.
+            TruncatedError: the body ended early (after retries).
+        """
+        ...
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`.
+
+        Raises:
+            RangeError: the object has fewer bytes there.
+        """
+        ...
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta: ...
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """Write one object atomically: readers see the old one or the new one, whole."""
+        ...
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """Entries whose key starts with `prefix` (a string prefix, not a folder), in order of
+        their UTF-8 bytes; with a delimiter, deeper keys are rolled up into `CommonPrefix`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Delete; a key that does not exist is no error."""
+        ...
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """Delete all; never raises for a single key, returns what failed."""
+        ...
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """Copy inside this root, on the server's side where it can."""
+        ...
+
+    def create_multipart(
+        self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None
+    ) -> str:
+        """Begin a multipart upload; returns its upload id."""
+        ...
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """Upload part `number` (1-based; all parts but the last at least 5 MiB on S3)."""
+        ...
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """Make the object from its parts. A 200 answer that holds an error is an error."""
+        ...
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """Drop the parts; an upload that is gone is no error."""
+        ...
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections and threads; closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class BulkBackend(Protocol):
+    """A backend that has its own way to run many requests (the direct engine)."""
+
+    def read_many(
+        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[ReadResult]:
+        """Answers in the order of `requests`, at most `max_bytes` fetched but not yet taken."""
+        ...
+
+    def put_many(
+        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[PutResult]:
+        """Results in the order of `requests`, at most `max_bytes` of data pending."""
+        ...
