@@ -1,0 +1,65 @@
+# Two commands matter: `make demo` (see it work) and `make test` (prove it works).
+# Everything is installed into .venv at the versions of constraints.txt; after the first run both work offline.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := s3loader integrations tests benchmarks examples
+
+DATA ?=
+URL ?=
+OUT ?= demo-output
+
+.PHONY: help demo test lint format clean bench-get bench-exchange bench-load bench-ckpt
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "s3loader needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(PY)
+	@echo "installing s3loader and what the demo needs into $(VENV) ..."
+	@test -f $(VENV)/.installed-dev || $(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
+	@echo "installing s3loader and what the tests need into $(VENV) (a few minutes the first time) ..."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo  ## pack images, train, kill, resume, prove it (DATA=DIR, URL=s3://..., OUT=DIR)
+	@$(PY) -m examples.demo $(if $(DATA),--data '$(DATA)') $(if $(URL),--url '$(URL)') --out '$(OUT)'
+
+test: $(VENV)/.installed-dev  ## run every test
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff, mypy --strict, pyright
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "run: make format"; exit 1; }
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## put every file into the house format
+	@$(BIN)/ruff format --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet --fix $(SOURCES)
+
+bench-get: $(VENV)/.installed-dev  ## the object layer against its peers and a C loop
+	@$(PY) -m benchmarks.get $(ARGS)
+
+bench-exchange: $(VENV)/.installed-dev  ## manifests, shards and virtual keys
+	@$(PY) -m benchmarks.exchange $(ARGS)
+
+bench-load: $(VENV)/.installed-dev  ## loading samples against peers
+	@$(PY) -m benchmarks.load $(ARGS)
+
+bench-ckpt: $(VENV)/.installed-dev  ## saving and loading checkpoints against peers
+	@$(PY) -m benchmarks.ckpt $(ARGS)
+
+clean:  ## remove what the commands made
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out benchmarks/.peers
