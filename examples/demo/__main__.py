@@ -7,7 +7,6 @@ with the same weights, as a job that was never interrupted.
 from __future__ import annotations
 
 import argparse
-import shutil
 import signal
 import subprocess
 import sys
@@ -93,9 +92,6 @@ def job(url: str, name: str, out: Path, *, workers: int, title: str, kill_at: in
 
 def clear(url: str) -> None:
     """Remove what an earlier demo left at `url`; nothing else is touched."""
-    if url.startswith("file://"):
-        shutil.rmtree(url.removeprefix("file://"), ignore_errors=True)
-        return
     store = open_store(url)
     for prefix in ("dataset/", "runs/straight/", "runs/killed/"):
         failures = store.delete_many([entry.key for entry in store.list(prefix)])
