@@ -1,0 +1,87 @@
+"""boto3 sessions, clients and configuration files. Imports botocore: import this lazily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import botocore.exceptions
+import botocore.session
+from botocore import UNSIGNED
+from botocore.config import Config
+
+from s3loader.errors import ConfigError
+
+__all__ = ["create_client", "create_session", "read_config"]
+
+
+def read_config(profile: str | None) -> dict[str, str]:
+    """The settings for S3 in the AWS configuration files.
+
+    Raises:
+        ConfigError: the profile does not exist, or a file cannot be parsed.
+    """
+    try:
+        session = botocore.session.Session(profile=profile)
+        scoped = session.get_scoped_config()
+        services = session.full_config.get("services", {}).get(scoped.get("services", ""), {})
+    except botocore.exceptions.ProfileNotFound:
+        raise ConfigError(
+            f"there is no AWS profile {profile!r}", hint="`aws configure list-profiles` names those there are"
+        ) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise ConfigError(f"the AWS configuration cannot be read: {type(error).__name__}", hint="see ~/.aws/config") from None
+    s3 = scoped.get("s3")
+    service = services.get("s3", {}) if isinstance(services, dict) else {}
+    found = {
+        "region": scoped.get("region"),
+        "ca_bundle": scoped.get("ca_bundle"),
+        "endpoint_url": service.get("endpoint_url") or scoped.get("endpoint_url"),
+        "addressing_style": s3.get("addressing_style") if isinstance(s3, dict) else None,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def create_session(*, profile: str | None, key_id: str | None, secret: str | None, token: str | None) -> Any:
+    """A new botocore session with these keys or, without any, the profile's chain."""
+    session = botocore.session.Session(profile=None if key_id else profile)
+    if key_id:
+        session.set_credentials(key_id, secret, token)
+    return session
+
+
+def create_client(
+    session: Any,
+    *,
+    endpoint_url: str | None,
+    region: str | None,
+    ca_bundle: str | None,
+    addressing_style: str,
+    config: Config | None = None,
+    anonymous: bool = False,
+) -> Any:
+    """A new boto3 S3 client on a botocore session.
+
+    Checksums go only where the service requires them: boto3's default trailers are refused by
+    many S3-compatible stores, cost 2 CPU-s per GB, and s3loader signs its own CRC32C.
+
+    Raises:
+        ConfigError: boto3 refuses a value.
+    """
+    import boto3
+
+    own = Config(
+        signature_version=UNSIGNED if anonymous else "s3v4",
+        s3={"addressing_style": addressing_style},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return boto3.Session(botocore_session=session).client(
+            "s3",
+            region_name=region,
+            endpoint_url=endpoint_url,
+            verify=ca_bundle,
+            config=own.merge(config) if config is not None else own,
+        )
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise ConfigError(f"boto3 makes no client of these settings: {type(error).__name__}: {error}") from None
