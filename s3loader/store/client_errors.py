@@ -1,0 +1,162 @@
+"""What boto3 and obstore raise, as the tree of `s3loader.errors`.
+
+Errors that hold a server's answer go through `s3errors.from_status`; the rest are failures of the
+way there: no credentials, no connection, no time, no trust.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from s3loader.credentials import NO_CREDENTIALS_HINT
+from s3loader.errors import (
+    ConfigError,
+    CredentialsError,
+    S3LoaderError,
+    StoreConnectionError,
+    StoreError,
+    StoreTimeoutError,
+    TruncatedError,
+    UnavailableError,
+    UnsupportedOperationError,
+)
+from s3loader.store.s3errors import Where, clean, from_response, from_status
+
+__all__ = ["from_botocore", "from_obstore"]
+
+
+def from_botocore(error: Exception, where: Where) -> S3LoaderError:
+    """The error for anything a boto3 client raises."""
+    import botocore.exceptions as boto
+
+    if isinstance(error, S3LoaderError):
+        return error
+    if isinstance(error, boto.ClientError):
+        return _from_client_error(error.response, where)
+    return _from_transport(error, where)
+
+
+def _from_client_error(response: Mapping[str, Any], where: Where) -> S3LoaderError:
+    facts, about = response.get("Error") or {}, response.get("ResponseMetadata") or {}
+    status = about.get("HTTPStatusCode")
+    code = str(facts.get("Code") or "") or None
+    if status is None and code and code.isdigit():
+        status = int(code)
+    return from_status(
+        status,
+        code,
+        # for an answer without a body botocore invents this text from the status
+        "" if code and code.isdigit() else str(facts.get("Message") or ""),
+        where,
+        request_id=about.get("RequestId") or None,
+        headers=about.get("HTTPHeaders"),
+        region=facts.get("Region") or facts.get("BucketRegion"),
+    )
+
+
+_UNREACHABLE: Final = "is the endpoint right, and is it running? check endpoint_url"
+_CA_HINT: Final = "give ca_bundle= (or AWS_CA_BUNDLE) a PEM file with the authority that signed the store's certificate"
+
+
+def _from_transport(error: Exception, where: Where) -> S3LoaderError:
+    import botocore.exceptions as boto
+    import urllib3.exceptions as http
+
+    name = type(error).__name__
+
+    def made(kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None) -> S3LoaderError:
+        return kind(clean(message), op=where.op, url=where.url, hint=hint, retryable=retryable)
+
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
+        return made(CredentialsError, "no credentials were found", NO_CREDENTIALS_HINT)
+    if isinstance(error, (boto.CredentialRetrievalError, boto.UnauthorizedSSOTokenError, boto.TokenRetrievalError)):
+        return made(CredentialsError, f"the AWS chain gave no credentials: {name}", "`aws sts get-caller-identity` tests it")
+    if isinstance(
+        error, (boto.ParamValidationError, boto.NoRegionError, boto.InvalidRegionError, boto.InvalidS3AddressingStyleError)
+    ):
+        return made(ConfigError, f"boto3 refuses the request: {error}")
+    if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError)):
+        connecting = isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError))
+        return made(
+            StoreTimeoutError,
+            "no connection in time" if connecting else "no answer in time",
+            _UNREACHABLE if connecting else None,
+        )
+    if isinstance(error, (boto.SSLError, http.SSLError)) and "ertificate" in str(error):
+        return made(
+            StoreConnectionError, f"the store's certificate is not trusted: {_ssl_reason(error)}", _CA_HINT, retryable=False
+        )
+    if isinstance(error, (boto.SSLError, http.SSLError)):
+        return made(StoreConnectionError, f"TLS failed: {_ssl_reason(error)}", "is it https that the endpoint speaks?")
+    if isinstance(error, boto.EndpointConnectionError):
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
+    if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead)):
+        return made(TruncatedError, "the body ended early", retryable=True)
+    if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError, TimeoutError)):
+        return made(StoreConnectionError, f"the connection broke ({name})")
+    if isinstance(error, boto.BotoCoreError) and "ResponseParserError" in name:
+        return made(UnavailableError, "the answer is not S3's", "does the endpoint speak S3?")
+    return made(StoreError, f"{name}: {error}")
+
+
+def _ssl_reason(error: Exception) -> str:
+    match = re.search(r"\[SSL[^\]]*\] ([^(\n]{1,150})", str(error))
+    return match[1].strip() if match else type(error).__name__
+
+
+# The debug part of obstore's text quotes all that comes from outside as an escaped string, so that a line of
+# its own can only be obstore's.
+_OB_STATUS: Final = re.compile(r"^ +status: (\d{3}),$", re.MULTILINE)
+_OB_BODY: Final = re.compile(r'^ +body: Some\(\n +"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
+_OB_KIND: Final = re.compile(r"^ +kind: (\w+),$", re.MULTILINE)
+_RUST_ESCAPE: Final = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|(.))")
+
+
+def from_obstore(error: Exception, where: Where) -> S3LoaderError:
+    """The error for anything obstore raises."""
+    if isinstance(error, S3LoaderError):
+        return error
+    debug = str(error).rpartition("\n\nDebug source:\n")[2]
+    status = _OB_STATUS.search(debug)
+    if status is not None:
+        body = _OB_BODY.search(debug)
+        return from_response(int(status[1]), _unescape(body[1]) if body else "", where)
+    return _from_obstore_text(error, debug, where)
+
+
+def _unescape(text: str) -> str:
+    plain: dict[str, str] = {"n": "\n", "r": "\r", "t": "\t", "0": "\0"}
+    replace: Callable[[re.Match[str]], str] = lambda m: chr(int(m[1], 16)) if m[1] else plain.get(m[2], m[2])  # noqa: E731
+    return _RUST_ESCAPE.sub(replace, text)
+
+
+def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderError:
+    def made(kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None) -> S3LoaderError:
+        return kind(message, op=where.op, url=where.url, hint=hint, retryable=retryable)
+
+    name = type(error).__name__
+    kinds = set(_OB_KIND.findall(debug))
+    if isinstance(error, FileNotFoundError):
+        return from_status(404, None, "", where)
+    if name in ("AlreadyExistsError", "PreconditionError"):
+        return from_status(412, None, "", where)
+    if name == "UnauthenticatedError":
+        return made(CredentialsError, "no credentials could be had", NO_CREDENTIALS_HINT)
+    if name == "NotSupportedError":
+        return made(UnsupportedOperationError, "the store cannot do this")
+    if "inner: BareRedirect" in debug:
+        return from_status(301, "PermanentRedirect", "", where)
+    if "invalid peer certificate" in debug:
+        return made(StoreConnectionError, "the store's certificate is not trusted", _CA_HINT, retryable=False)
+    if "Timeout" in kinds:
+        return made(StoreTimeoutError, "no answer in time")
+    if "Connect" in kinds:
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
+    if "IncompleteBody" in debug:
+        return made(TruncatedError, "the body ended early", retryable=True)
+    if kinds:
+        return made(StoreConnectionError, f"the connection broke ({', '.join(sorted(kinds))})")
+    # the first line may quote whatever obstore was given: only its own sentence is kept
+    return made(StoreError, clean(str(error).partition("\n")[0]))
