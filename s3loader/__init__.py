@@ -21,7 +21,10 @@ _HOME = {
     "S3LoaderError": "s3loader.errors",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "ByteRange",
+    "S3LoaderError",
+]
 
 
 def __getattr__(name: str) -> Any:

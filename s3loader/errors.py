@@ -37,7 +37,8 @@
     │   ├── StepExistsError (FileExistsError)
     │   ├── FencedError                       a newer job owns this run
     │   ├── CommitUnknownError                the commit may or may not have happened
-    │   └── IncompleteCheckpointError
+    │   ├── IncompleteCheckpointError
+    │   └── UnsupportedStateError (TypeError)
     └── ClosedError (ValueError)              used after `close()`
 
 `str(error)` is what, where and why on the first line and, where one is known, a second line
@@ -85,6 +86,7 @@ __all__ = [
     "TruncatedError",
     "UnavailableError",
     "UnsupportedOperationError",
+    "UnsupportedStateError",
     "WorkerError",
 ]
 
@@ -317,6 +319,10 @@ class CommitUnknownError(CheckpointError):
 
 class IncompleteCheckpointError(CheckpointError):
     """Ranks or parts are missing; `.missing` lists them."""
+
+
+class UnsupportedStateError(CheckpointError, TypeError):
+    """A checkpoint cannot hold this object; `.path` says where in the items it is."""
 
 
 class ClosedError(S3LoaderError, ValueError):

@@ -66,6 +66,6 @@ def emit(event: OpEvent) -> None:
     for hook in _hooks:
         try:
             hook(event)
-        except Exception:
+        except Exception:  # noqa: BLE001 - an observer must not break what it observes
             _log.exception("an event subscriber failed and was removed: %r", hook)
             _hooks = tuple(h for h in _hooks if h is not hook)

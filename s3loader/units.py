@@ -33,7 +33,8 @@ def parse_size(value: int | str) -> int:
     if match is None:
         raise ConfigError(f"not a size: {value!r}", hint='write a number of bytes, or e.g. "64MiB"')
     number, prefix, binary = match.groups()
-    return round(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+    base = 1024 if binary else 1000
+    return round(float(number) * float(base ** _POWERS[prefix.lower()]))
 
 
 def format_size(size: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "types", "units", "ranges", "checksum", "forks"},
-    {"config", "events"},
+    {"config", "credentials", "endpoint", "events", "_boto3"},
     {"store"},
     {"transfer"},
     {"shard", "exchange"},

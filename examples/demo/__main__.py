@@ -65,7 +65,10 @@ def main() -> int:
         ("samples", f"{packed.samples} x {EPOCHS} epochs, {straight.end['step']} steps"),
         ("training speed", f"{rate:,.0f} samples/s, {megabytes:.2f} MB/s of images (bound by this tiny model's training)"),
         ("killed at / resumed from", f"step {kill_at} / step {resumed_from} (checkpoint every {EVERY} steps)"),
-        ("restart to first new step", format_duration(first_step["time"] - restart) + " (of it, Python and PyTorch start-up is most)"),
+        (
+            "restart to first new step",
+            format_duration(first_step["time"] - restart) + " (of it, Python and PyTorch start-up is most)",
+        ),
         ("checkpoint save", format_duration(median(straight.end["saves_s"])) + " (median, until committed)"),
         ("checkpoint load", format_duration(killed.end["restore_s"])),
         ("sample sequence", verdict(same_sequence, straight.end["sequence"], killed.end["sequence"])),
@@ -83,7 +86,18 @@ def main() -> int:
 def job(url: str, name: str, out: Path, *, workers: int, title: str, kill_at: int = 0) -> None:
     """Run one training process to its end (or to its death, if that was asked for)."""
     command = [sys.executable, "-m", "examples.demo.train", "--url", url, "--name", name, "--log", str(out / f"{name}.jsonl")]
-    command += ["--workers", str(workers), "--epochs", str(EPOCHS), "--every", str(EVERY), "--kill-at", str(kill_at), "--title", title]
+    command += [
+        "--workers",
+        str(workers),
+        "--epochs",
+        str(EPOCHS),
+        "--every",
+        str(EVERY),
+        "--kill-at",
+        str(kill_at),
+        "--title",
+        title,
+    ]
     code = subprocess.run(command, check=False).returncode
     expected = -signal.SIGKILL if kill_at else 0
     if code != expected:

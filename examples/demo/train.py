@@ -100,14 +100,14 @@ def train(options: argparse.Namespace) -> None:
     loss_of = nn.CrossEntropyLoss()
     manager = CheckpointManager(f"{options.url}/runs/{options.name}", keep=LatestN(3))
 
-    step, epoch, sequence, restore_s = 0, 0, "", 0.0
+    step, first_epoch, sequence, restore_s = 0, 0, "", 0.0
     if (latest := manager.latest()) is not None:
         before = time.perf_counter()
         items = manager.restore(latest)
         model.load_state_dict(items["model"])
         optimizer.load_state_dict(items["optimizer"])
         loader.load_state_dict(items["loader"])
-        step, epoch, sequence = items["progress"]["step"], items["progress"]["epoch"], items["progress"]["sequence"]
+        step, first_epoch, sequence = items["progress"]["step"], items["progress"]["epoch"], items["progress"]["sequence"]
         restore_s = time.perf_counter() - before
 
     log = open(options.log, "a", buffering=1)  # noqa: SIM115 - stays open until the process ends, or is killed
@@ -116,7 +116,7 @@ def train(options: argparse.Namespace) -> None:
     progress = Progress(options.title, options.epochs * steps_per_epoch)
     saves: list[float] = []
     first_batch_s: float | None = None
-    for epoch in range(epoch, options.epochs):
+    for epoch in range(first_epoch, options.epochs):
         loader.set_epoch(epoch)
         for batch in loader:
             if first_batch_s is None:

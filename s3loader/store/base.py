@@ -6,6 +6,7 @@ around a backend; `ObjectStore` is the public face over the outermost one.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -79,7 +80,9 @@ class Backend(Protocol):
         """
         ...
 
-    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta: ...
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """What the store says of one object, without its bytes."""
+        ...
 
     def put(
         self,
@@ -102,7 +105,7 @@ class Backend(Protocol):
         """Delete; a key that does not exist is no error."""
         ...
 
-    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
         """Delete all; never raises for a single key, returns what failed."""
         ...
 
@@ -110,9 +113,7 @@ class Backend(Protocol):
         """Copy inside this root, on the server's side where it can."""
         ...
 
-    def create_multipart(
-        self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None
-    ) -> str:
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
         """Begin a multipart upload; returns its upload id."""
         ...
 
