@@ -1,0 +1,132 @@
+"""Manifest lines: one JSON object each, byte for byte as s3exchange writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, cast
+
+import msgspec
+
+from s3loader.errors import InvalidManifestError
+from s3loader.exchange.types import ManifestEntry
+from s3loader.types import Buffer
+
+__all__ = ["CONTENT_TYPE", "EMPTY_MANIFEST", "MAX_LINE", "encode_manifest", "iter_lines", "parse_line", "serialize_entry"]
+
+CONTENT_TYPE: Final = "application/x-ndjson"
+EMPTY_MANIFEST: Final = b"\n"
+MAX_LINE: Final = 64 << 20
+"""Longest line read, in bytes: a longer one is no manifest line, and would fill the memory."""
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode: Callable[[Buffer], Any] = msgspec.json.Decoder().decode
+_REQUIRED: Final = {"file": ("key", "File"), "shard": ("archive_key", "Shard"), "manifest_ref": ("key", "Manifest ref")}
+
+
+def serialize_entry(entry: ManifestEntry) -> str:
+    """One line without its newline: compact separators, ASCII only, fields in the order given."""
+    return _encode(entry)
+
+
+def encode_manifest(entries: Iterable[ManifestEntry]) -> bytes:
+    """A whole manifest; no entries make the one byte ``\\n``."""
+    return "".join([f"{_encode(_checked(entry, None))}\n" for entry in entries]).encode("ascii") or EMPTY_MANIFEST
+
+
+def check_entry(entry: ManifestEntry) -> None:
+    """Refuse an entry that no reader would accept.
+
+    Raises:
+        InvalidManifestError: not a mapping, no or unknown `kind`, or its key is missing.
+    """
+    _checked(entry, None)
+
+
+def parse_line(line: str | Buffer, line_number: int | None = None) -> ManifestEntry:
+    """The entry of one line.
+
+    Raises:
+        InvalidManifestError: with `.line_number`.
+    """
+    if isinstance(line, str):
+        line = line.encode("utf-8", "surrogatepass")
+    if not bytes(line).strip():
+        raise _invalid("Empty line", line_number)
+    return _parse(line, line_number)
+
+
+def _invalid(message: str, line_number: int | None) -> InvalidManifestError:
+    return InvalidManifestError(f"Line {line_number}: {message}" if line_number is not None else message, line_number)
+
+
+def _parse(line: Buffer, line_number: int | None) -> ManifestEntry:
+    try:
+        entry = _decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        entry = _parse_slowly(line, line_number)
+    return _checked(entry, line_number)
+
+
+def _parse_slowly(line: Buffer, line_number: int | None) -> Any:
+    """What Python's json reads and msgspec does not: NaN, Infinity, lone surrogates."""
+    try:
+        return json.loads(bytes(line).decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"Invalid JSON: {error}", line_number) from error
+
+
+def _checked(entry: Any, line_number: int | None) -> ManifestEntry:
+    try:
+        field, name = _REQUIRED[entry["kind"]]
+        if type(entry[field]) is str:
+            return cast("ManifestEntry", entry)
+    except (KeyError, TypeError, IndexError):
+        pass
+    if not isinstance(entry, dict):
+        raise _invalid(f"Invalid JSON: an object was expected, not {type(entry).__name__}", line_number)
+    kind = entry.get("kind")
+    if kind is None:
+        raise _invalid("Missing 'kind' field", line_number)
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        raise _invalid(f"Unknown entry kind: {kind}", line_number)
+    field, name = _REQUIRED[kind]
+    if field not in entry:
+        raise _invalid(f"{name} entry missing {field!r}", line_number)
+    raise _invalid(f"{name} entry's {field!r} is not a string", line_number)
+
+
+def iter_lines(chunks: Iterable[Buffer], *, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """``(line number from 1, line)`` of every line that is not blank, in constant memory.
+
+    Raises:
+        InvalidManifestError: a line is longer than `MAX_LINE`.
+    """
+    number = given = 0
+    rest = b""
+    if limit is not None and limit <= 0:
+        return
+    for chunk in chunks:
+        lines = (rest + bytes(chunk)).split(b"\n")
+        rest = lines.pop()
+        if len(rest) > MAX_LINE:
+            raise _invalid(f"Line is longer than {MAX_LINE} bytes", number + len(lines) + 1)
+        for line in lines:
+            number += 1
+            if line and not line.isspace():
+                yield number, line
+                given += 1
+                if given == limit:
+                    return
+    if rest.strip():
+        yield number + 1, rest
+
+
+def iter_entries(chunks: Iterable[Buffer], *, limit: int | None = None) -> Iterator[ManifestEntry]:
+    """The entries of one manifest's bytes, references not followed.
+
+    Raises:
+        InvalidManifestError: with `.line_number`.
+    """
+    for number, line in iter_lines(chunks, limit=limit):
+        yield _parse(line, number)

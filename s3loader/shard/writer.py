@@ -1,0 +1,211 @@
+"""Builds a shard as a stream: tar bytes out, index and CRC32C on the fly. No I/O.
+
+The first member of a shard, `__manifest__.jsonl`, describes all others, so its length is known
+last. The builder therefore gives the archive in three pieces: the *body* (members, as they come), and
+at the end the *head* (that first member) and the *tail*. Whoever uploads them keeps part 1 of a
+multipart upload back until the head is known; nothing else waits, and nothing is written twice.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from s3loader.checksum import crc32c
+from s3loader.errors import ConfigError
+from s3loader.shard.compression import ZstdFrames, compressor, normalize_compression
+from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, sample_key
+from s3loader.shard.tar import check_member_path, end_of_archive, member_header, padding
+from s3loader.types import Buffer
+
+__all__ = ["BuiltShard", "ShardBuilder"]
+
+_PADDING = [bytes(n) for n in range(512)]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltShard:
+    """What `ShardBuilder.finish` adds to the body."""
+
+    head: bytes
+    """Goes before the body."""
+    tail: bytes
+    """Goes behind it."""
+    index: ShardIndex
+    """Complete but for the ETag."""
+
+
+class ShardBuilder:
+    """One shard in the making.
+
+    Args:
+        compression: None, ``"gzip"``, ``"bz2"``, ``"xz"`` or ``"zstd"``.
+        level: Of the compression; None is its usual one.
+        frame_size: zstd: a frame is closed at the first member boundary after this many plain bytes.
+            Smaller frames mean fewer bytes per random read, larger ones compress better.
+        internal_manifest_path: Name of the first member, which no other may have.
+    """
+
+    def __init__(
+        self,
+        *,
+        compression: str | None = None,
+        level: int | None = None,
+        frame_size: int = 64 << 10,
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+    ) -> None:
+        self.compression = normalize_compression(compression)
+        check_member_path(internal_manifest_path)
+        self._level = level
+        self._frame_size = frame_size
+        self._internal_path = internal_manifest_path
+        self._packer = compressor(self.compression, level, frame_size)
+        self._at = 0  # in the body's tar stream
+        self._packed = 0  # bytes of body given out
+        self._offsets = array("Q")
+        self._sizes = array("Q")
+        self._crcs = array("I")
+        self._groups = array("I")
+        self._names = bytearray()
+        self._name_ends = array("Q")
+        self._sample = ""
+        self._open = 0
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @property
+    def body_size(self) -> int:
+        """Bytes of the archive given out so far."""
+        return self._packed
+
+    def add(self, path: str, data: Buffer) -> list[Buffer]:
+        """One whole member; returns the next bytes of the body (buffers may be `data` itself).
+
+        Raises:
+            ConfigError: the path is unsafe, or the internal manifest's.
+        """
+        size = len(data)
+        header = self._register(path, size)
+        self._crcs.append(crc32c(data))
+        self._at += size + padding(size)
+        if self.compression is None:
+            self._packed += len(header) + size + padding(size)
+            return [header, data, _PADDING[padding(size)]]
+        return self._count([*self._pack((header, data, _PADDING[padding(size)])), *self._packer.boundary()])
+
+    def begin(self, path: str, size: int) -> list[Buffer]:
+        """A member whose `size` bytes follow through `write`."""
+        header = self._register(path, size)
+        self._crcs.append(0)
+        self._open = size
+        return self._count(self._pack((header,)))
+
+    def write(self, chunk: Buffer) -> list[Buffer]:
+        """The next bytes of the member that was begun.
+
+        Raises:
+            ConfigError: more bytes than `begin` announced.
+        """
+        if len(chunk) > self._open:
+            raise ConfigError(f"member {self._last_name()!r} is longer than the size given for it")
+        self._crcs[-1] = crc32c(chunk, self._crcs[-1])
+        self._open -= len(chunk)
+        self._at += len(chunk)
+        return self._count(self._pack((chunk,)))
+
+    def end(self) -> list[Buffer]:
+        """Close the member that was begun.
+
+        Raises:
+            ConfigError: fewer bytes than `begin` announced.
+        """
+        if self._open:
+            raise ConfigError(f"member {self._last_name()!r} is {self._open} bytes shorter than the size given for it")
+        pad = padding(self._sizes[-1])
+        self._at += pad
+        return self._count([*self._pack((_PADDING[pad],)), *self._packer.boundary()])
+
+    def finish(self, internal_manifest: Buffer | None) -> BuiltShard:
+        """Head, tail and index; `internal_manifest` is the content of the first member, or None for no such member."""
+        body_end = self._count(self._packer.finish())
+        head_tar, internal = self._head(internal_manifest)
+        shift = len(head_tar)
+        head_packer = compressor(self.compression, self._level, self._frame_size)
+        head = b"".join([*head_packer.write(head_tar), *head_packer.finish()]) if head_tar else b""
+        tail_tar = end_of_archive(shift + self._at)
+        tail_packer = compressor(self.compression, self._level, self._frame_size)
+        tail = b"".join([*body_end, *tail_packer.write(tail_tar), *tail_packer.finish()])
+        frames = frames_tar = None
+        if self.compression == "zstd":
+            table = None
+            for packer in (head_packer, self._packer, tail_packer):
+                assert isinstance(packer, ZstdFrames)
+                if table is None:
+                    table = packer.table
+                else:
+                    table.packed += packer.table.packed
+                    table.plain += packer.table.plain
+            assert table is not None
+            tail += table.seek_table()
+            frames = np.concatenate([[0], np.cumsum(np.array(table.packed, dtype=np.uint64))]).astype(np.uint64)
+            frames_tar = np.concatenate([[0], np.cumsum(np.array(table.plain, dtype=np.uint64))]).astype(np.uint64)
+        size = len(head) + self._packed - sum(map(len, body_end)) + len(tail)
+        index = ShardIndex(
+            offsets=np.array(self._offsets, dtype=np.uint64) + np.uint64(shift),
+            sizes=np.array(self._sizes, dtype=np.uint64),
+            crc32c=np.array(self._crcs, dtype=np.uint32),
+            groups=np.array(self._groups, dtype=np.uint32),
+            names_blob=bytes(self._names),
+            name_ends=np.array(self._name_ends, dtype=np.uint64),
+            archive_size=size,
+            etag="",
+            compression=self.compression,
+            internal_manifest=internal,
+            frames=frames,
+            frames_tar=frames_tar,
+        )
+        return BuiltShard(head, tail, index)
+
+    def _register(self, path: str, size: int) -> bytes:
+        """Check a new member, note it, and return its headers."""
+        if self._open:
+            raise ConfigError(f"member {self._last_name()!r} has not ended")
+        check_member_path(path)
+        if path == self._internal_path:
+            raise ConfigError(f"member path {path!r} is the internal manifest's")
+        header = member_header(path, size)
+        self._at += len(header)
+        self._offsets.append(self._at)
+        self._sizes.append(size)
+        self._names += path.encode("utf-8")
+        self._name_ends.append(len(self._names))
+        sample = sample_key(path)
+        if not self._groups:
+            self._groups.append(0)
+        else:
+            self._groups.append(self._groups[-1] + (sample != self._sample))
+        self._sample = sample
+        return header
+
+    def _head(self, internal_manifest: Buffer | None) -> tuple[bytes, MemberRange | None]:
+        if internal_manifest is None:
+            return b"", None
+        size = len(internal_manifest)
+        header = member_header(self._internal_path, size)
+        head = b"".join((header, internal_manifest, _PADDING[padding(size)]))
+        return head, MemberRange(len(header), size, crc32c(internal_manifest))
+
+    def _pack(self, pieces: Iterable[Buffer]) -> list[Buffer]:
+        return [out for piece in pieces if len(piece) for out in self._packer.write(piece)]
+
+    def _count(self, pieces: list[Buffer]) -> list[Buffer]:
+        self._packed += sum(map(len, pieces))
+        return pieces
+
+    def _last_name(self) -> str:
+        start = self._name_ends[-2] if len(self._name_ends) > 1 else 0
+        return self._names[start:].decode("utf-8")
