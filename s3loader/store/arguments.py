@@ -1,0 +1,54 @@
+"""Checks on what callers pass in, so that a mistake is named before a request is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s3loader.errors import ConfigError
+
+__all__ = ["checked_key", "readable", "writable"]
+
+
+def checked_key(key: str) -> str:
+    """`key`, if it can be one.
+
+    Raises:
+        ConfigError: it is not a non-empty str.
+    """
+    if not isinstance(key, str) or not key:
+        raise ConfigError(f"not a key: {key!r}", hint="a key is a non-empty str, relative to the store's URL")
+    return key
+
+
+def readable(data: Any) -> memoryview:
+    """The bytes of any contiguous buffer, without a copy.
+
+    Raises:
+        ConfigError: it is no buffer, or not contiguous.
+    """
+    try:
+        view = memoryview(data)
+        return view if view.format == "B" and view.ndim == 1 and view.contiguous else _flat(view)
+    except (TypeError, ValueError, BufferError) as error:
+        hint = "encode text first" if isinstance(data, str) else "pass bytes, or anything contiguous with the buffer protocol"
+        raise ConfigError(f"data is {type(data).__name__}: {error}", hint=hint) from error
+
+
+def _flat(view: memoryview) -> memoryview:
+    if not view.contiguous:
+        raise ValueError("it is not contiguous")
+    if 0 in view.shape:  # cast refuses it
+        return memoryview(b"") if view.readonly else memoryview(bytearray())
+    return view.cast("B")
+
+
+def writable(buffer: Any) -> memoryview:
+    """As `readable`, of memory that may be written to.
+
+    Raises:
+        ConfigError: it is read-only, too.
+    """
+    view = readable(buffer)
+    if view.readonly:
+        raise ConfigError(f"the buffer ({type(buffer).__name__}) is read-only", hint="pass a bytearray or a writable array")
+    return view

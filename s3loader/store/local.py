@@ -1,0 +1,429 @@
+"""``file://``: objects as files of one folder, with an object store's guarantees.
+
+Writes go to a temporary file beside the target, are synced and then renamed or linked, so a
+reader, a full disk or a kill never meets half an object. Conditional updates look and replace
+under a lock. See docs/design/002-local-store.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+from s3loader.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RangeError,
+    S3LoaderError,
+    StoreError,
+    TruncatedError,
+    UnsupportedOperationError,
+)
+from s3loader.store import _files
+from s3loader.store._files import RESERVED, Guard, TempFile
+from s3loader.store._walk import walk
+from s3loader.store.listing import key_bytes, roll_up
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+    Update,
+)
+
+__all__ = ["LocalBackend"]
+
+_UPLOADS: Final = RESERVED + b"uploads"
+_PLACE_TRIES: Final = 16
+
+
+class LocalBackend:
+    """The backend of one folder.
+
+    Args:
+        path: The folder; made at the first write where it is missing.
+    """
+
+    engine: Final = "file"
+    PUT_LIMIT: Final = sys.maxsize
+    """Bytes up to which one put is the best way to write a buffer."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.url = "file://" + (self.path if self.path != "/" else "")
+        self._root = os.path.realpath(os.fsencode(self.path))
+        self._inside = self._root.rstrip(b"/") + b"/"
+
+    def __reduce__(self) -> tuple[type[LocalBackend], tuple[str]]:
+        return LocalBackend, (self.path,)
+
+    # reading
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        with Guard("get", f"{self.url}/{key}", self._root), self._opened(key, version_id) as fd:
+            status = self._checked(fd, if_match)
+            size = status.st_size
+            if start > size or (start == size and end is not None and end > start):
+                raise RangeError(f"it has {size} bytes, asked for [{start}, {end})")
+            stop = size if end is None else min(end, size)
+            data = _read(fd, start, max(0, stop - start))
+            self._unchanged(fd, status)
+            return self._meta(key, fd, status), data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        with Guard("read", f"{self.url}/{key}", self._root), self._opened(key) as fd:
+            status = self._checked(fd, if_match)
+            stop = start + len(buffer)
+            if stop > status.st_size:
+                raise RangeError(f"it has {status.st_size} bytes, asked for [{start}, {stop})")
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(fd, [buffer[done:]], start + done)
+                if not got:
+                    raise TruncatedError(f"it ended at {start + done} of {status.st_size} bytes while it was read")
+                done += got
+            self._unchanged(fd, status)
+            return self._meta(key, fd, status)
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        with Guard("head", f"{self.url}/{key}", self._root), self._opened(key, version_id) as fd:
+            return self._meta(key, fd, self._checked(fd, None))
+
+    @contextlib.contextmanager
+    def _opened(self, key: str, version_id: str | None = None) -> Iterator[int]:
+        if version_id is not None:
+            raise UnsupportedOperationError("a local store keeps no versions")
+        path = self._inside + _files.relative_path(key)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in the folder must not hang us
+        try:
+            self._confine(os.readlink(b"/proc/self/fd/%d" % fd) if _HAS_PROC else os.path.realpath(path))
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _confine(self, real: bytes) -> None:
+        if not real.startswith(self._inside) and real != self._root:
+            raise AccessDeniedError(f"a link leads out of {self.path}", hint="open a store on the folder the link points to")
+
+    def _checked(self, fd: int, if_match: str | None) -> os.stat_result:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ObjectNotFoundError("no such object")
+        if if_match is not None and _files.etag_of(status) != if_match:
+            raise ObjectChangedError("its ETag is not the one asked for")
+        return status
+
+    def _unchanged(self, fd: int, before: os.stat_result) -> None:
+        """Our own writers replace files; somebody else may write into one while it is read."""
+        if _files.etag_of(os.fstat(fd)) != _files.etag_of(before):
+            raise ObjectChangedError("it was written to while it was read")
+
+    def _meta(self, key: str, fd: int, status: os.stat_result) -> ObjectMeta:
+        kept = _files.read_attributes(fd)
+        content_type, metadata = kept.get("content_type"), kept.get("metadata")
+        return ObjectMeta(
+            key,
+            status.st_size,
+            _files.etag_of(status),
+            status.st_mtime,
+            content_type if isinstance(content_type, str) else None,
+            None,
+            metadata if isinstance(metadata, dict) else {},
+        )
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`.
+
+        Raises:
+            NoSpaceError: the disk or quota is full; the old object is untouched.
+            UnsupportedOperationError: the key is a folder of other keys (or below an object), or
+                `metadata` was given and the file system keeps none.
+        """
+        attributes = _attributes(content_type, metadata)
+        with Guard("put", f"{self.url}/{key}", self._root):
+            return self._publish(key, lambda temp: temp.write(data), mode, attributes)
+
+    def _publish(
+        self, key: str, write: Callable[[TempFile], None], mode: PutMode, attributes: Mapping[str, object]
+    ) -> PutResult:
+        path = self._inside + _files.relative_path(key)
+        folder = os.path.dirname(path)
+        self._confine(os.path.realpath(folder))
+        if mode == "create" and os.path.lexists(path) and not os.path.isdir(path):
+            raise ObjectExistsError("the key is taken")
+        temp = self._temporary(folder)
+        try:
+            write(temp)
+            status = temp.finish(attributes)
+            self._place(temp, path, mode)
+        finally:
+            temp.close()
+        _files.sync_folder(folder)
+        return PutResult(key, _files.etag_of(status), status.st_size)
+
+    def _temporary(self, folder: bytes) -> TempFile:
+        for _ in range(_PLACE_TRIES):
+            _files.make_parents(folder)
+            with contextlib.suppress(FileNotFoundError):  # a delete pruned the empty folder just now
+                return TempFile(folder)
+        return TempFile(folder)
+
+    def _place(self, temp: TempFile, path: bytes, mode: PutMode) -> None:
+        for attempt in range(_PLACE_TRIES):
+            try:
+                with _files.locked(os.path.dirname(path), exclusive=isinstance(mode, Update)):
+                    if mode == "create":
+                        temp.link(path)
+                        return
+                    if isinstance(mode, Update):
+                        self._expect(path, mode.etag)
+                    temp.replace(path)
+                    return
+            except FileExistsError:
+                if not os.path.isdir(path) or os.path.islink(path):
+                    raise ObjectExistsError("the key is taken") from None
+                self._remove_empty(path)
+            except IsADirectoryError:
+                self._remove_empty(path)
+            except FileNotFoundError:
+                if attempt == _PLACE_TRIES - 1:
+                    raise
+                _files.make_parents(os.path.dirname(path))
+        raise StoreError("folders keep appearing and vanishing at its place")
+
+    def _expect(self, path: bytes, etag: str) -> None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ObjectChangedError("there is no object to replace") from None
+        if not stat.S_ISREG(status.st_mode) or _files.etag_of(status) != etag:
+            raise ObjectChangedError("its ETag is not the one asked for")
+
+    def _remove_empty(self, path: bytes) -> None:
+        """Remove folders without a file in them; they are not objects and hide none."""
+        for folder, _, _ in os.walk(path, topdown=False):
+            try:
+                os.rmdir(folder)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise UnsupportedOperationError(
+                    "there are objects below this key",
+                    hint="a file system cannot hold both the object 'a' and the object 'a/b'",
+                ) from error
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`."""
+        with Guard("copy", f"{self.url}/{source}", self._root), self._opened(source) as fd:
+            status = self._checked(fd, None)
+
+            def write(temp: TempFile) -> None:
+                _files.copy_bytes(fd, temp.fd)
+                self._unchanged(fd, status)
+
+            return self._publish(target, write, mode, _files.read_attributes(fd))
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`. Folders left empty go too."""
+        with Guard("delete", f"{self.url}/{key}", self._root):
+            path = self._inside + _files.relative_path(key)
+            folder = os.path.dirname(path)
+            self._confine(os.path.realpath(folder))
+            try:
+                with _files.locked(folder, exclusive=False):
+                    os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return
+            except PermissionError:
+                if os.path.isdir(path):  # what macOS answers for a folder
+                    return
+                raise
+            with contextlib.suppress(OSError):
+                while folder != self._root:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+            with contextlib.suppress(FileNotFoundError):
+                _files.sync_folder(folder)
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """See `Backend.delete_many`."""
+        failures = []
+        for key in keys:
+            try:
+                self.delete(key)
+            except S3LoaderError as error:
+                failures.append(DeleteFailure(key, error))
+        return failures
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`. Links to files inside the folder are listed, other links are not."""
+        with Guard("list", f"{self.url}/{prefix}", self._root):
+            if delimiter == "/":
+                yield from walk(self._root, key_bytes(prefix), key_bytes(start_after), shallow=True)
+                return
+            entries = walk(self._root, key_bytes(prefix), key_bytes(start_after))
+            yield from roll_up((e for e in entries if isinstance(e, ObjectMeta)), prefix, delimiter, start_after)
+
+    # multipart: parts are files of a hidden folder, joined at completion
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`."""
+        with Guard("create upload", f"{self.url}/{key}", self._root):
+            _files.relative_path(key)
+            upload_id = secrets.token_hex(16)
+            folder = self._upload_folder(upload_id)
+            _files.make_parents(folder)
+            about = {"key": key, "initiated": time.time(), "attributes": _attributes(content_type, metadata)}
+            with open(os.path.join(folder, b"upload.json"), "w") as file:
+                json.dump(about, file)
+            return upload_id
+
+    def _upload_folder(self, upload_id: str) -> bytes:
+        if not (len(upload_id) == 32 and all(c in "0123456789abcdef" for c in upload_id)):
+            raise ObjectNotFoundError("no such multipart upload", code="NoSuchUpload")
+        return os.path.join(self._inside + _UPLOADS, upload_id.encode())
+
+    def _upload(self, key: str, upload_id: str) -> tuple[bytes, dict[str, object]]:
+        folder = self._upload_folder(upload_id)
+        try:
+            with open(os.path.join(folder, b"upload.json")) as file:
+                about = json.load(file)
+        except (FileNotFoundError, ValueError):
+            about = {}
+        if about.get("key") != key:
+            raise ObjectNotFoundError("no such multipart upload", code="NoSuchUpload")
+        return folder, about["attributes"]
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        with Guard("upload part", f"{self.url}/{key}", self._root):
+            folder, _ = self._upload(key, upload_id)
+            if number < 1:
+                raise ConfigError(f"parts are numbered from 1 up, not {number}")
+            temp = TempFile(folder)
+            try:
+                temp.write(data)
+                now = time.time_ns()
+                os.utime(temp.fd, ns=(now, now))
+                temp.replace(os.path.join(folder, b"%05d" % number))
+                status = os.fstat(temp.fd)
+            finally:
+                temp.close()
+            return PartResult(number, _files.etag_of(status), status.st_size)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`."""
+        with Guard("complete upload", f"{self.url}/{key}", self._root):
+            folder, attributes = self._upload(key, upload_id)
+
+            def write(temp: TempFile) -> None:
+                last = 0
+                for part in parts:
+                    _append_part(temp, folder, part, last)
+                    last = part.number
+
+            result = self._publish(key, write, mode, attributes)
+            shutil.rmtree(folder, ignore_errors=True)
+            return result
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        with Guard("abort upload", f"{self.url}/{key}", self._root):
+            try:
+                folder, _ = self._upload(key, upload_id)
+            except ObjectNotFoundError:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        found: list[tuple[str, str, float | None]] = []
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._inside + _UPLOADS):
+                with (
+                    contextlib.suppress(FileNotFoundError, ValueError),
+                    open(os.path.join(self._inside + _UPLOADS, name, b"upload.json")) as file,
+                ):
+                    about = json.load(file)
+                    if about["key"].startswith(prefix):
+                        found.append((about["key"], name.decode(), about["initiated"]))
+        return iter(sorted(found))
+
+    def close(self) -> None:
+        """See `Backend.close`; nothing is kept open."""
+
+
+_HAS_PROC: Final = os.path.isdir("/proc/self/fd")
+
+
+def _attributes(content_type: str | None, metadata: Mapping[str, str] | None) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    if content_type is not None:
+        kept["content_type"] = content_type
+    if metadata:
+        kept["metadata"] = {name.lower(): value for name, value in metadata.items()}
+    return kept
+
+
+def _read(fd: int, start: int, length: int) -> bytes:
+    data = os.pread(fd, length, start)
+    if len(data) == length:
+        return data
+    pieces = [data]  # one call gives at most 2 GiB
+    done = len(data)
+    while done < length:
+        data = os.pread(fd, length - done, start + done)
+        if not data:
+            raise TruncatedError(f"it ended at byte {start + done} while it was read")
+        pieces.append(data)
+        done += len(data)
+    return b"".join(pieces)
+
+
+def _append_part(temp: TempFile, folder: bytes, part: PartResult, previous: int) -> None:
+    try:
+        fd = os.open(os.path.join(folder, b"%05d" % part.number), os.O_RDONLY)
+    except FileNotFoundError:
+        raise StoreError(f"part {part.number} was not uploaded", code="InvalidPart") from None
+    try:
+        if part.number <= previous or _files.etag_of(os.fstat(fd)) != part.etag:
+            raise StoreError(f"part {part.number} is not the one uploaded, or out of order", code="InvalidPart")
+        _files.copy_bytes(fd, temp.fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise StoreError("the upload was closed meanwhile") from error
+        raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,247 @@
+"""``memory://name``: objects in this process, for tests, examples and small scratch data.
+
+All stores of one name share their objects. A forked child goes on with its own copy; a process
+started by spawn begins empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from s3loader.errors import (
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RangeError,
+    StoreError,
+)
+from s3loader.store.listing import key_bytes, roll_up
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+    Update,
+)
+
+__all__ = ["MemoryBackend"]
+
+
+@dataclass(slots=True)
+class _Object:
+    data: bytes
+    meta: ObjectMeta
+
+
+@dataclass(slots=True)
+class _Upload:
+    key: str
+    content_type: str | None
+    metadata: dict[str, str]
+    initiated: float
+    parts: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+
+
+class _Bucket:
+    """The objects of one name. Every access holds `_lock` for a few dictionary operations."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, _Object] = {}
+        self.uploads: dict[str, _Upload] = {}
+        self.order: list[str] | None = []
+        """Keys by their UTF-8 bytes; None while it has to be sorted again."""
+
+
+_buckets: dict[str, _Bucket] = {}
+_lock = threading.Lock()
+_serial = itertools.count(1)
+
+
+def _before_fork() -> None:
+    _lock.acquire()  # a child must not start from half a change
+
+
+def _after_fork_in_parent() -> None:
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+class MemoryBackend:
+    """The backend of ``memory://name``. ETags are unique for each write."""
+
+    engine: Final = "memory"
+    PUT_LIMIT: Final = sys.maxsize
+    """Bytes up to which one put is the best way to write a buffer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.url = f"memory://{name}"
+        self._pid = os.getpid()
+        with _lock:
+            self._bucket = _buckets.setdefault(name, _Bucket())
+
+    def __reduce__(self) -> tuple[type[MemoryBackend], tuple[str]]:
+        return MemoryBackend, (self.name,)
+
+    def _find(self, op: str, key: str, if_match: str | None = None, version_id: str | None = None) -> _Object:
+        found = self._bucket.objects.get(key)
+        if found is None or version_id is not None:
+            what = "no such version" if found else "no such object"
+            hint = None if self._bucket.objects else "memory:// stores live in one process, and this one is empty"
+            raise ObjectNotFoundError(what, op=op, url=f"{self.url}/{key}", hint=hint)
+        if if_match is not None and found.meta.etag != if_match:
+            raise ObjectChangedError("its ETag is not the one asked for", op=op, url=f"{self.url}/{key}")
+        return found
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`. The bytes are not copied."""
+        found = self._find("get", key, if_match, version_id)
+        size = len(found.data)
+        stop = size if end is None else min(end, size)
+        if start > size or (start == size and end is not None and end > start):
+            raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="get", url=f"{self.url}/{key}")
+        if start == 0 and stop == size:
+            return found.meta, found.data
+        return found.meta, memoryview(found.data)[start : max(start, stop)]
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        found = self._find("read", key, if_match)
+        stop = start + len(buffer)
+        if stop > len(found.data):
+            size = len(found.data)
+            raise RangeError(f"it has {size} bytes, asked for [{start}, {stop})", op="read", url=f"{self.url}/{key}")
+        buffer[:] = memoryview(found.data)[start:stop]
+        return found.meta
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        return self._find("head", key, version_id=version_id).meta
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`."""
+        return self._store("put", key, bytes(data), mode, content_type, {k.lower(): v for k, v in (metadata or {}).items()})
+
+    def _store(
+        self, op: str, key: str, data: bytes, mode: PutMode, content_type: str | None, metadata: Mapping[str, str]
+    ) -> PutResult:
+        etag = f"{next(_serial):08x}-{len(data):x}"
+        made = _Object(data, ObjectMeta(key, len(data), etag, time.time(), content_type, None, dict(metadata)))
+        with _lock:
+            bucket = self._bucket
+            old = bucket.objects.get(key)
+            if mode == "create" and old is not None:
+                raise ObjectExistsError("the key is taken", op=op, url=f"{self.url}/{key}")
+            if isinstance(mode, Update) and (old is None or old.meta.etag != mode.etag):
+                why = "its ETag is not the one asked for" if old else "there is no object to replace"
+                raise ObjectChangedError(why, op=op, url=f"{self.url}/{key}")
+            bucket.objects[key] = made
+            if old is None:
+                bucket.order = None
+        return PutResult(key, etag, len(data))
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`. Objects that come or go meanwhile may be missing or seen."""
+        with _lock:
+            bucket = self._bucket
+            if bucket.order is None:
+                bucket.order = sorted(bucket.objects, key=key_bytes)
+            keys = bucket.order
+        metas = (found.meta for key in keys if key.startswith(prefix) and (found := bucket.objects.get(key)) is not None)
+        return roll_up(metas, prefix, delimiter, start_after)
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        with _lock:
+            if self._bucket.objects.pop(key, None) is not None:
+                self._bucket.order = None
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """See `Backend.delete_many`."""
+        for key in keys:
+            self.delete(key)
+        return []
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`."""
+        found = self._find("copy", source)
+        return self._store("copy", target, found.data, mode, found.meta.content_type, found.meta.metadata)
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`."""
+        upload_id = f"{os.getpid():x}-{next(_serial):08x}"
+        lowered = {name.lower(): value for name, value in (metadata or {}).items()}
+        with _lock:
+            self._bucket.uploads[upload_id] = _Upload(key, content_type, lowered, time.time())
+        return upload_id
+
+    def _upload(self, op: str, key: str, upload_id: str) -> _Upload:
+        upload = self._bucket.uploads.get(upload_id)
+        if upload is None or upload.key != key:
+            raise ObjectNotFoundError("no such multipart upload", op=op, url=f"{self.url}/{key}", code="NoSuchUpload")
+        return upload
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        body = bytes(data)
+        etag = f"{next(_serial):08x}-{len(body):x}"
+        with _lock:
+            self._upload("upload part", key, upload_id).parts[number] = (etag, body)
+        return PartResult(number, etag, len(body))
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`."""
+        op = "complete upload"
+        with _lock:
+            upload = self._upload(op, key, upload_id)
+            held = [upload.parts.get(part.number, ("", b"")) for part in parts]
+        for part, (etag, _), previous in zip(parts, held, [0, *(p.number for p in parts)], strict=False):
+            if etag != part.etag or part.number <= previous:
+                raise StoreError(f"part {part.number} is missing or out of order", op=op, url=f"{self.url}/{key}")
+        result = self._store(op, key, b"".join(body for _, body in held), mode, upload.content_type, upload.metadata)
+        with _lock:
+            self._bucket.uploads.pop(upload_id, None)
+        return result
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        with _lock:
+            self._bucket.uploads.pop(upload_id, None)
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        with _lock:
+            found = [(u.key, upload_id, u.initiated) for upload_id, u in self._bucket.uploads.items()]
+        return iter(sorted(entry for entry in found if entry[0].startswith(prefix)))
+
+    def close(self) -> None:
+        """See `Backend.close`; the objects stay."""

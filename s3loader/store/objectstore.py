@@ -1,0 +1,477 @@
+"""`ObjectStore`: the public face of every store."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from s3loader import ranges as ranges_
+from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
+from s3loader.store.arguments import checked_key, readable, writable
+from s3loader.store.base import Backend, Driver, ReadResult
+from s3loader.store.bulk import PutFailure, ReadFailure, put_many, read_many
+from s3loader.store.multipart import MultipartWriter
+from s3loader.store.options import StoreOptions
+from s3loader.store.wrapper import innermost
+from s3loader.types import (
+    Buffer,
+    ByteRange,
+    Capabilities,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PutMode,
+    PutRequest,
+    PutResult,
+    ReadRequest,
+)
+from s3loader.units import parse_size
+
+if TYPE_CHECKING:
+    from s3loader.store.aio import AsyncObjectStore
+
+__all__ = ["ObjectStore"]
+
+_DELETE_BATCH = 1000
+
+
+class ObjectStore:
+    """One object store, or a folder of one. Made by `open_store`.
+
+    Keys are relative to the URL it was opened with. All verbs may be called from several threads,
+    in forked and spawned children, and raise the tree of `s3loader.errors` only. `aio` has the
+    same verbs as coroutines. Pickles by what it was opened with.
+
+    Args:
+        url: Where it is, for messages.
+        backend: The outermost backend; its keys are those of this store.
+        options: See `StoreOptions`.
+        reopen: Makes the same store again elsewhere, for pickling: a function and its arguments.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        backend: Backend,
+        *,
+        options: StoreOptions | None = None,
+        reopen: tuple[Callable[..., ObjectStore], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.url = url
+        self.options = options or StoreOptions()
+        self._backend = backend
+        self._reopen = reopen
+        self._closed = False
+
+    @property
+    def engine(self) -> str:
+        """Which engine does the work: ``direct obstore boto3 file memory``."""
+        return self._backend.engine
+
+    @property
+    def backend(self) -> Backend:
+        """The outermost backend, wrappers included.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        if self._closed:
+            raise ClosedError("the store was closed", url=self.url)
+        return self._backend
+
+    # reading
+
+    def get(self, key: str, *, if_match: str | None = None, version_id: str | None = None) -> bytes:
+        """The whole object.
+
+        Args:
+            if_match: Fail with `ObjectChangedError` unless the object's ETag is this one.
+            version_id: A version other than the newest.
+        """
+        _, data = self.backend.get(checked_key(key), if_match=if_match, version_id=version_id)
+        return data if isinstance(data, bytes) else bytes(data)
+
+    def get_range(self, key: str, start: int, end: int, *, if_match: str | None = None) -> bytes:
+        """Bytes ``[start, end)``; fewer where the object ends before `end`.
+
+        Raises:
+            RangeError: `start` lies beyond the object.
+        """
+        span = ByteRange(start, end)
+        if not len(span):
+            self._empty_read(key, start, if_match)
+            return b""
+        _, data = self.backend.get(checked_key(key), start, end, if_match=if_match)
+        return data if isinstance(data, bytes) else bytes(data)
+
+    def get_ranges(
+        self,
+        key: str,
+        ranges: Sequence[tuple[int, int]] | Sequence[ByteRange],
+        *,
+        if_match: str | None = None,
+        max_gap: int | str = "256KiB",
+        max_size: int | str = "16MiB",
+    ) -> list[memoryview]:
+        """Several ranges of one object, in the order given, all of the same version of it.
+
+        Neighbours are fetched together (see `s3loader.ranges.coalesce`), several at a time.
+
+        Args:
+            ranges: ``(start, end)`` pairs; each must lie in the object.
+            max_gap: Bytes that may be fetched in vain to save a request.
+            max_size: Bytes of one request, unless a single range is larger.
+
+        Raises:
+            RangeError: a range reaches beyond the object.
+            ObjectChangedError: the object was replaced between two requests.
+        """
+        wanted = [(r.start, r.end) if isinstance(r, ByteRange) else (int(r[0]), int(r[1])) for r in ranges]
+        for start, end in wanted:
+            ByteRange(start, end)
+        spans = ranges_.coalesce(wanted, max_gap=parse_size(max_gap), max_size=parse_size(max_size))
+        checked_key(key)
+        found = [memoryview(b"")] * len(wanted)
+        if not spans:
+            self._empty_read(key, max((start for start, _ in wanted), default=0), if_match)
+            return found
+        if if_match is None and len(spans) > 1:
+            if_match = self.head(key).etag or None
+        requests = [ReadRequest(key, span.start, span.end, if_match) for span in spans]
+        for span, result in zip(spans, self.read_many(requests, max_bytes="1GiB"), strict=True):
+            for i in span.members:
+                start, end = wanted[i]
+                if end > result.size:
+                    raise RangeError(
+                        f"it has {result.size} bytes, asked for [{start}, {end})", op="get ranges", url=self._at(key)
+                    )
+                found[i] = result.data[start - span.start : end - span.start]
+        return found
+
+    def read_into(self, key: str, start: int, buffer: Any, *, if_match: str | None = None) -> ObjectMeta:
+        """Fill `buffer` with the bytes from `start`; nothing is allocated.
+
+        Args:
+            buffer: Anything writable and contiguous with the buffer protocol (bytearray, memoryview, numpy array).
+
+        Raises:
+            ConfigError: the buffer is read-only or not contiguous.
+            RangeError: the object has fewer bytes there.
+        """
+        view = writable(buffer)
+        if start < 0:
+            raise ConfigError(f"a start cannot be negative: {start}")
+        if not len(view):
+            return self._empty_read(key, start, if_match)
+        return self.backend.read_into(checked_key(key), start, view, if_match=if_match)
+
+    def _empty_read(self, key: str, start: int, if_match: str | None) -> ObjectMeta:
+        """No bytes, but the same errors: HTTP cannot ask for an empty range."""
+        meta = self.head(key)
+        if if_match is not None and meta.etag != if_match:
+            raise ObjectChangedError("its ETag is not the one asked for", op="get", url=self._at(key))
+        if start > meta.size:
+            raise RangeError(f"it has {meta.size} bytes, asked for byte {start}", op="get", url=self._at(key))
+        return meta
+
+    def open(self, key: str, *, version_id: str | None = None) -> io.BufferedReader:
+        """A read-only, seekable, buffered binary file over the object, pinned to its ETag of now."""
+        from s3loader.store.reader import open_reader
+
+        return open_reader(self, checked_key(key), version_id)
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """Size, ETag and metadata of the object."""
+        return self.backend.head(checked_key(key), version_id=version_id)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.head(key)
+        except BucketNotFoundError:
+            if self.engine == "file":
+                return False
+            raise
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """Entries whose key starts with `prefix`, in order of the UTF-8 bytes of their keys, as they come.
+
+        Args:
+            prefix: A string, not a folder: ``"a"`` also finds ``"ab"``.
+            delimiter: Where given, keys that have it after the prefix are rolled up into `CommonPrefix`.
+            start_after: Leave out keys up to and including this one.
+        """
+        return self.backend.list(prefix, delimiter=delimiter, start_after=start_after)
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Any,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """Write one object atomically; large ones go by multipart.
+
+        Args:
+            data: Anything with the buffer protocol, a path, or a binary file (read from where it stands).
+            mode: ``"overwrite"``, ``"create"`` (only if the key is free), or ``Update(etag)``.
+
+        Raises:
+            ObjectExistsError: mode ``"create"`` and the key is taken.
+            ObjectChangedError: mode ``Update`` and the object is another one by now, or gone.
+            OutcomeUnknownError: a conditional write was sent, its answer lost, and reading back did not tell.
+        """
+        from s3loader.store.upload import put_file
+
+        if isinstance(data, (str, os.PathLike)):
+            if isinstance(data, str):
+                raise ConfigError("data is a str", hint="encode text, or pass pathlib.Path(...) to upload a file")
+            with open(data, "rb") as file:
+                return self.put(key, file, mode=mode, content_type=content_type, metadata=metadata)
+        if hasattr(data, "read"):
+            size = self.options.part_size
+            return put_file(
+                self.backend, checked_key(key), data, part_size=size, mode=mode, content_type=content_type, metadata=metadata
+            )
+        view = readable(data)
+        limit = getattr(innermost(self._backend), "PUT_LIMIT", 2 * self.options.part_size)
+        if len(view) <= limit:
+            body: Buffer = data if isinstance(data, bytes) else view
+            return self.backend.put(checked_key(key), body, mode=mode, content_type=content_type, metadata=metadata)
+        with self.multipart(key, mode=mode, content_type=content_type, metadata=metadata) as writer:
+            writer.write(view)
+        assert writer.result is not None
+        return writer.result
+
+    def multipart(
+        self,
+        key: str,
+        *,
+        part_size: int | str | None = None,
+        max_in_flight: int = 4,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> MultipartWriter:
+        """A writer that uploads in parts as data comes and makes the object at `close`.
+
+        Args:
+            part_size: Bytes of a part (S3 wants at least 5 MiB); default `StoreOptions.part_size`.
+            max_in_flight: Parts uploaded at a time; memory is one part more.
+        """
+        return MultipartWriter(
+            self.backend,
+            checked_key(key),
+            part_size=self.options.part_size if part_size is None else parse_size(part_size),
+            max_in_flight=max_in_flight,
+            mode=mode,
+            content_type=content_type,
+            metadata=metadata,
+        )
+
+    def delete(self, key: str) -> None:
+        """Delete the object; one that does not exist is no error."""
+        self.backend.delete(checked_key(key))
+
+    def delete_many(self, keys: Iterable[str]) -> list[DeleteFailure]:
+        """Delete all of them; returns those that could not be, each with its error."""
+        failures: list[DeleteFailure] = []
+        batch: list[str] = []
+        for key in keys:
+            batch.append(checked_key(key))
+            if len(batch) == _DELETE_BATCH:
+                failures += self.backend.delete_many(batch)
+                batch = []
+        return failures + self.backend.delete_many(batch) if batch else failures
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """Copy inside this store, by the server where it can."""
+        return self.backend.copy(checked_key(source), checked_key(target), mode=mode)
+
+    # many at once
+
+    @overload
+    def read_many(
+        self,
+        requests: Iterable[ReadRequest],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["raise"] = ...,
+    ) -> Iterator[ReadResult]: ...
+    @overload
+    def read_many(
+        self,
+        requests: Iterable[ReadRequest],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["return"],
+    ) -> Iterator[ReadResult | ReadFailure]: ...
+    def read_many(
+        self,
+        requests: Iterable[ReadRequest],
+        *,
+        max_bytes: int | str = "64MiB",
+        concurrency: int | None = None,
+        driver: Driver = "auto",
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Any]:
+        """Many reads, several at a time, answers in the order of `requests`.
+
+        Args:
+            requests: Taken as they are needed, in the calling thread.
+            max_bytes: Most bytes fetched or being fetched and not yet taken (one request may be larger).
+            concurrency: Requests at a time; default `StoreOptions.concurrency`.
+            driver: See `Driver`.
+            errors: ``"raise"`` raises an error at the position of its request and ends; ``"return"``
+                gives a `ReadFailure` there and goes on.
+
+        Yields:
+            `ReadResult`; its `data` stays valid as long as a view of it lives.
+        """
+        return read_many(
+            self.backend,
+            requests,
+            max_bytes=parse_size(max_bytes),
+            concurrency=concurrency or self.options.concurrency,
+            driver=driver,
+            errors=errors,
+        )
+
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["raise"] = ...,
+    ) -> Iterator[ReadResult]: ...
+    @overload
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["return"],
+    ) -> Iterator[ReadResult | ReadFailure]: ...
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        max_bytes: int | str = "64MiB",
+        concurrency: int | None = None,
+        driver: Driver = "auto",
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Any]:
+        """Many whole objects; as `read_many` with one request per key."""
+        requests = map(ReadRequest, keys)
+        return read_many(
+            self.backend,
+            requests,
+            max_bytes=parse_size(max_bytes),
+            concurrency=concurrency or self.options.concurrency,
+            driver=driver,
+            errors=errors,
+        )
+
+    @overload
+    def put_many(
+        self,
+        requests: Iterable[PutRequest],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["raise"] = ...,
+    ) -> Iterator[PutResult]: ...
+    @overload
+    def put_many(
+        self,
+        requests: Iterable[PutRequest],
+        *,
+        max_bytes: int | str = ...,
+        concurrency: int | None = ...,
+        driver: Driver = ...,
+        errors: Literal["return"],
+    ) -> Iterator[PutResult | PutFailure]: ...
+    def put_many(
+        self,
+        requests: Iterable[PutRequest],
+        *,
+        max_bytes: int | str = "64MiB",
+        concurrency: int | None = None,
+        driver: Driver = "auto",
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Any]:
+        """Many writes, several at a time, results in the order of `requests`. Runs as the iterator is consumed.
+
+        Args and errors as in `read_many`, with `PutFailure`; `max_bytes` counts data taken from
+        `requests` and not yet written.
+        """
+        return put_many(
+            self.backend,
+            requests,
+            max_bytes=parse_size(max_bytes),
+            concurrency=concurrency or self.options.concurrency,
+            driver=driver,
+            errors=errors,
+        )
+
+    # the rest
+
+    def capabilities(self) -> Capabilities:
+        """What this store really does, found by trying on throw-away keys; asked once, then remembered."""
+        from s3loader.store.probe import capabilities
+
+        return capabilities(self)
+
+    @property
+    def aio(self) -> AsyncObjectStore:
+        """The same verbs as coroutines and async iterators."""
+        from s3loader.store.aio import AsyncObjectStore
+
+        return AsyncObjectStore(self)
+
+    def close(self) -> None:
+        """Let go of connections; closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
+
+    def __enter__(self) -> ObjectStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._reopen is None:
+            return _rebuild, (self.url, self._backend, self.options)
+        return self._reopen
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.url!r}, engine={self.engine!r})"
+
+    def _at(self, key: str) -> str:
+        return f"{self.url.rstrip('/')}/{key}"
+
+
+def _rebuild(url: str, backend: Backend, options: StoreOptions) -> ObjectStore:
+    return ObjectStore(url, backend, options=options)

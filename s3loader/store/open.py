@@ -1,0 +1,97 @@
+"""`open_store`: from a URL to a store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from s3loader.errors import ConfigError
+from s3loader.store.base import Backend
+from s3loader.store.local import LocalBackend
+from s3loader.store.memory import MemoryBackend
+from s3loader.store.objectstore import ObjectStore
+from s3loader.store.options import StoreOptions
+from s3loader.store.prefix import PrefixBackend
+from s3loader.types import ObjectURL
+
+if TYPE_CHECKING:
+    from s3loader.config import S3Settings
+
+__all__ = ["Engine", "open_store"]
+
+Engine: TypeAlias = Literal["auto", "direct", "obstore", "boto3"]
+_ENGINES = ("auto", "direct", "obstore", "boto3")
+
+
+def open_store(
+    url: Any,
+    *,
+    engine: Engine = "auto",
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    session_token: str | None = None,
+    profile: str | None = None,
+    ca_bundle: str | None = None,
+    addressing_style: str | None = None,
+    s3_client: Any = None,
+    settings: S3Settings | None = None,
+    options: StoreOptions | None = None,
+) -> ObjectStore:
+    """Open ``s3://bucket/prefix``, ``file:///folder`` (or a plain path), ``memory://name``, ``gs://`` or ``az://``.
+
+    Nothing is asked of the store yet. What is not given comes from `settings`, else from the
+    environment, ``.env`` and the AWS chain (see `s3loader.config.S3Settings`).
+
+    Args:
+        url: The root; keys are relative to it.
+        engine: ``"auto"`` picks one; a name forces it. Means nothing to ``file://`` and ``memory://``.
+        s3_client: A boto3 S3 client of your own, honoured in full; implies ``engine="boto3"``.
+        settings: Settings to start from; single arguments beat them.
+        options: Retries, timeouts, concurrency: see `StoreOptions`.
+
+    Raises:
+        ConfigError: the URL, engine or a setting is unusable.
+        CredentialsError: no credentials were found where some are needed.
+    """
+    if engine not in _ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}", hint=f"use one of {', '.join(_ENGINES)}")
+    options = options or StoreOptions()
+    target = ObjectURL.parse(url)
+    explicit = {
+        "endpoint_url": endpoint_url,
+        "region": region,
+        "aws_access_key_id": access_key_id,
+        "aws_secret_access_key": secret_access_key,
+        "aws_session_token": session_token,
+        "profile": profile,
+        "ca_bundle": ca_bundle,
+        "addressing_style": addressing_style,
+    }
+    explicit = {name: value for name, value in explicit.items() if value is not None}
+    if target.scheme in ("file", "memory"):
+        return _assemble(target, _own_backend(target), options, None)
+    from s3loader.config import S3Settings
+
+    if settings is None:
+        settings = S3Settings.load(**explicit)
+    elif explicit:
+        settings = settings.replace(**explicit)
+    from s3loader.store.s3 import open_backend
+
+    backend = open_backend(target, settings, engine=engine, s3_client=s3_client, options=options)
+    again = None if s3_client is not None else (engine, settings)
+    return _assemble(target, backend, options, again)
+
+
+def _own_backend(target: ObjectURL) -> Backend:
+    return LocalBackend(target.key) if target.scheme == "file" else MemoryBackend(target.bucket)
+
+
+def _assemble(
+    target: ObjectURL, engine: Backend, options: StoreOptions, again: tuple[Engine, S3Settings] | None
+) -> ObjectStore:
+    backend: Backend = engine
+    if target.scheme != "file" and target.key:
+        backend = PrefixBackend(backend, target.key if target.key.endswith("/") else target.key + "/")
+    return ObjectStore(str(target).rstrip("/") or str(target), backend, options=options)

@@ -1,0 +1,68 @@
+"""Small crews of background threads that end when told to, and waits that such a thread can be called out of."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from s3loader.errors import ClosedError
+
+__all__ = ["Crew", "pause"]
+
+_here = threading.local()
+
+
+def pause(seconds: float) -> None:
+    """Sleep; in a thread of a `Crew` no longer than until the crew is stopped.
+
+    Raises:
+        ClosedError: the crew was stopped; what waited is no longer wanted.
+    """
+    stop: threading.Event | None = getattr(_here, "stop", None)
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise ClosedError("stopped while it waited")
+
+
+class Crew:
+    """At most `size` daemon threads, started as jobs come.
+
+    A job must not raise. `stop` drops jobs not begun; it waits a moment for those that run, which
+    then end by themselves (a request on the wire cannot be called back, only left alone).
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        self.stopping = threading.Event()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` in one of the threads; jobs begin in the order given."""
+        self._jobs.put(job)
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self.size:
+            thread = threading.Thread(target=self._work, name=f"{self.name}-{len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        _here.stop = self.stopping
+        while (job := self._jobs.get()) is not None and not self.stopping.is_set():
+            job()
+            del job  # holds buffers
+            self._idle.release()
+
+    def stop(self, wait: float = 0.5) -> bool:
+        """End the threads; whether all of them ended within `wait` seconds."""
+        self.stopping.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + wait
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
