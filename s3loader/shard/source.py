@@ -1,0 +1,158 @@
+"""Reading one object piece by piece, pinned to the version it had at the first piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from s3loader.errors import RangeError
+from s3loader.shard.compression import decompressor
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import Buffer, ObjectMeta, ReadRequest
+
+__all__ = ["RangeSource", "StreamSource", "TarSource", "read_chunks"]
+
+CHUNK: Final = 4 << 20
+AHEAD: Final = 4
+"""Chunks fetched before they are asked for."""
+
+
+def read_chunks(
+    store: ObjectStore,
+    key: str,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    etag: str | None = None,
+    version_id: str | None = None,
+    chunk: int = CHUNK,
+    ahead: int = AHEAD,
+) -> tuple[ObjectMeta, Iterator[Buffer]]:
+    """Bytes ``[start, end)`` of an object as a stream of chunks, the next ones already under way.
+
+    The first chunk is fetched at the call (so a missing object is said at once), the others with
+    If-Match: the bytes are one version's, or `ObjectChangedError`.
+
+    Returns:
+        The object's metadata (size, ETag) and the chunks; none for an empty range.
+
+    Raises:
+        ObjectNotFoundError: there is no such object.
+        ObjectChangedError: its ETag is not `etag`, or it was replaced on the way.
+    """
+    stop = start + chunk if end is None else min(end, start + chunk)
+    meta, first = get_from_start(store, key, start, stop, etag=etag, version_id=version_id)
+    last = meta.size if end is None else min(end, meta.size)
+    return meta, _rest(store, key, meta, first, start, last, version_id, chunk, ahead)
+
+
+def get_from_start(
+    store: ObjectStore, key: str, start: int, stop: int, *, etag: str | None = None, version_id: str | None = None
+) -> tuple[ObjectMeta, Buffer]:
+    """`Backend.get`, but an empty object read from its beginning is empty and no `RangeError`."""
+    try:
+        return store.backend.get(key, start, stop, if_match=etag, version_id=version_id)
+    except RangeError:
+        meta = store.head(key, version_id=version_id)
+        if start or meta.size or (etag is not None and meta.etag != etag):
+            raise
+        return meta, b""
+
+
+def _rest(
+    store: ObjectStore,
+    key: str,
+    meta: ObjectMeta,
+    first: Buffer,
+    start: int,
+    end: int,
+    version_id: str | None,
+    chunk: int,
+    ahead: int,
+) -> Iterator[Buffer]:
+    if len(first):
+        yield first
+    at = start + len(first)
+    del first
+    cuts = [(low, min(low + chunk, end)) for low in range(at, end, chunk)]
+    pin = meta.etag or None
+    if version_id is not None or len(cuts) < 2 or ahead < 2:
+        for low, high in cuts:
+            yield store.backend.get(key, low, high, if_match=pin, version_id=version_id)[1]
+        return
+    requests = (ReadRequest(key, low, high, if_match=pin) for low, high in cuts)
+    for result in store.read_many(requests, max_bytes=ahead * chunk, concurrency=ahead):
+        yield result.data
+
+
+class TarSource:
+    """Forward access to a tar stream for `tar.walk`: `read` at rising offsets."""
+
+    meta: ObjectMeta
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """The bytes there, fewer only at the end of the stream."""
+        raise NotImplementedError
+
+
+class RangeSource(TarSource):
+    """A plain tar in a store, by ranged GETs.
+
+    While headers lie close together the windows grow and everything is read in large pieces; where
+    large members lie between them only the headers' surroundings are fetched.
+    """
+
+    SMALL: Final = 64 << 10
+    LARGE: Final = 8 << 20
+
+    def __init__(self, store: ObjectStore, key: str, *, etag: str | None = None) -> None:
+        self._store = store
+        self._key = key
+        self._window_size = self.SMALL
+        self._start = 0
+        self.meta, self._window = get_from_start(store, key, 0, self.SMALL, etag=etag)
+        self.bytes_read = len(self._window)
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """See `TarSource.read`."""
+        end = min(offset + size, self.meta.size)
+        if offset >= end:
+            return b""
+        low = offset - self._start
+        high = self._start + len(self._window)
+        if low < 0 or end > high:
+            near = low >= 0 and offset - high <= self._window_size
+            self._window_size = min(self._window_size * 2, self.LARGE) if near else self.SMALL
+            stop = min(offset + max(size, self._window_size), self.meta.size)
+            _, self._window = self._store.backend.get(self._key, offset, stop, if_match=self.meta.etag or None)
+            self._start = offset
+            self.bytes_read += len(self._window)
+            low = 0
+        return memoryview(self._window)[low : low + (end - offset)]
+
+
+class StreamSource(TarSource):
+    """A compressed tar, decompressed from its beginning in bounded memory."""
+
+    def __init__(self, store: ObjectStore, key: str, compression: str, *, etag: str | None = None) -> None:
+        self.meta, chunks = read_chunks(store, key, etag=etag)
+        self._plain = decompressor(compression, chunks)
+        self._buffer = bytearray()
+        self._start = 0
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """See `TarSource.read`; `offset` may not lie before the last one asked for."""
+        while self._start + len(self._buffer) < offset + size:
+            skip = min(offset - self._start, len(self._buffer))
+            if skip > 0:
+                del self._buffer[:skip]
+                self._start += skip
+            piece = next(self._plain, None)
+            if piece is None:
+                break
+            if not self._buffer and self._start + len(piece) <= offset:
+                self._start += len(piece)
+            else:
+                self._buffer += piece
+        low = offset - self._start
+        return bytes(self._buffer[low : low + size])
