@@ -168,7 +168,7 @@ def from_status(
         hint = f"set region={region!r}" if region else "check region and credentials (an answer to HEAD has no reason in it)"
     elif kind is IntegrityError:
         retryable = True  # the bytes were damaged on their way; nothing was stored
-    elif kind is ConflictError and (where.op == "complete_multipart" or (code or "").startswith("Bucket")):
+    elif kind is ConflictError and (where.op == "complete upload" or (code or "").startswith("Bucket")):
         retryable = False  # the upload has to be made again from its start
     if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
         retryable = True  # once fresh credentials are there

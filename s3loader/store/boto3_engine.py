@@ -1,0 +1,388 @@
+"""The boto3 engine: every verb of S3, on any server, after fork, and over a user's own client.
+
+It is the slow one (0.5-2 CPU-s per GB) and the one that can do everything: what the direct and
+obstore engines lack (versions, multipart control, reports of deletes, odd keys) ends here.
+Uploads carry their CRC32C as a signed header, so that the server refuses damaged bytes and the
+ETag of a single put stays the MD5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from s3loader.checksum import crc32c_base64
+from s3loader.config import S3Settings
+from s3loader.credentials import CredentialsSource
+from s3loader.errors import (
+    BucketNotFoundError,
+    ObjectNotFoundError,
+    RangeError,
+    StoreError,
+    UnsupportedOperationError,
+)
+from s3loader.store.boto3_client import BotoClient
+from s3loader.store.boto3_copy import copy_parts
+from s3loader.store.boto3_shapes import (
+    bare_etag,
+    body,
+    body_range,
+    check_etag,
+    conditions,
+    described,
+    listed,
+    meta_of,
+    read_body,
+    version,
+)
+from s3loader.store.listing import key_bytes
+from s3loader.store.options import StoreOptions
+from s3loader.store.s3errors import Condition, Where, condition_of, from_status
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+)
+from s3loader.units import MIB
+
+__all__ = ["Boto3Backend"]
+
+_DELETE_BATCH: Final = 1000
+_ONE_COPY: Final = 5 << 30
+"""The most bytes of one CopyObject."""
+_THROUGH: Final = 64 * MIB
+"""A conditional copy up to this size goes through this process."""
+# characters that an XML 1.0 document cannot hold, so that DeleteObjects cannot name the key
+_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\r")
+
+
+class Boto3Backend:
+    """One bucket over boto3.
+
+    Args:
+        bucket: Its name.
+        settings: Endpoint, region, CA bundle, addressing.
+        credentials: Shared with the other engines.
+        options: Timeouts.
+        s3_client: A boto3 client to use in place of our own.
+    """
+
+    engine: Final = "boto3"
+    PUT_LIMIT: Final = 5 << 30
+    """Most bytes of one put."""
+
+    def __init__(
+        self,
+        bucket: str,
+        settings: S3Settings,
+        *,
+        credentials: CredentialsSource | None = None,
+        options: StoreOptions | None = None,
+        s3_client: Any = None,
+    ) -> None:
+        self.bucket = bucket
+        self.url = f"s3://{bucket}"
+        self._options = options or StoreOptions()
+        self._settings = settings
+        self._credentials = credentials or CredentialsSource(settings, unsigned=self._options.unsigned)
+        self._client = BotoClient(bucket, settings, self._credentials, self._options, s3_client)
+        self._bucket_seen = False
+        # a user's client that asks for no checksums knows its server
+        config = getattr(getattr(s3_client, "meta", None), "config", None)
+        self._checksums = s3_client is None or getattr(config, "request_checksum_calculation", None) != "when_required"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.bucket, self._settings, self._credentials, self._options, self._client.given)
+
+    # reading
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        if end is not None and end <= start:
+            return self._get_nothing(key, start, if_match, version_id), b""
+        where = Where("get", self._client.at(key), "read")
+        try:
+            answer = self._open("get", key, start, end, if_match, version_id)
+        except RangeError:
+            if end is not None:
+                raise
+            return self._get_nothing(key, start, if_match, version_id), b""  # from the very end on there is nothing
+        stream = answer["Body"]
+        try:
+            length, size = body_range(answer, start, end, where)
+            check_etag(answer, if_match, where)
+            data = bytearray(length)
+            read_body(stream, memoryview(data), where)
+        except Exception as error:  # noqa: BLE001 - anything that breaks a body: the connection is of no use any more
+            stream.close()
+            self._client.fail(error, where)
+        return meta_of(key, answer, size), data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        if not len(buffer):
+            return self._get_nothing(key, start, if_match, None)
+        end = start + len(buffer)
+        where = Where("read", self._client.at(key), "read")
+        answer = self._open("read", key, start, end, if_match, None)
+        stream = answer["Body"]
+        try:
+            length, size = body_range(answer, start, end, where)
+            check_etag(answer, if_match, where)
+            if length < len(buffer):
+                raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="read", url=where.url)
+            read_body(stream, buffer, where)
+        except Exception as error:  # noqa: BLE001 - as in get
+            stream.close()
+            self._client.fail(error, where)
+        return meta_of(key, answer, size)
+
+    def _open(
+        self, verb: str, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
+    ) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"Key": key}
+        if start or end is not None:
+            parameters["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
+        if if_match is not None:
+            parameters["IfMatch"] = f'"{bare_etag(if_match)}"'
+        if version_id is not None:
+            parameters["VersionId"] = version_id
+        return self._client.call(verb, "get_object", key, parameters, "read")
+
+    def _get_nothing(self, key: str, start: int, if_match: str | None, version_id: str | None) -> ObjectMeta:
+        """An empty range: S3 has no way to ask for one, so the object is only looked at."""
+        meta = self.head(key, version_id=version_id)
+        where = Where("get", self._client.at(key), "read")
+        if if_match is not None and meta.etag != bare_etag(if_match):
+            raise from_status(412, None, "its ETag is not the one asked for", where)
+        if start > meta.size:
+            raise RangeError(f"it has {meta.size} bytes, asked for them from {start} on", op="get", url=where.url)
+        return meta
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        parameters = {"VersionId": version_id} if version_id is not None else {}
+        try:
+            answer = self._client.call("head", "head_object", key, {"Key": key, **parameters})
+        except ObjectNotFoundError as error:
+            self._blame_bucket(error, key)
+            raise
+        return meta_of(key, answer)
+
+    def _blame_bucket(self, error: ObjectNotFoundError, key: str) -> None:
+        """An answer to HEAD has no body: ask, once, whether it is the bucket that is missing."""
+        if self._bucket_seen or isinstance(error, BucketNotFoundError):
+            return
+        try:
+            self._client.call("head", "head_bucket", "", {})
+        except ObjectNotFoundError:
+            raise from_status(404, "NoSuchBucket", "there is no such bucket", Where("head", self._client.at(key))) from None
+        except StoreError:
+            return  # not allowed to ask, or not answered: then the object's error stands
+        self._bucket_seen = True
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`."""
+        parameters: dict[str, Any] = {"Key": key, "Body": body(data), **described(content_type, metadata), **conditions(mode)}
+        answer = self._upload("put", "put_object", key, data, condition_of(mode), parameters)
+        size = len(parameters["Body"])
+        return PutResult(key, bare_etag(answer.get("ETag")), size, version(answer))
+
+    def _upload(
+        self, verb: str, operation: str, key: str, data: Buffer, condition: Condition, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not self._checksums:
+            return self._client.call(verb, operation, key, parameters, condition)
+        try:
+            return self._client.call(verb, operation, key, {**parameters, "ChecksumCRC32C": crc32c_base64(data)}, condition)
+        except UnsupportedOperationError:
+            self._checksums = False  # 501: a server that does not know the header
+            return self._client.call(verb, operation, key, parameters, condition)
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        try:
+            self._client.call("delete", "delete_object", key, {"Key": key})
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """See `Backend.delete_many`: 1000 keys a request; one by one where the server has no DeleteObjects."""
+        failures: list[DeleteFailure] = []
+        plain = [key for key in dict.fromkeys(keys) if not _NOT_XML.search(key)]
+        single = [key for key in dict.fromkeys(keys) if _NOT_XML.search(key)]
+        for at in range(0, len(plain), _DELETE_BATCH):
+            batch = plain[at : at + _DELETE_BATCH]
+            try:
+                failures += self._delete_batch(batch)
+            except StoreError as error:
+                if error.status not in (400, 405, 501):
+                    raise
+                single += batch
+        for key in single:
+            try:
+                self.delete(key)
+            except BucketNotFoundError:
+                raise
+            except StoreError as error:
+                failures.append(DeleteFailure(key, error))
+        return failures
+
+    def _delete_batch(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        answer = self._client.call("delete", "delete_objects", "", {"Delete": wanted})
+        failures = []
+        for entry in answer.get("Errors") or ():
+            key = entry.get("Key", "")
+            error = from_status(None, entry.get("Code"), entry.get("Message") or "", Where("delete", self._client.at(key)))
+            if not isinstance(error, ObjectNotFoundError):
+                failures.append(DeleteFailure(key, error))
+        return failures
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`. Over 5 GiB it goes part by part.
+
+        Few servers know conditions on a copy and those that do not ignore them silently. So a
+        conditional copy ends in the write that most of them honour: a put, through this process,
+        up to 64 MiB; the completion of a multipart upload above.
+        """
+        meta = self.head(source)
+        if condition_of(mode) is None and meta.size <= _ONE_COPY:
+            return self._copy_whole(meta, target)
+        if meta.size <= _THROUGH:
+            meta, data = self.get(source, if_match=meta.etag)
+            return self.put(target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata)
+        return self._copy_parts(meta, target, mode)
+
+    def _copy_whole(self, source: ObjectMeta, target: str) -> PutResult:
+        parameters = {
+            "Key": target,
+            "CopySource": {"Bucket": self.bucket, "Key": source.key},
+            "CopySourceIfMatch": f'"{source.etag}"',
+        }
+        answer = self._client.call("copy", "copy_object", source.key, parameters, "read")
+        etag = bare_etag((answer.get("CopyObjectResult") or {}).get("ETag"))
+        return PutResult(target, etag or self.head(target).etag, source.size, version(answer))
+
+    def _copy_parts(self, source: ObjectMeta, target: str, mode: PutMode) -> PutResult:
+        upload_id = self.create_multipart(target, content_type=source.content_type, metadata=source.metadata)
+        try:
+            parts = copy_parts(self._client, source, target, upload_id)
+            return self.complete_multipart(target, upload_id, parts, mode=mode)
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self.abort_multipart(target, upload_id)
+            raise
+
+    # listing
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`: one page of 1000 at a time."""
+        parameters: dict[str, Any] = {"Prefix": prefix}
+        if delimiter:
+            parameters["Delimiter"] = delimiter
+        if start_after:
+            parameters["StartAfter"] = start_after
+        while True:
+            page = self._client.call("list", "list_objects_v2", prefix, parameters)
+            entries: list[ObjectMeta | CommonPrefix] = [listed(entry) for entry in page.get("Contents") or ()]
+            entries += [CommonPrefix(entry["Prefix"]) for entry in page.get("CommonPrefixes") or ()]
+            entries.sort(key=lambda entry: key_bytes(entry.key))
+            self._bucket_seen = True
+            yield from entries
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated"):
+                return
+            if not token or token == parameters.get("ContinuationToken"):
+                raise StoreError("the server's listing does not go on", op="list", url=self._client.at(prefix))
+            parameters["ContinuationToken"] = token
+
+    # multipart
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`. The upload is declared to carry CRC32C part by part."""
+        parameters: dict[str, Any] = {"Key": key, **described(content_type, metadata)}
+        if self._checksums:
+            parameters["ChecksumAlgorithm"] = "CRC32C"
+        answer = self._client.call("create upload", "create_multipart_upload", key, parameters)
+        return str(answer["UploadId"])
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        parameters: dict[str, Any] = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": body(data)}
+        answer = self._upload("upload part", "upload_part", key, data, None, parameters)
+        checksum = crc32c_base64(data) if self._checksums else None
+        return PartResult(number, bare_etag(answer.get("ETag")), len(parameters["Body"]), checksum)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`. An upload without parts becomes an empty object."""
+        uploaded = [*parts] or [self.upload_part(key, upload_id, 1, b"")]
+        wanted = [
+            {
+                "PartNumber": part.number,
+                "ETag": f'"{part.etag}"',
+                **({"ChecksumCRC32C": part.checksum} if part.checksum else {}),
+            }
+            for part in uploaded
+        ]
+        parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": wanted}, **conditions(mode)}
+        answer = self._client.call("complete upload", "complete_multipart_upload", key, parameters, condition_of(mode))
+        etag = bare_etag(answer.get("ETag")) or self.head(key).etag  # Ceph leaves it empty
+        return PutResult(key, etag, sum(part.size for part in uploaded), version(answer))
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        try:
+            self._client.call("abort upload", "abort_multipart_upload", key, {"Key": key, "UploadId": upload_id})
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        markers: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list uploads", "list_multipart_uploads", prefix, {"Prefix": prefix, **markers})
+            for upload in page.get("Uploads") or ():
+                begun = upload.get("Initiated")
+                yield upload["Key"], upload["UploadId"], begun.timestamp() if begun is not None else None
+            after = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            after = {name: value for name, value in after.items() if value}
+            if not page.get("IsTruncated"):
+                return
+            if not after or after == markers:
+                raise StoreError("the server's listing does not go on", op="list uploads", url=self._client.at(prefix))
+            markers = after
+
+    def close(self) -> None:
+        """See `Backend.close`. A client given by the user stays open."""
+        self._client.close()
+
+
+def _rebuild(
+    bucket: str, settings: S3Settings, credentials: CredentialsSource, options: StoreOptions, client: Any
+) -> Boto3Backend:
+    return Boto3Backend(bucket, settings, credentials=credentials, options=options, s3_client=client)
