@@ -1,7 +1,28 @@
-"""For tests of and with s3loader: real S3 servers, a faulty network, a suite for any store."""
+"""For tests of and with s3loader: real S3 servers, a faulty network, a suite for any store.
+
+`StoreSuite` needs pytest; the rest does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from s3loader.testing.faults import FaultAction, Request, Rule
 from s3loader.testing.proxy import FaultProxy
 from s3loader.testing.servers import Server, ServerKind, server
 
-__all__ = ["FaultAction", "FaultProxy", "Request", "Rule", "Server", "ServerKind", "server"]
+if TYPE_CHECKING:
+    from s3loader.testing.suite import StoreSuite
+
+__all__ = ["FaultAction", "FaultProxy", "Request", "Rule", "Server", "ServerKind", "StoreSuite", "server"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StoreSuite":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import pytest
+
+    pytest.register_assert_rewrite("s3loader.testing.suite")
+    from s3loader.testing.suite import StoreSuite
+
+    return StoreSuite

@@ -91,7 +91,7 @@ class Server:
 
         # Neither the user's profile nor their files have a say here.
         nothing = {"profile": (None, None, None, None)}
-        nothing |= {name: (None, None, os.devnull, None) for name in ("config_file", "credentials_file")}
+        nothing |= dict.fromkeys(("config_file", "credentials_file"), (None, None, os.devnull, None))
         session = boto3.session.Session(botocore_session=botocore.session.Session(nothing))
         return session.client(
             "s3",

@@ -1,0 +1,143 @@
+"""The conformance suite on every store we ship: memory, files, and three S3 servers through each engine."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from s3loader.store import ObjectStore, StoreOptions, open_store
+from s3loader.testing import Server, ServerKind, StoreSuite
+from s3loader.types import Capabilities
+
+EVERYTHING = Capabilities(
+    create=True, update=True, multipart_create=True, multipart_update=True, get_if_match=True, upload_checksum=True
+)
+NOTHING = Capabilities(
+    create=False, update=False, multipart_create=False, multipart_update=False, get_if_match=False, upload_checksum=False
+)
+MOTO = Capabilities(
+    create=True, update=True, multipart_create=True, multipart_update=False, get_if_match=True, upload_checksum=False
+)
+SECRET = "loopback/only/never/a/real/secret/000001"
+WRONG = "this/is/not/the/secret/of/the/server/002"
+
+
+class TestMemory(StoreSuite):
+    shared = False
+    capabilities = EVERYTHING
+
+    @pytest.fixture
+    def store(self) -> Iterator[ObjectStore]:
+        with open_store(f"memory://{uuid.uuid4().hex}/some/folder") as store:
+            yield store
+
+
+class TestFile(StoreSuite):
+    capabilities = EVERYTHING
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[ObjectStore]:
+        root = tmp_path / "ünï #root"
+        root.mkdir()
+        with open_store(f"file://{root}") as store:
+            yield store
+        left = [path for path in root.rglob(".s3loader*") if path.is_file()]
+        assert left == [], "temporary files were left behind"
+
+
+class S3Suite(StoreSuite):
+    """An S3 server through one engine."""
+
+    kind: ClassVar[ServerKind]
+    engine: ClassVar[Any]
+    secrets = (SECRET, WRONG)
+    server: Server
+    bucket: str
+
+    @pytest.fixture(autouse=True)
+    def _server(self, servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str]) -> None:
+        self.server = servers(self.kind)
+        self.bucket = shared_bucket(self.kind)
+
+    @pytest.fixture
+    def store(self, _server: None) -> Iterator[ObjectStore]:
+        with self.server.open_store(f"{self.bucket}/{uuid.uuid4().hex}", engine=self.engine) as store:
+            yield store
+
+    @pytest.fixture
+    def crowded(self, crowded_bucket: Callable[[ServerKind], str]) -> Iterator[ObjectStore]:
+        with self.server.open_store(crowded_bucket(self.kind), engine=self.engine) as store:
+            yield store
+
+    def broken(self, store: ObjectStore, how: Literal["bucket", "credentials", "endpoint"]) -> ObjectStore | None:
+        options: dict[str, Any] = {
+            "engine": self.engine,
+            "options": StoreOptions(max_attempts=2, connect_timeout=2, read_timeout=5, retry_budget=5),
+        }
+        if how == "bucket":
+            return self.server.open_store("there-is-no-such-bucket", **options)
+        if how == "credentials":
+            if self.kind != "rclone":
+                return None  # the others take any signature
+            return self.server.open_store(self.bucket, secret_access_key=WRONG, **options)
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        return self.server.open_store(self.bucket, endpoint_url=url, **options)
+
+
+class MiniStack(S3Suite):
+    kind = "ministack"
+    capabilities = EVERYTHING
+
+
+class Moto(S3Suite):
+    kind = "moto"
+    capabilities = MOTO
+
+
+class RClone(S3Suite):
+    kind = "rclone"
+    capabilities = NOTHING
+    mangled_keys = frozenset({"trail/", "n" * 1024, "n" * 1025})  # a folder; a file name that is too long
+    delimiters = ("/",)
+
+
+class TestMiniStackDirect(MiniStack):
+    engine = "direct"
+
+
+class TestMiniStackObstore(MiniStack):
+    engine = "obstore"
+
+
+class TestMiniStackBoto3(MiniStack):
+    engine = "boto3"
+
+
+class TestMotoDirect(Moto):
+    engine = "direct"
+
+
+class TestMotoObstore(Moto):
+    engine = "obstore"
+
+
+class TestMotoBoto3(Moto):
+    engine = "boto3"
+
+
+class TestRCloneDirect(RClone):
+    engine = "direct"
+
+
+class TestRCloneObstore(RClone):
+    engine = "obstore"
+
+
+class TestRCloneBoto3(RClone):
+    engine = "boto3"
