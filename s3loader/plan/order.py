@@ -1,0 +1,305 @@
+"""Which sample comes at which position: four orders, each a pure bijection of ``[0, samples)``.
+
+`docs/order-and-resume.md` specifies them well enough to write them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+
+from s3loader.errors import PlanError
+from s3loader.plan.permutation import MAX_SIZE, Int64Array, derive, derive_each, permute, unpermute
+from s3loader.plan.spec import OrderSpec
+
+__all__ = ["BlockOrder", "FullOrder", "Order", "SequentialOrder", "ShardOrder", "Units", "make_order"]
+
+_BLOCKS: Final = 1
+_WINDOWS: Final = 2
+_RUNS: Final = 3
+_FULL: Final = 4
+_SHARDS: Final = 5
+
+
+class Units(NamedTuple):
+    """What is best fetched whole for each of some positions; int64 arrays of their length."""
+
+    start: Int64Array
+    """First sample of the block."""
+    length: Int64Array
+    """Samples in it; 0 where the sample is best fetched by itself, with its neighbours in the look-ahead."""
+    until: Int64Array
+    """No position from here on needs this block."""
+
+
+def no_units(size: int) -> Units:
+    """All zero."""
+    zeros = np.zeros(size, dtype=np.int64)
+    return Units(zeros, zeros, zeros)
+
+
+def join_units(parts: Sequence[tuple[Int64Array, Units]], size: int) -> Units:
+    """Scatter ``(where, units)`` parts into one of `size`."""
+    out = Units(*(np.zeros(size, dtype=np.int64) for _ in range(3)))
+    for where, part in parts:
+        for target, source in zip(out, part, strict=True):
+            target[where] = source
+    return out
+
+
+class Order(Protocol):
+    """A sequence of samples per epoch. Arrays are int64; out-of-range input is the caller's mistake."""
+
+    @property
+    def size(self) -> int:
+        """Positions in an epoch."""
+        ...
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """The sample at each position."""
+        ...
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
+        ...
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """What to fetch for `positions`, whose samples are `samples`."""
+        ...
+
+
+class SequentialOrder:
+    """``shuffle="none"``: as stored."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        return positions
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        return samples
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """See `Order`."""
+        return no_units(len(positions))
+
+
+class FullOrder:
+    """``shuffle="full"``: one permutation of all samples."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        return permute(positions, self.size, derive(self.seed, epoch, _FULL))
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        return unpermute(samples, self.size, derive(self.seed, epoch, _FULL))
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """See `Order`."""
+        return no_units(len(positions))
+
+
+class ShardOrder:
+    """``shuffle="shard"``: shards in permuted order, samples of a shard as stored."""
+
+    def __init__(self, counts: Int64Array, seed: int) -> None:
+        self.size = int(counts.sum())
+        self.seed = seed
+        self._counts = counts
+        self._starts = np.cumsum(counts) - counts
+        self._epoch = -1
+        self._order = self._ends = counts  # replaced by `_at`
+
+    def _at(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """(permuted shard numbers, ends of their positions) of `epoch`."""
+        if epoch != self._epoch:
+            shards = len(self._counts)
+            self._order = permute(np.arange(shards, dtype=np.int64), shards, derive(self.seed, epoch, _SHARDS))
+            self._ends = np.cumsum(self._counts[self._order])
+            self._epoch = epoch
+        return self._order, self._ends
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        order, ends = self._at(epoch)
+        slot = np.searchsorted(ends, positions, side="right")
+        shard = order[slot]
+        return self._starts[shard] + positions - (ends[slot] - self._counts[shard])
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        _, ends = self._at(epoch)
+        shard = np.searchsorted(self._starts + self._counts, samples, side="right")
+        slot = unpermute(shard.astype(np.int64), len(self._counts), derive(self.seed, epoch, _SHARDS))
+        return samples - self._starts[shard] + ends[slot] - self._counts[shard]
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """See `Order`."""
+        return no_units(len(positions))
+
+
+class BlockOrder:
+    """``shuffle="block"``: permuted blocks dealt to lanes, lanes taken in turn, windows of a lane shuffled.
+
+    Attributes:
+        lane_samples: Positions below this lie in lanes; the rest is the end of the epoch, in runs.
+    """
+
+    def __init__(self, size: int, spec: OrderSpec) -> None:
+        self.size = size
+        self.spec = spec
+        m, lanes, c = spec.block, spec.lanes, spec.chunk
+        self.full_blocks = size // m
+        self.lane_blocks = self.full_blocks // lanes
+        self.lane_used = self.lane_blocks * m // c * c
+        """Samples of each lane that whole rounds cover."""
+        self.lane_samples = self.lane_used * lanes
+        self._rest = self.lane_blocks * m - self.lane_used
+        self._whole_runs = (size - self.lane_samples) // spec.run
+
+    # -- lanes -------------------------------------------------------------------------------
+
+    def first_window(self, lane: Int64Array) -> Int64Array:
+        """Blocks in the first window of each lane, 1 to `window`: lanes must not all need new blocks at once."""
+        return 1 + lane * self.spec.window // self.spec.lanes
+
+    def window_span(self, lane: Int64Array, offset: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """(number, first sample offset, end) of the window that holds each offset of a lane."""
+        m, w = self.spec.block, self.spec.window
+        first = self.first_window(lane) * m
+        number = np.where(offset < first, 0, (offset - first) // (w * m) + 1)
+        start = np.where(number == 0, 0, first + (number - 1) * (w * m))
+        end = np.where(number == 0, first, start + w * m)
+        return number, start, np.minimum(end, self.lane_blocks * m)
+
+    def _shuffle_in_windows(self, lane: Int64Array, offset: Int64Array, epoch: int, *, inverse: bool) -> Int64Array:
+        number, start, end = self.window_span(lane, offset)
+        keys = derive_each(derive(self.spec.seed, epoch, _WINDOWS), lane, number)
+        sizes, inner = end - start, offset - start
+        out = np.empty_like(offset)
+        step = unpermute if inverse else permute
+        for size in np.unique(sizes):  # few: the first windows', the full ones', the last ones'
+            here = np.flatnonzero(sizes == size)
+            out[here] = step(inner[here], int(size), keys[here])
+        return start + out
+
+    def _lane_to_sample(self, lane: Int64Array, offset: Int64Array, epoch: int) -> Int64Array:
+        m = self.spec.block
+        inner = self._shuffle_in_windows(lane, offset, epoch, inverse=False)
+        slot = inner // m * self.spec.lanes + lane
+        return self._blocks(slot, epoch, inverse=False) * m + inner % m
+
+    def _blocks(self, numbers: Int64Array, epoch: int, *, inverse: bool) -> Int64Array:
+        step = unpermute if inverse else permute
+        return step(numbers, self.full_blocks, derive(self.spec.seed, epoch, _BLOCKS))
+
+    def lane_of(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """(lane, offset in it) of positions below `lane_samples`."""
+        c, lanes = self.spec.chunk, self.spec.lanes
+        turn, inner = np.divmod(positions, c)
+        around, lane = np.divmod(turn, lanes)
+        return lane, around * c + inner
+
+    def position_in_lane(self, lane: Int64Array, offset: Int64Array) -> Int64Array:
+        """The inverse of `lane_of`."""
+        c, lanes = self.spec.chunk, self.spec.lanes
+        return (offset // c * lanes + lane) * c + offset % c
+
+    # -- the end of the epoch ----------------------------------------------------------------
+
+    def _runs(self, tail: Int64Array, epoch: int, *, inverse: bool) -> Int64Array:
+        g = self.spec.run
+        number, inner = np.divmod(tail, g)
+        whole = number < self._whole_runs
+        step = unpermute if inverse else permute
+        number[whole] = step(number[whole], self._whole_runs, derive(self.spec.seed, epoch, _RUNS))
+        return number * g + inner
+
+    def _tail_to_sample(self, tail: Int64Array, epoch: int) -> Int64Array:
+        m, lanes, rest = self.spec.block, self.spec.lanes, self._rest
+        index = self._runs(tail, epoch, inverse=False)
+        out = np.empty_like(index)
+        in_lane = index < lanes * rest
+        if in_lane.any():
+            lane, offset = np.divmod(index[in_lane], rest)
+            out[in_lane] = self._lane_to_sample(lane, self.lane_used + offset, epoch)
+        slot, inner = np.divmod(index[~in_lane] - lanes * rest, m)
+        slot += self.lane_blocks * lanes
+        block = np.full_like(slot, self.full_blocks)  # the last, partial block stays where it is
+        full = slot < self.full_blocks
+        block[full] = self._blocks(slot[full], epoch, inverse=False)
+        out[~in_lane] = block * m + inner
+        return out
+
+    # -- both ways ---------------------------------------------------------------------------
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        in_lane = positions < self.lane_samples
+        if in_lane.all():
+            return self._lane_to_sample(*self.lane_of(positions), epoch)
+        out = np.empty_like(positions)
+        if in_lane.any():
+            out[in_lane] = self._lane_to_sample(*self.lane_of(positions[in_lane]), epoch)
+        out[~in_lane] = self._tail_to_sample(positions[~in_lane] - self.lane_samples, epoch)
+        return out
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """See `Order`."""
+        m, lanes = self.spec.block, self.spec.lanes
+        block, inner = np.divmod(samples, m)
+        slot = block.copy()
+        full = block < self.full_blocks
+        slot[full] = self._blocks(block[full], epoch, inverse=True)
+        tail = (slot - self.lane_blocks * lanes) * m + inner + lanes * self._rest
+        out = np.empty_like(samples)
+        in_lane = slot < self.lane_blocks * lanes
+        lane, offset = slot[in_lane] % lanes, slot[in_lane] // lanes * m + inner[in_lane]
+        offset = self._shuffle_in_windows(lane, offset, epoch, inverse=True)
+        tail[in_lane] = lane * self._rest + offset - self.lane_used
+        used = np.zeros_like(in_lane)
+        used[in_lane] = offset < self.lane_used
+        out[used] = self.position_in_lane(lane, offset)[offset < self.lane_used]
+        out[~used] = self.lane_samples + self._runs(tail[~used], epoch, inverse=True)
+        return out
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """See `Order`: in lanes the block, until its window is over."""
+        out = no_units(len(positions))
+        here = np.flatnonzero(positions < self.lane_samples)
+        if here.size == 0:
+            return out
+        lane, offset = self.lane_of(positions[here])
+        _, _, end = self.window_span(lane, offset)
+        last = np.minimum(end, self.lane_used) - 1
+        m = self.spec.block
+        block = Units(samples[here] // m * m, np.full(here.size, m), self.position_in_lane(lane, last) + 1)
+        return join_units([(here, block)], len(positions))
+
+
+def make_order(counts: Int64Array, spec: OrderSpec) -> Order:
+    """The order `spec` describes, over shards of `counts` samples each.
+
+    Raises:
+        PlanError: more than 2**62 samples.
+    """
+    size = int(counts.sum())
+    if size > MAX_SIZE:
+        raise PlanError(f"too many samples: {size}")
+    if spec.shuffle == "block":
+        return BlockOrder(size, spec)
+    if spec.shuffle == "full":
+        return FullOrder(size, spec.seed)
+    if spec.shuffle == "shard":
+        return ShardOrder(counts, spec.seed)
+    return SequentialOrder(size)
