@@ -2,13 +2,15 @@
 
 It is the slow one (0.5-2 CPU-s per GB) and the one that can do everything: what the direct and
 obstore engines lack (versions, multipart control, reports of deletes, odd keys) ends here.
-Uploads carry their CRC32C as a signed header, so that the server refuses damaged bytes and the
-ETag of a single put stays the MD5.
+Uploads carry their CRC32C as a signed header (a Content-MD5 where the server refuses that), so that
+damaged bytes are not stored and the ETag of a single put stays the MD5.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -21,7 +23,6 @@ from s3loader.errors import (
     ObjectNotFoundError,
     RangeError,
     StoreError,
-    UnsupportedOperationError,
 )
 from s3loader.store.boto3_client import BotoClient
 from s3loader.store.boto3_copy import copy_parts
@@ -35,6 +36,7 @@ from s3loader.store.boto3_shapes import (
     listed,
     meta_of,
     read_body,
+    refuses_checksums,
     version,
 )
 from s3loader.store.listing import key_bytes
@@ -93,9 +95,10 @@ class Boto3Backend:
         self._credentials = credentials or CredentialsSource(settings, unsigned=self._options.unsigned)
         self._client = BotoClient(bucket, settings, self._credentials, self._options, s3_client)
         self._bucket_seen = False
-        # a user's client that asks for no checksums knows its server
+        self._etag_told = False
+        # False once the server refused one; a user's client that asks for none knows its server
         config = getattr(getattr(s3_client, "meta", None), "config", None)
-        self._checksums = s3_client is None or getattr(config, "request_checksum_calculation", None) != "when_required"
+        self.checksums: bool = s3_client is None or getattr(config, "request_checksum_calculation", None) != "when_required"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.bucket, self._settings, self._credentials, self._options, self._client.given)
@@ -209,13 +212,19 @@ class Boto3Backend:
     def _upload(
         self, verb: str, operation: str, key: str, data: Buffer, condition: Condition, parameters: dict[str, Any]
     ) -> dict[str, Any]:
-        if not self._checksums:
-            return self._client.call(verb, operation, key, parameters, condition)
-        try:
-            return self._client.call(verb, operation, key, {**parameters, "ChecksumCRC32C": crc32c_base64(data)}, condition)
-        except UnsupportedOperationError:
-            self._checksums = False  # 501: a server that does not know the header
-            return self._client.call(verb, operation, key, parameters, condition)
+        if self.checksums:
+            checked = {**parameters, "ChecksumCRC32C": crc32c_base64(data)}
+            try:
+                return self._client.call(verb, operation, key, checked, condition)
+            except StoreError as error:
+                if not refuses_checksums(error):
+                    raise
+        if self._client.given is None:  # a user's client adds the checksum of its own choice
+            digest = hashlib.md5(data, usedforsecurity=False).digest()
+            parameters = {**parameters, "ContentMD5": base64.b64encode(digest).decode("ascii")}
+        answer = self._client.call(verb, operation, key, parameters, condition)
+        self.checksums = False  # it was the checksum, then
+        return answer
 
     def delete(self, key: str) -> None:
         """See `Backend.delete`."""
@@ -322,16 +331,21 @@ class Boto3Backend:
     def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
         """See `Backend.create_multipart`. The upload is declared to carry CRC32C part by part."""
         parameters: dict[str, Any] = {"Key": key, **described(content_type, metadata)}
-        if self._checksums:
-            parameters["ChecksumAlgorithm"] = "CRC32C"
-        answer = self._client.call("create upload", "create_multipart_upload", key, parameters)
+        declared = {**parameters, "ChecksumAlgorithm": "CRC32C"} if self.checksums else parameters
+        try:
+            answer = self._client.call("create upload", "create_multipart_upload", key, declared)
+        except StoreError as error:
+            if not self.checksums or not refuses_checksums(error):
+                raise
+            answer = self._client.call("create upload", "create_multipart_upload", key, parameters)
+            self.checksums = False
         return str(answer["UploadId"])
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
         """See `Backend.upload_part`."""
         parameters: dict[str, Any] = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": body(data)}
         answer = self._upload("upload part", "upload_part", key, data, None, parameters)
-        checksum = crc32c_base64(data) if self._checksums else None
+        checksum = crc32c_base64(data) if self.checksums else None
         return PartResult(number, bare_etag(answer.get("ETag")), len(parameters["Body"]), checksum)
 
     def complete_multipart(
@@ -349,8 +363,20 @@ class Boto3Backend:
         ]
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": wanted}, **conditions(mode)}
         answer = self._client.call("complete upload", "complete_multipart_upload", key, parameters, condition_of(mode))
-        etag = bare_etag(answer.get("ETag")) or self.head(key).etag  # Ceph leaves it empty
-        return PutResult(key, etag, sum(part.size for part in uploaded), version(answer))
+        size = sum(part.size for part in uploaded)
+        return PutResult(key, self._etag_made(key, bare_etag(answer.get("ETag")), size), size, version(answer))
+
+    def _etag_made(self, key: str, told: str, size: int) -> str:
+        """The ETag that reads will show: Ceph tells none here and rclone another one, so the first
+        completion is compared with the object, and where they differ every one is."""
+        if self._etag_told and told:
+            return told
+        try:
+            meta = self.head(key)
+        except StoreError:
+            return told  # the upload is complete; not being able to look at it is no failure of it
+        self._etag_told = meta.etag == told
+        return meta.etag if meta.size == size else told
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """See `Backend.abort_multipart`."""

@@ -21,6 +21,7 @@ __all__ = [
     "listed",
     "meta_of",
     "read_body",
+    "refuses_checksums",
     "version",
 ]
 
@@ -89,6 +90,11 @@ def read_body(body: Any, into: memoryview, where: Where) -> None:
     if direct:
         response.close()  # all of it is read: the connection itself stays open
         raw.release_conn()
+
+
+def refuses_checksums(error: StoreError) -> bool:
+    """Whether an upload may have failed because of its checksum header: its kind is not known there."""
+    return error.status == 501 or (error.status == 400 and error.code in ("InvalidRequest", "InvalidArgument", None))
 
 
 def check_etag(answer: Mapping[str, Any], if_match: str | None, where: Where) -> None:

@@ -164,6 +164,8 @@ def from_status(
         hint = f"this machine's clock is {_skew(headers)}: set it by NTP"
     elif kind is AccessDeniedError and hint is None:
         hint = "the credentials may not do this: check the policy of the bucket and of the user"
+        if where.op == "head" and code is None:
+            hint = "check the credentials and the bucket's policy (an answer to HEAD has no reason in it)"
     elif status == 400 and code is None and where.op == "head":
         hint = f"set region={region!r}" if region else "check region and credentials (an answer to HEAD has no reason in it)"
     elif kind is IntegrityError:
