@@ -23,15 +23,21 @@ class Group:
 
     name: str
     requirements: tuple[str, ...]
-    modules: tuple[str, ...]
-    """What must import once it is made."""
 
 
 TORCH = "torch==2.13.0"
 GET = Group(
     "get",
-    (TORCH, "numpy", "obstore==0.12.1", "boto3==1.44.5", "s3torchconnector==1.5.0", "s3dlio==0.10.0", "safetensors==0.8.0"),
-    ("obstore", "boto3", "s3torchconnector", "s3dlio", "safetensors"),
+    (
+        TORCH,
+        "numpy",
+        "obstore==0.12.1",
+        "boto3==1.44.5",
+        "s3torchconnector==1.5.0",
+        "s3dlio==0.10.0",
+        "safetensors==0.8.0",
+        "tenacity",
+    ),
 )
 LOAD = Group(
     "load",
@@ -44,9 +50,7 @@ LOAD = Group(
         "s3dlio==0.10.0",
         "obstore==0.12.1",
     ),
-    ("webdataset", "litdata", "streaming", "s3torchconnector", "s3dlio"),
 )
-S3FS = Group("s3fs", (TORCH, "numpy", "s3fs>=2025.1"), ("s3fs", "torch"))
 
 
 def python(group: Group) -> tuple[Path | None, str]:

@@ -38,12 +38,12 @@ def need(*programs: str) -> None:
             raise Unavailable(f"{name} is not installed" + (f" ({hint})" if hint else ""))
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """Compile limit.c and sink.c into `folder`."""
+def build(folder: Path, *names: str) -> list[Path]:
+    """Compile ``NAME.c`` into `folder`, for each of `names`; returns the programs."""
     need("cc")
-    for name in ("limit", "sink"):
+    for name in names:
         subprocess.run(["cc", "-O2", "-Wall", "-o", str(folder / name), str(HERE / f"{name}.c"), "-lpthread"], check=True)
-    return folder / "limit", folder / "sink"
+    return [folder / name for name in names]
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def sink(binary: Path) -> Iterator[int]:
-    """Run the upload sink; yields its port."""
+def started(binary: Path) -> Iterator[int]:
+    """Run one of our C servers (sink, s3server); yields its port."""
     process = subprocess.Popen([str(binary)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -137,10 +137,10 @@ def sink(binary: Path) -> Iterator[int]:
         process.stdout.close()
 
 
-def sink_requests(port: int) -> int:
-    """Requests the sink has answered so far."""
+def stats(port: int) -> dict[str, int]:
+    """What one of our C servers has seen so far: ``requests`` and bytes."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/__stats", timeout=10) as answer:
-        return int(json.load(answer)["requests"])
+        return dict(json.load(answer))
 
 
 @dataclass(frozen=True)

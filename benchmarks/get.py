@@ -307,14 +307,14 @@ def main(argv: list[str] | None = None) -> int:
         peers, why = _peers.python(_peers.GET)
         with tempfile.TemporaryDirectory(prefix="s3loader-bench-") as name:
             folder = Path(name)
-            limit, sink = _servers.build(folder)
+            limit, sink = _servers.build(folder, "limit", "sink")
             used = {c.layout.name for c in chosen if c.verb == "read"}
             _servers.make_objects(
                 folder / "data",
                 [c.layout for c in cases(args.quick) if c.name.startswith("read-http-") and c.layout.name in used],
             )
             with (
-                _servers.sink(sink) as port,
+                _servers.started(sink) as port,
                 _servers.nginx(folder / "nginx", folder / "data", sink_port=port, workers=args.workers) as web,
             ):
                 world = World(limit, web, port, peers, why, folder / "data", budget)
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
                 for case in chosen:
                     print(f"[{time.monotonic() - began:4.0f} s] {case.name}", file=sys.stderr, flush=True)
                     makers = {c.name: maker(case, c, world) for c in case.contenders(args.clients)}
-                    seen = web.requests if case.verb == "read" else lambda: _servers.sink_requests(port)
+                    seen = web.requests if case.verb == "read" else lambda: _servers.stats(port)["requests"]
                     results[case.name], found = run_case(makers, rounds=args.rounds, requests=seen)
                     versions.update(found)
                     print(f"\n{case.title}\n{table(results[case.name])}\n", flush=True)

@@ -1,0 +1,627 @@
+/* An S3 server in memory, fast enough not to be what a benchmark measures.
+ *
+ * Thread per connection, path-style URLs, signatures not checked, no TLS. It knows: PUT, GET with
+ * ranges, HEAD, DELETE, CopyObject, ListObjectsV2, DeleteObjects and multipart uploads; If-Match and
+ * If-None-Match on GET, PUT and CompleteMultipartUpload; user metadata; aws-chunked bodies. A body
+ * lies in pieces of at most 1 MiB that are reused; a multipart upload is completed without a copy.
+ * GET /__stats tells requests and body bytes, in and out; PUT /__delay/MICROSECONDS makes every
+ * later request wait that long first, as a distant store does.
+ *
+ * usage: s3server [PORT]
+ */
+#define _GNU_SOURCE
+#include "http.h"
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+
+enum { PIECE = 1 << 20, SMALL = 1 << 16, PARTS = 10001, KEY = 2048 };
+
+struct blob { /* bytes, shared by reference */
+    int refs;
+    size_t size, count;
+    char **pieces; /* `count` of them; all PIECE long but the last, or one malloc of `size` where size <= SMALL */
+};
+
+struct object { /* what a key names; immutable once it can be found */
+    int refs;
+    size_t size, count;
+    struct blob **blobs; /* one, or one per part */
+    char etag[64], type[128], *metadata; /* metadata: header lines */
+    time_t modified;
+};
+
+struct upload {
+    char id[40], key[KEY], type[128], *metadata;
+    struct blob *parts[PARTS];
+    struct upload *next;
+};
+
+struct entry {
+    char *key;
+    struct object *object;
+};
+
+static pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER; /* guards entries and uploads */
+static struct entry *entries;
+static size_t entry_count, entry_room;
+static struct upload *uploads;
+static unsigned long serial, requests, bytes_in, bytes_out, delay_us;
+
+static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
+static void *pool; /* free pieces, linked through their first word */
+
+static char *take_piece(void) {
+    pthread_mutex_lock(&pool_lock);
+    if (!pool) { /* 64 at a time, on huge pages where the kernel has them */
+        char *slab = mmap(NULL, (size_t)PIECE * 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (slab == MAP_FAILED) { perror("mmap"); exit(1); }
+        madvise(slab, (size_t)PIECE * 64, MADV_HUGEPAGE);
+        for (int i = 0; i < 64; i++) {
+            *(void **)(slab + (size_t)i * PIECE) = pool;
+            pool = slab + (size_t)i * PIECE;
+        }
+    }
+    char *piece = pool;
+    pool = *(void **)piece;
+    pthread_mutex_unlock(&pool_lock);
+    return piece;
+}
+
+static void give_piece(char *piece) {
+    pthread_mutex_lock(&pool_lock);
+    *(void **)piece = pool;
+    pool = piece;
+    pthread_mutex_unlock(&pool_lock);
+}
+
+static struct blob *blob_new(size_t size) {
+    struct blob *b = calloc(1, sizeof *b);
+    b->refs = 1;
+    b->size = size;
+    b->count = size <= SMALL ? 1 : (size + PIECE - 1) / PIECE;
+    b->pieces = malloc(b->count * sizeof *b->pieces);
+    for (size_t i = 0; i < b->count; i++) b->pieces[i] = size <= SMALL ? malloc(size + 1) : take_piece();
+    return b;
+}
+
+static void blob_drop(struct blob *b) {
+    if (!b || __atomic_sub_fetch(&b->refs, 1, __ATOMIC_ACQ_REL)) return;
+    for (size_t i = 0; i < b->count; i++) {
+        if (b->size <= SMALL) free(b->pieces[i]);
+        else give_piece(b->pieces[i]);
+    }
+    free(b->pieces);
+    free(b);
+}
+
+static void object_drop(struct object *o) {
+    if (!o || __atomic_sub_fetch(&o->refs, 1, __ATOMIC_ACQ_REL)) return;
+    for (size_t i = 0; i < o->count; i++) blob_drop(o->blobs[i]);
+    free(o->blobs);
+    free(o->metadata);
+    free(o);
+}
+
+/* Where `key` is, or where it would be; `found` tells which. */
+static size_t position(const char *key, int *found) {
+    size_t low = 0, high = entry_count;
+    *found = 0;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int order = strcmp(entries[middle].key, key);
+        if (order < 0) low = middle + 1;
+        else high = middle, *found |= !order;
+    }
+    return low;
+}
+
+static struct object *find(const char *key) {
+    int found;
+    pthread_rwlock_rdlock(&lock);
+    size_t at = position(key, &found);
+    struct object *o = found ? entries[at].object : NULL;
+    if (o) __atomic_add_fetch(&o->refs, 1, __ATOMIC_RELAXED);
+    pthread_rwlock_unlock(&lock);
+    return o;
+}
+
+/* Put (or, with no object, delete) under the two conditions; returns an HTTP status. */
+static int store(const char *key, struct object *o, const char *if_match, int if_none) {
+    int found;
+    pthread_rwlock_wrlock(&lock);
+    size_t at = position(key, &found);
+    int status = 200;
+    if (found && if_none) status = 412;
+    else if (*if_match && !found) status = 404;
+    else if (*if_match && strcmp(entries[at].object->etag, if_match)) status = 412;
+    else if (found && o) {
+        object_drop(entries[at].object);
+        entries[at].object = o;
+    } else if (found) {
+        object_drop(entries[at].object);
+        free(entries[at].key);
+        memmove(entries + at, entries + at + 1, (--entry_count - at) * sizeof *entries);
+    } else if (o) {
+        if (entry_count == entry_room) entries = realloc(entries, (entry_room = entry_room * 2 + 1024) * sizeof *entries);
+        memmove(entries + at + 1, entries + at, (entry_count++ - at) * sizeof *entries);
+        entries[at] = (struct entry){strdup(key), o};
+    }
+    pthread_rwlock_unlock(&lock);
+    return status;
+}
+
+static int receive(struct stream *s, struct blob *b, size_t at, size_t length) {
+    while (length) {
+        char *to = b->size <= SMALL ? b->pieces[0] + at : b->pieces[at / PIECE] + at % PIECE;
+        size_t room = b->size <= SMALL ? b->size - at : PIECE - at % PIECE;
+        size_t want = length < room ? length : room, n = want < held(s) ? want : held(s);
+        if (n) {
+            memcpy(to, s->data + s->at, n);
+            s->at += n;
+        } else {
+            ssize_t got = recv(s->fd, to, want, MSG_WAITALL);
+            if (got <= 0) return 0;
+            n = (size_t)got;
+        }
+        at += n;
+        length -= n;
+    }
+    return 1;
+}
+
+/* A body of plain bytes, or in aws-chunked (inside HTTP's own chunks too, where the client does both). */
+static struct blob *receive_body(struct stream *s, const struct request *r) {
+    char value[64], line[1024];
+    int decoded = header(r, "x-amz-decoded-content-length:", value, sizeof value);
+    struct blob *b = blob_new(decoded ? strtoul(value, NULL, 10) : r->length);
+    if (!decoded && !r->chunked) {
+        if (receive(s, b, 0, r->length)) return b;
+        blob_drop(b);
+        return NULL;
+    }
+    for (size_t at = 0; !(decoded && r->chunked);) {
+        if (!read_line(s, line, sizeof line)) break;
+        size_t length = strtoul(line, NULL, 16);
+        if (!length) { /* trailers, up to an empty line */
+            do {
+                if (!read_line(s, line, sizeof line)) goto broken;
+            } while (*line);
+            if (at == b->size) return b;
+            break;
+        }
+        if (at + length > b->size || !receive(s, b, at, length) || !read_line(s, line, sizeof line)) break;
+        at += length;
+    }
+broken:
+    blob_drop(b);
+    return NULL;
+}
+
+static int reply(int fd, const char *status, const char *headers, const char *body) {
+    char head[1024];
+    int n = snprintf(head, sizeof head, "HTTP/1.1 %s\r\nServer: bench\r\nContent-Type: application/xml\r\nx-amz-request-id: 1\r\nContent-Length: %zu\r\n",
+                     status, strlen(body));
+    struct iovec iov[] = {{head, (size_t)n}, {(char *)headers, strlen(headers)}, {"\r\n", 2}, {(char *)body, strlen(body)}};
+    size_t total = (size_t)n + strlen(headers) + 2 + strlen(body);
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 4};
+    ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+    if (sent == (ssize_t)total) return 1;
+    for (int i = 0; sent >= 0 && i < 4; i++) { /* a long listing into a full socket */
+        size_t skip = (size_t)sent < iov[i].iov_len ? (size_t)sent : iov[i].iov_len;
+        sent -= (ssize_t)skip;
+        if (!say(fd, (char *)iov[i].iov_base + skip, iov[i].iov_len - skip)) return 0;
+    }
+    return sent >= 0;
+}
+
+static int fail(int fd, int status, const char *method) {
+    const char *line = status == 404 ? "404 Not Found" : status == 412 ? "412 Precondition Failed" : status == 416 ? "416 Range Not Satisfiable" : status == 501 ? "501 Not Implemented" : "400 Bad Request";
+    const char *code = status == 404 ? "NoSuchKey" : status == 412 ? "PreconditionFailed" : status == 416 ? "InvalidRange" : status == 501 ? "NotImplemented" : "InvalidRequest";
+    char body[256];
+    snprintf(body, sizeof body, "<?xml version=\"1.0\"?><Error><Code>%s</Code><Message>%s</Message></Error>", code, code);
+    if (strcmp(method, "HEAD")) return reply(fd, line, "", body);
+    char head[256];
+    int n = snprintf(head, sizeof head, "HTTP/1.1 %s\r\nServer: bench\r\nContent-Length: 0\r\n\r\n", line);
+    return say(fd, head, (size_t)n);
+}
+
+static void unquote(const char *from, const char *end, char *to, size_t room) {
+    for (; from < end && room > 1; from++, room--) {
+        unsigned byte;
+        if (*from == '%' && end - from > 2 && sscanf(from + 1, "%2x", &byte) == 1) *to++ = (char)byte, from += 2;
+        else *to++ = *from == '+' ? ' ' : *from;
+    }
+    *to = 0;
+}
+
+static int parameter(const char *query, const char *name, char *out, size_t room) {
+    size_t n = strlen(name);
+    for (const char *p = query; p && *p; p = strchr(p, '&')) {
+        if (*p == '&' || *p == '?') p++;
+        size_t length = strcspn(p, "&");
+        if (length >= n && !strncmp(p, name, n) && (p[n] == '=' || p[n] == '&' || !p[n])) {
+            unquote(p[n] == '=' ? p + n + 1 : p + n, p + length, out, room);
+            return 1;
+        }
+    }
+    if (room) *out = 0;
+    return 0;
+}
+
+static void etag_of(const struct request *r, const char *name, char *out, size_t room) {
+    char value[128];
+    header(r, name, value, sizeof value);
+    char *v = value;
+    if (*v == '"') v++;
+    snprintf(out, room, "%.*s", (int)strcspn(v, "\""), v);
+}
+
+static char *metadata_of(const struct request *r) {
+    char *lines = calloc(1, HEADERS), *to = lines;
+    for (const char *line = strchr(r->headers, '\n'); line; line = strchr(line, '\n')) {
+        line++;
+        if (strncasecmp(line, "x-amz-meta-", 11)) continue;
+        size_t n = strcspn(line, "\r\n");
+        memcpy(to, line, n);
+        memcpy(to + n, "\r\n", 2);
+        to += n + 2;
+    }
+    return realloc(lines, (size_t)(to - lines) + 1);
+}
+
+static struct object *object_new(struct blob **blobs, size_t count, const char *type, char *metadata, int parts) {
+    struct object *o = calloc(1, sizeof *o);
+    o->refs = 1;
+    o->blobs = blobs;
+    o->count = count;
+    for (size_t i = 0; i < count; i++) o->size += blobs[i]->size;
+    unsigned long n = __atomic_add_fetch(&serial, 1, __ATOMIC_RELAXED);
+    if (parts) snprintf(o->etag, sizeof o->etag, "%016lx%016lx-%d", n * 0x9e3779b97f4a7c15UL, n, parts);
+    else snprintf(o->etag, sizeof o->etag, "%016lx%016lx", n * 0x9e3779b97f4a7c15UL, n);
+    snprintf(o->type, sizeof o->type, "%s", *type ? type : "binary/octet-stream");
+    o->metadata = metadata;
+    o->modified = time(NULL);
+    return o;
+}
+
+static void checksum_line(const struct request *r, char *out, size_t room) {
+    char value[64];
+    *out = 0;
+    if (header(r, "x-amz-checksum-crc32c:", value, sizeof value)) snprintf(out, room, "x-amz-checksum-crc32c: %s\r\n", value);
+}
+
+static int send_object(struct stream *s, const struct request *r, const char *key) {
+    char range[64], match[128], head[HEADERS + 1024], date[64], where[96] = "";
+    struct object *o = find(key);
+    if (!o) return fail(s->fd, 404, r->method);
+    etag_of(r, "if-match:", match, sizeof match);
+    size_t start = 0, end = o->size;
+    int partial = header(r, "range:", range, sizeof range) && !strncmp(range, "bytes=", 6), status = 0;
+    if (*match && strcmp(match, o->etag)) status = 412;
+    if (partial) {
+        char *dash = strchr(range, '-');
+        if (range[6] == '-') start = strtoul(range + 7, NULL, 10) < o->size ? o->size - strtoul(range + 7, NULL, 10) : 0;
+        else {
+            start = strtoul(range + 6, NULL, 10);
+            if (dash && dash[1] && strtoul(dash + 1, NULL, 10) + 1 < end) end = strtoul(dash + 1, NULL, 10) + 1;
+        }
+        if (start >= o->size) status = status ? status : 416;
+        snprintf(where, sizeof where, "Content-Range: bytes %zu-%zu/%zu\r\n", start, end - 1, o->size);
+    }
+    if (status) {
+        object_drop(o);
+        return fail(s->fd, status, r->method);
+    }
+    struct tm tm;
+    gmtime_r(&o->modified, &tm);
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", &tm);
+    int n = snprintf(head, sizeof head,
+                     "HTTP/1.1 %s\r\nServer: bench\r\nContent-Length: %zu\r\nContent-Type: %s\r\nETag: \"%s\"\r\nLast-Modified: %s\r\n"
+                     "Accept-Ranges: bytes\r\nx-amz-request-id: 1\r\n%s%s\r\n",
+                     partial ? "206 Partial Content" : "200 OK", end - start, o->type, o->etag, date, where, o->metadata);
+    int ok = 1, first = 1;
+    size_t left = strcmp(r->method, "HEAD") ? end - start : 0, blob = 0, at = start;
+    while (blob + 1 < o->count && at >= o->blobs[blob]->size) at -= o->blobs[blob++]->size;
+    while (ok && (first || left)) { /* the head goes out with the first pieces */
+        struct iovec iov[9];
+        int count = 0;
+        size_t total = 0;
+        if (first) iov[count++] = (struct iovec){head, (size_t)n}, total += (size_t)n;
+        while (count < 9 && left) {
+            struct blob *b = o->blobs[blob];
+            if (at >= b->size) { at = 0, blob++; continue; }
+            size_t room = b->size <= SMALL ? b->size - at : PIECE - at % PIECE;
+            if (room > b->size - at) room = b->size - at;
+            if (room > left) room = left;
+            iov[count++] = (struct iovec){b->size <= SMALL ? b->pieces[0] + at : b->pieces[at / PIECE] + at % PIECE, room};
+            total += room, at += room, left -= room;
+        }
+        first = 0;
+        for (struct iovec *v = iov; ok && total;) {
+            struct msghdr message = {.msg_iov = v, .msg_iovlen = (size_t)(iov + count - v)};
+            ssize_t sent = sendmsg(s->fd, &message, MSG_NOSIGNAL);
+            if (sent <= 0) ok = 0;
+            else for (total -= (size_t)sent; sent;) {
+                size_t step = (size_t)sent < v->iov_len ? (size_t)sent : v->iov_len;
+                v->iov_base = (char *)v->iov_base + step, v->iov_len -= step, sent -= (ssize_t)step;
+                if (!v->iov_len) v++;
+            }
+        }
+    }
+    if (strcmp(r->method, "HEAD")) __atomic_fetch_add(&bytes_out, end - start, __ATOMIC_RELAXED);
+    object_drop(o);
+    return ok;
+}
+
+static int finish_put(struct stream *s, const struct request *r, const char *key, struct object *o, int multipart) {
+    char match[128], none[16], extra[512], sum[128], body[512];
+    char etag[64];
+    snprintf(etag, sizeof etag, "%s", o->etag); /* once stored, the object may go at any time */
+    etag_of(r, "if-match:", match, sizeof match);
+    int status = store(key, o, match, header(r, "if-none-match:", none, sizeof none) && *none == '*');
+    if (status != 200) {
+        object_drop(o);
+        return fail(s->fd, status, r->method);
+    }
+    checksum_line(r, sum, sizeof sum);
+    snprintf(extra, sizeof extra, "ETag: \"%s\"\r\n%s", etag, sum);
+    snprintf(body, sizeof body, "<?xml version=\"1.0\"?><CompleteMultipartUploadResult><Location>x</Location><Bucket>bucket</Bucket><Key>key</Key><ETag>&quot;%s&quot;</ETag></CompleteMultipartUploadResult>", etag);
+    return reply(s->fd, "200 OK", extra, multipart ? body : "");
+}
+
+static int copy(struct stream *s, const struct request *r, const char *key) {
+    char source[KEY], plain[KEY], body[512];
+    header(r, "x-amz-copy-source:", source, sizeof source);
+    char *from = *source == '/' ? source + 1 : source;
+    unquote(from, from + strlen(from), plain, sizeof plain);
+    struct object *old = find(plain);
+    if (!old) return fail(s->fd, 404, r->method);
+    struct blob **blobs = malloc(old->count * sizeof *blobs);
+    for (size_t i = 0; i < old->count; i++) __atomic_add_fetch(&(blobs[i] = old->blobs[i])->refs, 1, __ATOMIC_RELAXED);
+    struct object *o = object_new(blobs, old->count, old->type, strdup(old->metadata), 0);
+    object_drop(old);
+    char match[128], none[16], etag[64];
+    snprintf(etag, sizeof etag, "%s", o->etag);
+    etag_of(r, "if-match:", match, sizeof match);
+    int status = store(key, o, match, header(r, "if-none-match:", none, sizeof none) && *none == '*');
+    if (status != 200) {
+        object_drop(o);
+        return fail(s->fd, status, r->method);
+    }
+    snprintf(body, sizeof body, "<?xml version=\"1.0\"?><CopyObjectResult><ETag>&quot;%s&quot;</ETag><LastModified>2025-01-01T00:00:00.000Z</LastModified></CopyObjectResult>", etag);
+    return reply(s->fd, "200 OK", "", body);
+}
+
+static struct upload *find_upload(const char *id) { /* with the lock held */
+    struct upload *u = uploads;
+    while (u && strcmp(u->id, id)) u = u->next;
+    return u;
+}
+
+static struct upload *take_upload(const char *id) {
+    pthread_rwlock_wrlock(&lock);
+    struct upload *u = find_upload(id), **link = &uploads;
+    if (u) {
+        while (*link != u) link = &(*link)->next;
+        *link = u->next;
+    }
+    pthread_rwlock_unlock(&lock);
+    return u;
+}
+
+static void upload_free(struct upload *u) {
+    for (int i = 0; i < PARTS; i++) blob_drop(u->parts[i]);
+    free(u->metadata);
+    free(u);
+}
+
+static int begin_upload(struct stream *s, const struct request *r, const char *key) {
+    char body[512];
+    struct upload *u = calloc(1, sizeof *u);
+    snprintf(u->id, sizeof u->id, "upload-%lu", __atomic_add_fetch(&serial, 1, __ATOMIC_RELAXED));
+    snprintf(u->key, sizeof u->key, "%s", key);
+    header(r, "content-type:", u->type, sizeof u->type);
+    u->metadata = metadata_of(r);
+    snprintf(body, sizeof body, "<?xml version=\"1.0\"?><InitiateMultipartUploadResult><Bucket>bucket</Bucket><Key>key</Key><UploadId>%s</UploadId></InitiateMultipartUploadResult>", u->id);
+    pthread_rwlock_wrlock(&lock);
+    u->next = uploads;
+    uploads = u;
+    pthread_rwlock_unlock(&lock);
+    return reply(s->fd, "200 OK", "", body);
+}
+
+static int put_part(struct stream *s, const struct request *r, const char *id, int number) {
+    char extra[256], sum[128];
+    struct blob *b = receive_body(s, r);
+    if (!b) return 0;
+    __atomic_fetch_add(&bytes_in, b->size, __ATOMIC_RELAXED);
+    pthread_rwlock_wrlock(&lock);
+    struct upload *u = number > 0 && number < PARTS ? find_upload(id) : NULL;
+    struct blob *old = u ? u->parts[number] : b;
+    if (u) u->parts[number] = b;
+    pthread_rwlock_unlock(&lock);
+    blob_drop(old);
+    if (!u) return fail(s->fd, 404, r->method);
+    checksum_line(r, sum, sizeof sum);
+    snprintf(extra, sizeof extra, "ETag: \"%032d\"\r\n%s", number, sum);
+    return reply(s->fd, "200 OK", extra, "");
+}
+
+static int complete(struct stream *s, const struct request *r, const char *id) {
+    struct blob *body = receive_body(s, r); /* the list of parts: all that came, in order, are taken */
+    if (!body) return 0;
+    blob_drop(body);
+    struct upload *u = take_upload(id);
+    if (!u) return fail(s->fd, 404, r->method);
+    size_t count = 0;
+    struct blob **blobs = malloc(PARTS * sizeof *blobs);
+    for (int i = 0; i < PARTS; i++)
+        if (u->parts[i]) __atomic_add_fetch(&(blobs[count++] = u->parts[i])->refs, 1, __ATOMIC_RELAXED);
+    struct object *o = object_new(realloc(blobs, (count + 1) * sizeof *blobs), count, u->type, strdup(u->metadata), (int)count);
+    int ok = finish_put(s, r, u->key, o, 1);
+    upload_free(u);
+    return ok;
+}
+
+static void xml(FILE *out, const char *text, int quoted) {
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (quoted && !((c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || strchr("-_.~/", c))) fprintf(out, "%%%02X", c);
+        else if (c == '<') fputs("&lt;", out);
+        else if (c == '>') fputs("&gt;", out);
+        else if (c == '&') fputs("&amp;", out);
+        else fputc(c, out);
+    }
+}
+
+static int list(struct stream *s, const char *bucket, const char *query) {
+    char prefix[KEY], delimiter[16], after[KEY], token[KEY], text[32], full[KEY + 256], last[KEY] = "", folder[KEY] = "";
+    size_t root = strlen(bucket) + 1, limit = 1000, count = 0, length;
+    parameter(query, "prefix", prefix, sizeof prefix);
+    parameter(query, "delimiter", delimiter, sizeof delimiter);
+    parameter(query, "start-after", after, sizeof after);
+    if (parameter(query, "continuation-token", token, sizeof token)) snprintf(after, sizeof after, "%s", token);
+    if (parameter(query, "max-keys", text, sizeof text)) limit = strtoul(text, NULL, 10);
+    if (limit > 1000) limit = 1000;
+    int quoted = parameter(query, "encoding-type", text, sizeof text), more = 0, found;
+    char *buffer;
+    FILE *out = open_memstream(&buffer, &length);
+    fprintf(out, "<?xml version=\"1.0\"?><ListBucketResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Name>%s</Name><MaxKeys>%zu</MaxKeys>", bucket, limit);
+    if (quoted) fputs("<EncodingType>url</EncodingType>", out);
+    fputs("<Prefix>", out), xml(out, prefix, quoted), fputs("</Prefix>", out);
+    pthread_rwlock_rdlock(&lock);
+    snprintf(full, sizeof full, "%s/%s", bucket, strcmp(after, prefix) > 0 ? after : prefix);
+    for (size_t i = position(full, &found); i < entry_count; i++) {
+        const char *key = entries[i].key + root;
+        if (strncmp(entries[i].key, bucket, root - 1) || entries[i].key[root - 1] != '/' || strncmp(key, prefix, strlen(prefix))) break;
+        if (*after && strcmp(key, after) <= 0) continue;
+        if (*after && *delimiter && !strncmp(key, after, strlen(after)) && strstr(after + strlen(prefix) * (strlen(after) >= strlen(prefix)), delimiter)) continue;
+        const char *cut = *delimiter ? strstr(key + strlen(prefix), delimiter) : NULL;
+        if (cut && *folder && !strncmp(key, folder, strlen(folder))) continue;
+        if (count == limit) { more = 1; break; }
+        count++;
+        if (cut) {
+            snprintf(folder, sizeof folder, "%.*s", (int)(cut - key + (long)strlen(delimiter)), key);
+            fputs("<CommonPrefixes><Prefix>", out), xml(out, folder, quoted), fputs("</Prefix></CommonPrefixes>", out);
+            snprintf(last, sizeof last, "%s", folder);
+            continue;
+        }
+        snprintf(last, sizeof last, "%s", key);
+        fputs("<Contents><Key>", out), xml(out, key, quoted);
+        fprintf(out, "</Key><LastModified>2025-01-01T00:00:00.000Z</LastModified><ETag>&quot;%s&quot;</ETag><Size>%zu</Size><StorageClass>STANDARD</StorageClass></Contents>",
+                entries[i].object->etag, entries[i].object->size);
+    }
+    pthread_rwlock_unlock(&lock);
+    fprintf(out, "<KeyCount>%zu</KeyCount><IsTruncated>%s</IsTruncated>", count, more ? "true" : "false");
+    if (more) fputs("<NextContinuationToken>", out), xml(out, last, 0), fputs("</NextContinuationToken>", out);
+    fputs("</ListBucketResult>", out);
+    fclose(out);
+    int ok = reply(s->fd, "200 OK", "", buffer);
+    free(buffer);
+    return ok;
+}
+
+static int delete_many(struct stream *s, const struct request *r, const char *bucket) {
+    struct blob *b = receive_body(s, r);
+    if (!b) return 0;
+    char *text = malloc(b->size + 1), *key, full[KEY + 256];
+    for (size_t i = 0, at = 0; i < b->count; i++) {
+        size_t n = b->size - at < PIECE ? b->size - at : PIECE;
+        memcpy(text + at, b->pieces[i], n);
+        at += n;
+    }
+    text[b->size] = 0;
+    for (key = text; (key = strstr(key, "<Key>"));) {
+        key += 5;
+        char *end = strstr(key, "</Key>");
+        if (!end) break;
+        *end = 0;
+        char *to = key;
+        for (char *from = key; *from; to++) { /* the five entities of XML */
+            static const char *names[] = {"&amp;", "&lt;", "&gt;", "&quot;", "&#39;", NULL};
+            int k = 0;
+            while (names[k] && strncmp(from, names[k], strlen(names[k]))) k++;
+            *to = names[k] ? "&<>\"'"[k] : *from;
+            from += names[k] ? strlen(names[k]) : 1;
+        }
+        *to = 0;
+        snprintf(full, sizeof full, "%s/%s", bucket, key);
+        store(full, NULL, "", 0);
+        key = end + 1;
+    }
+    free(text);
+    blob_drop(b);
+    return reply(s->fd, "200 OK", "", "<?xml version=\"1.0\"?><DeleteResult></DeleteResult>");
+}
+
+static int stats(struct stream *s) {
+    char body[256];
+    snprintf(body, sizeof body, "{\"requests\": %lu, \"bytes_in\": %lu, \"bytes_out\": %lu, \"objects\": %zu}\n", requests, bytes_in, bytes_out, entry_count);
+    return reply(s->fd, "200 OK", "", body);
+}
+
+static int answer(struct stream *s, const struct request *r) {
+    char path[KEY], id[64], number[16], bucket[256], source[8];
+    const char *query = strchr(r->target, '?'), *end = query ? query : r->target + strlen(r->target);
+    const char *m = r->method;
+    char raw[TARGET];
+    snprintf(raw, sizeof raw, "%.*s", (int)(end - r->target), r->target);
+    for (char *p = raw; *p; p++) if (*p == '+') *p = 1; /* a plus in a path is a plus */
+    unquote(raw + 1, raw + strlen(raw), path, sizeof path);
+    for (char *p = path; *p; p++) if (*p == 1) *p = '+';
+    query = query ? query : "";
+    snprintf(bucket, sizeof bucket, "%.*s", (int)strcspn(path, "/"), path);
+    const char *key = path[strlen(bucket)] ? path + strlen(bucket) + 1 : "";
+    if (!strcmp(r->target, "/__stats")) return stats(s);
+    if (!strncmp(r->target, "/__delay/", 9)) {
+        delay_us = strtoul(r->target + 9, NULL, 10);
+        return drop(s, r->length) && reply(s->fd, "200 OK", "", "");
+    }
+    __atomic_fetch_add(&requests, 1, __ATOMIC_RELAXED);
+    if (delay_us) usleep((useconds_t)delay_us);
+    int has_id = parameter(query, "uploadId", id, sizeof id);
+    if (!*key) {
+        if (!strcmp(m, "GET") && strstr(query, "uploads") && !strstr(query, "prefix=uploads"))
+            return reply(s->fd, "200 OK", "", "<?xml version=\"1.0\"?><ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>");
+        if (!strcmp(m, "GET")) return list(s, bucket, query);
+        if (!strcmp(m, "POST")) return delete_many(s, r, bucket);
+        return drop(s, r->length) && reply(s->fd, "200 OK", "", "");
+    }
+    if (!strcmp(m, "GET") || !strcmp(m, "HEAD")) return send_object(s, r, path);
+    if (!strcmp(m, "PUT") && has_id && parameter(query, "partNumber", number, sizeof number)) return put_part(s, r, id, atoi(number));
+    if (!strcmp(m, "PUT") && header(r, "x-amz-copy-source:", source, sizeof source)) return copy(s, r, path);
+    if (!strcmp(m, "PUT")) {
+        char type[128];
+        struct blob *b = receive_body(s, r), **blobs;
+        if (!b) return 0;
+        __atomic_fetch_add(&bytes_in, b->size, __ATOMIC_RELAXED);
+        blobs = malloc(sizeof *blobs);
+        *blobs = b;
+        header(r, "content-type:", type, sizeof type);
+        return finish_put(s, r, path, object_new(blobs, 1, type, metadata_of(r), 0), 0);
+    }
+    if (!strcmp(m, "POST") && has_id) return complete(s, r, id);
+    if (!strcmp(m, "POST")) return drop(s, r->length) && begin_upload(s, r, path);
+    if (!strcmp(m, "DELETE")) {
+        struct upload *u = has_id ? take_upload(id) : NULL;
+        if (u) upload_free(u);
+        if (!has_id) store(path, NULL, "", 0);
+        const char *gone = "HTTP/1.1 204 No Content\r\nServer: bench\r\n\r\n";
+        return say(s->fd, gone, strlen(gone));
+    }
+    return fail(s->fd, 501, m);
+}
+
+static void *serve(void *argument) {
+    struct stream *s = argument;
+    struct request *r = malloc(sizeof *r);
+    while (read_head(s, r) && answer(s, r)) {}
+    close(s->fd);
+    free(r);
+    free(s);
+    return NULL;
+}
+
+int main(int argc, char **argv) { return listen_forever(argc > 1 ? atoi(argv[1]) : 0, serve); }
