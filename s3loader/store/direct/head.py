@@ -1,0 +1,191 @@
+"""The head of an HTTP/1.1 answer (RFC 9112), read strictly.
+
+This engine takes one kind of answer: complete, of known length, and exactly what was asked for.
+`OddAnswer` is everything else; whoever catches it closes the connection and leaves the request to
+the general engine.
+"""
+
+from __future__ import annotations
+
+import re
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+from s3loader.types import ObjectMeta
+
+__all__ = ["MAX_HEAD", "Head", "OddAnswer", "check_read", "parse_head"]
+
+MAX_HEAD: Final = 16 * 1024
+"""Bytes; no S3 server writes nearly as much."""
+
+_STATUS: Final = re.compile(rb"HTTP/1\.1 ([1-5]\d\d)(?: [^\x00-\x08\x0a-\x1f]*)?")
+_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_LENGTH: Final = re.compile(rb"\d{1,18}")
+_RANGE: Final = re.compile(rb"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+
+_LENGTH_NAME, _RANGE_NAME, _ETAG_NAME, _CONNECTION_NAME, _CRC_NAME, _VERSION_NAME, _FORBIDDEN, _OTHER = range(8)
+_ROLES: Final = {
+    b"content-length": _LENGTH_NAME,
+    b"content-range": _RANGE_NAME,
+    b"etag": _ETAG_NAME,
+    b"connection": _CONNECTION_NAME,
+    b"x-amz-checksum-crc32c": _CRC_NAME,
+    b"x-amz-version-id": _VERSION_NAME,
+    b"transfer-encoding": _FORBIDDEN,
+    b"upgrade": _FORBIDDEN,
+}
+_role_of: dict[bytes, int] = {}
+"""Roles of the names as this process has met them, in whatever case."""
+
+
+class OddAnswer(Exception):  # noqa: N818 - internal: a finding, which never reaches the user
+    """The answer is not one that this engine takes; says why."""
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Head:
+    """What was said before the body."""
+
+    __slots__ = ("checksum", "etag", "first", "keep_alive", "last", "length", "raw", "size", "status", "version_id")
+
+    def __init__(self, raw: bytes, status: int) -> None:
+        self.raw = raw
+        self.status = status
+        self.length = -1
+        """Content-Length in bytes."""
+        self.first = -1
+        """First byte of Content-Range; -1 where there is none."""
+        self.last = -1
+        self.size = -1
+        """Size of the whole object by Content-Range, in bytes."""
+        self.etag = ""
+        """Without quotes."""
+        self.checksum = ""
+        """``x-amz-checksum-crc32c``."""
+        self.version_id: str | None = None
+        self.keep_alive = True
+
+    def headers(self) -> dict[str, str]:
+        """All header lines: names in lower case, the last of equal names wins."""
+        lines = (line.partition(b":") for line in self.raw[:-4].split(b"\r\n")[1:])
+        return {name.decode("latin-1").lower(): value.strip(b" \t").decode("utf-8", "replace") for name, _, value in lines}
+
+    def meta(self, key: str) -> ObjectMeta:
+        """The object that was described."""
+        headers = self.headers()
+        try:
+            modified = parsedate_to_datetime(headers["last-modified"]).timestamp()
+        except (KeyError, ValueError):
+            modified = None
+        prefix = "x-amz-meta-"
+        return ObjectMeta(
+            key,
+            self.size,
+            self.etag,
+            modified,
+            headers.get("content-type"),
+            self.version_id,
+            {name[len(prefix) :]: value for name, value in headers.items() if name.startswith(prefix)},
+        )
+
+
+def parse_head(raw: bytes) -> Head:
+    """Read a head: all bytes up to and with its empty line.
+
+    Raises:
+        OddAnswer: it breaks the grammar, leaves the length of the body open, or names one thing twice.
+    """
+    lines = raw[:-4].split(b"\r\n")
+    match = _STATUS.fullmatch(lines[0])
+    if match is None:
+        raise OddAnswer("not an HTTP/1.1 status line")
+    status = int(match[1])
+    if raw.count(b"\n") != len(lines) + 1 or raw.count(b"\r") != len(lines) + 1 or b"\0" in raw:
+        raise OddAnswer("stray control characters in the head", status)
+    head = Head(raw, status)
+    seen = 0
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        role = _role_of.get(name)
+        if role is None:
+            role = _classify(name, status)
+        if role == _OTHER:
+            continue
+        if seen & 1 << role:
+            raise OddAnswer(f"{name.decode()} is there twice", status)
+        seen |= 1 << role
+        value = value.strip(b" \t")
+        if role == _LENGTH_NAME:
+            if not _LENGTH.fullmatch(value):
+                raise OddAnswer("bad Content-Length", status)
+            head.length = int(value)
+        elif role == _ETAG_NAME:
+            head.etag = _unquote(value)
+        elif role == _RANGE_NAME:
+            match = _RANGE.fullmatch(value)
+            if match is None:
+                raise OddAnswer("bad Content-Range", status)
+            head.first, head.last, head.size = int(match[1]), int(match[2]), int(match[3])
+        elif role == _CONNECTION_NAME:
+            head.keep_alive = _stays(value, status)
+        elif role == _CRC_NAME:
+            head.checksum = value.decode("latin-1")
+        elif role == _VERSION_NAME:
+            head.version_id = value.decode("latin-1")
+        else:
+            raise OddAnswer(f"{name.decode()} is not taken", status)
+    if head.length < 0:
+        raise OddAnswer("no Content-Length", status)
+    return head
+
+
+def _classify(name: bytes, status: int) -> int:
+    if not _NAME.fullmatch(name):
+        raise OddAnswer("bad header line", status)
+    role = _ROLES.get(name.lower(), _OTHER)
+    if len(_role_of) < 512:
+        _role_of[name] = role
+    return role
+
+
+def _unquote(etag: bytes) -> str:
+    if len(etag) >= 2 and etag[:1] == etag[-1:] == b'"':
+        etag = etag[1:-1]
+    return etag.decode("latin-1")
+
+
+def _stays(value: bytes, status: int) -> bool:
+    tokens = {token.strip(b" \t").lower() for token in value.split(b",")}
+    if tokens - {b"keep-alive", b"close", b""}:
+        raise OddAnswer("unknown Connection option", status)
+    return b"close" not in tokens
+
+
+def check_read(head: Head, start: int, end: int | None, if_match: str | None) -> None:
+    """Accept the answer to a GET of bytes ``[start, end)`` (to the end of the object if `end` is
+    None) and set `head.size`, or raise.
+
+    Goes by what came, not by what was asked: a server may answer a range with ``200`` and
+    Content-Range, cut it at the object's end, or ignore Range and If-Match altogether.
+
+    Raises:
+        OddAnswer: it is not those bytes of that object.
+    """
+    status, length = head.status, head.length
+    if status != 206 and status != 200:
+        raise OddAnswer("not a success", status)
+    if head.size >= 0:
+        stop = head.size if end is None or end > head.size else end
+        if head.first != start or head.last != stop - 1 or length != stop - start or not length:
+            raise OddAnswer("another range than the one asked for", status)
+    elif status == 206:
+        raise OddAnswer("a part without Content-Range", status)
+    elif start or (end is not None and (length > end or not length)):
+        raise OddAnswer("the range was ignored", status)
+    else:
+        head.size = length
+    if if_match is not None and head.etag != if_match.strip('"'):
+        raise OddAnswer("another ETag than the one asked for", status)
