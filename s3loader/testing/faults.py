@@ -102,6 +102,8 @@ class Rule:
     status: int | None = None
     """For ``error``: 500 unless given."""
     code: str = "InternalError"
+    body: bytes | None = None
+    """For ``error``: the whole body, in place of S3's XML with `code`."""
     forward: bool = False
     at: int | None = None
     """Bytes of the body that still come; half of it where None."""
@@ -126,7 +128,9 @@ class Rule:
         re.compile(self.path)
 
     def error_body(self, path: str) -> bytes:
-        """The XML that S3 answers an error with."""
+        """`body`, or the XML that S3 answers an error with."""
+        if self.body is not None:
+            return self.body
         message = _MESSAGES.get(self.code, "A fault that a test asked for.")
         return (
             '<?xml version="1.0" encoding="UTF-8"?>\n'

@@ -64,8 +64,8 @@ class Server:
         return S3Settings(
             endpoint_url=self.endpoint_url,
             region=self.region,
-            access_key_id=self.access_key_id,
-            secret_access_key=self.secret_access_key,
+            aws_access_key_id=self.access_key_id,
+            aws_secret_access_key=self.secret_access_key,
         )
 
     @property
@@ -90,7 +90,7 @@ class Server:
         from botocore.config import Config
 
         # Neither the user's profile nor their files have a say here.
-        nothing = {"profile": (None, None, None, None)}
+        nothing: dict[str, tuple[str | None, ...]] = {"profile": (None, None, None, None)}
         nothing |= dict.fromkeys(("config_file", "credentials_file"), (None, None, os.devnull, None))
         session = boto3.session.Session(botocore_session=botocore.session.Session(nothing))
         return session.client(

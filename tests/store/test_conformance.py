@@ -49,6 +49,12 @@ class TestFile(StoreSuite):
         left = [path for path in root.rglob(".s3loader*") if path.is_file()]
         assert left == [], "temporary files were left behind"
 
+    @pytest.fixture(scope="class")
+    def crowded(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+        with open_store(tmp_path_factory.mktemp("crowded")) as store:
+            self.fill(store)
+            yield store
+
 
 class S3Suite(StoreSuite):
     """An S3 server through one engine."""

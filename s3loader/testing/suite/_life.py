@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -216,7 +217,7 @@ class LifeTests(Base):
             "endpoint": (StoreConnectionError, StoreTimeoutError),
         }[how]
         with broken:
-            calls = {
+            calls: dict[str, Callable[[], Any]] = {
                 "get": lambda: broken.get("k"),
                 "put": lambda: broken.put("k", b"x"),
                 "list": lambda: list(broken.list()),

@@ -18,7 +18,7 @@ class MultipartTests(Base):
     def _nothing_is_left(self, store: ObjectStore) -> None:
         assert list(store.backend.list_multipart()) == []
 
-    def test_pieces_become_one_object(self, store: ObjectStore) -> None:
+    def test_multipart_pieces_become_one_object(self, store: ObjectStore) -> None:
         data = random_bytes(self.big)
         writer = store.multipart("k", part_size=PART)
         view = memoryview(data)
@@ -34,7 +34,7 @@ class MultipartTests(Base):
         assert store.get("k") == data
         self._nothing_is_left(store)
 
-    def test_the_caller_may_reuse_its_buffer(self, store: ObjectStore) -> None:
+    def test_multipart_the_caller_may_reuse_its_buffer(self, store: ObjectStore) -> None:
         data = random_bytes(self.big)
         with store.multipart("k", part_size=PART) as writer:
             buffer = bytearray(1 << 20)
@@ -45,7 +45,7 @@ class MultipartTests(Base):
                 buffer[:] = bytes(len(buffer))
         assert store.get("k") == data
 
-    def test_reserve_and_commit(self, store: ObjectStore) -> None:
+    def test_multipart_reserve_and_commit(self, store: ObjectStore) -> None:
         data = random_bytes(self.big)
         with store.multipart("k", part_size=PART) as writer:
             at = 0
@@ -60,7 +60,7 @@ class MultipartTests(Base):
         assert store.get("k") == data
 
     @pytest.mark.parametrize("size", [0, 1, PART, 2 * PART])
-    def test_sizes(self, store: ObjectStore, size: int) -> None:
+    def test_multipart_sizes(self, store: ObjectStore, size: int) -> None:
         data = random_bytes(size)
         with store.multipart("k", part_size=PART) as writer:
             writer.write(data)
@@ -69,7 +69,7 @@ class MultipartTests(Base):
         assert store.get("k") == data
         self._nothing_is_left(store)
 
-    def test_abort(self, store: ObjectStore) -> None:
+    def test_multipart_abort(self, store: ObjectStore) -> None:
         store.put("k", b"old")
         writer = store.multipart("k", part_size=PART)
         writer.write(random_bytes(self.big))
@@ -81,7 +81,7 @@ class MultipartTests(Base):
         with pytest.raises(ClosedError):
             writer.write(b"more")
 
-    def test_an_exception_aborts(self, store: ObjectStore) -> None:
+    def test_multipart_an_exception_aborts(self, store: ObjectStore) -> None:
         def fail() -> None:
             with store.multipart("k", part_size=PART) as writer:
                 writer.write(random_bytes(self.big))
@@ -92,7 +92,7 @@ class MultipartTests(Base):
         assert not store.exists("k")
         self._nothing_is_left(store)
 
-    def test_close_twice_and_use_after(self, store: ObjectStore) -> None:
+    def test_multipart_close_twice_and_use_after(self, store: ObjectStore) -> None:
         writer = store.multipart("k", part_size=PART)
         writer.write(b"data")
         first = writer.close()
@@ -101,7 +101,7 @@ class MultipartTests(Base):
             writer.write(b"more")
         assert store.get("k") == b"data"
 
-    def test_metadata(self, store: ObjectStore) -> None:
+    def test_multipart_metadata(self, store: ObjectStore) -> None:
         if not self.caps(store).metadata:
             pytest.skip("the store keeps no metadata")
         with store.multipart("k", part_size=PART, content_type="text/x-test", metadata={"n": "1"}) as writer:
@@ -111,7 +111,7 @@ class MultipartTests(Base):
         assert meta.metadata.get("n") == "1"
 
     @pytest.mark.parametrize("size", [10, PART + 1])
-    def test_create(self, store: ObjectStore, size: int) -> None:
+    def test_multipart_create(self, store: ObjectStore, size: int) -> None:
         caps = self.caps(store)
         if not (caps.create and caps.multipart_create):
             pytest.skip("the store ignores the condition")
@@ -126,7 +126,7 @@ class MultipartTests(Base):
         self._nothing_is_left(store)
 
     @pytest.mark.parametrize("size", [10, PART + 1])
-    def test_update(self, store: ObjectStore, size: int) -> None:
+    def test_multipart_update(self, store: ObjectStore, size: int) -> None:
         caps = self.caps(store)
         if not (caps.update and caps.multipart_update):
             pytest.skip("the store does not do it")
@@ -142,7 +142,7 @@ class MultipartTests(Base):
         assert store.head("k").etag == second.etag
         self._nothing_is_left(store)
 
-    def test_two_uploads_of_one_key_do_not_mix(self, store: ObjectStore) -> None:
+    def test_multipart_two_uploads_of_one_key_do_not_mix(self, store: ObjectStore) -> None:
         ours, theirs = random_bytes(self.big, 1), random_bytes(self.big, 2)
         one, two = (store.multipart("k", part_size=PART) for _ in range(2))
         one.write(ours[:PART])

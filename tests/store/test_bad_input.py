@@ -1,0 +1,511 @@
+"""What goes wrong between us and a store: one typed error, in time, and nothing stored is harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s3loader import events
+from s3loader.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    ConfigError,
+    ConflictError,
+    NoSpaceError,
+    ObjectChangedError,
+    ObjectExistsError,
+    OutcomeUnknownError,
+    S3LoaderError,
+    StoreConnectionError,
+    StoreError,
+    StoreTimeoutError,
+    ThrottledError,
+    TruncatedError,
+    UnavailableError,
+)
+from s3loader.store import ObjectStore, StoreOptions, open_store
+from s3loader.testing import FaultProxy, Rule, Server, ServerKind
+from s3loader.types import ReadRequest, Update
+
+ENGINES = ("direct", "obstore", "boto3")
+IMPATIENT = {"max_attempts": 2, "connect_timeout": 5, "read_timeout": 0.5, "retry_budget": 3}
+PART = 5 * 2**20
+DATA = bytes(range(256)) * 400  # 100 KiB
+
+Open = Callable[..., tuple[ObjectStore, FaultProxy, ObjectStore]]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def through(servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str], engine: Any) -> Iterator[Open]:
+    """A store of `engine` behind a proxy with these rules, the proxy, and the same store without it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*rules: Rule, kind: ServerKind = "ministack", **options: Any) -> tuple[ObjectStore, FaultProxy, ObjectStore]:
+            running = servers(kind)
+            root = f"{shared_bucket(kind)}/{uuid.uuid4().hex}"
+            plain = stack.enter_context(running.open_store(root, engine="boto3"))
+            plain.put("k", DATA)
+            proxy = stack.enter_context(FaultProxy(running.endpoint_url, rules))
+            given = StoreOptions(**{"max_attempts": 3, "read_timeout": 10, "retry_budget": 20, **options})
+            store = running.open_store(root, engine=engine, endpoint_url=proxy.endpoint_url, options=given)
+            stack.callback(store.close)
+            return store, proxy, plain
+
+        yield start
+
+
+def in_time(call: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `call` returns; what it raises; or a failure when it hangs."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((call(), None))
+        except BaseException as error:  # noqa: BLE001  raised below
+            result.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert result, "it hangs"
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+READS: dict[str, Callable[[ObjectStore], bytes]] = {
+    "get": lambda store: store.get("k"),
+    "get_range": lambda store: store.get_range("k", 0, len(DATA)),
+    "get_many pump": lambda store: bytes(next(iter(store.get_many(["k"], driver="pump"))).data),
+    "get_many threads": lambda store: bytes(next(iter(store.get_many(["k"], driver="threads"))).data),
+    "get_ranges": lambda store: bytes(store.get_ranges("k", [(0, len(DATA))])[0]),
+    "open": lambda store: store.open("k").read(),
+}
+
+
+def read_into(store: ObjectStore) -> bytes:
+    buffer = bytearray(len(DATA))
+    store.read_into("k", 0, buffer)
+    return bytes(buffer)
+
+
+READS["read_into"] = read_into
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["truncate", "reset", "stall", "refuse", "drop_reply"])
+@pytest.mark.parametrize("verb", READS)
+def test_a_read_that_breaks_once_is_whole_in_the_end(through: Open, verb: str, action: Any) -> None:
+    rule = Rule(action, method="GET", path="/k$", times=1)
+    store, proxy, _ = through(rule, read_timeout=0.5)
+    assert in_time(lambda: READS[verb](store)) == DATA
+    assert rule.fired == 1
+    assert proxy.count("GET") == 2
+
+
+@pytest.mark.parametrize("action", ["truncate", "reset", "stall"])
+@pytest.mark.parametrize("verb", READS)
+def test_a_read_that_always_breaks_is_an_error(through: Open, verb: str, action: Any) -> None:
+    store, _, _ = through(Rule(action, method="GET", path="/k$"), **IMPATIENT)
+    with pytest.raises((TruncatedError, StoreConnectionError, StoreTimeoutError)) as caught:
+        in_time(lambda: READS[verb](store))
+    assert caught.value.url is not None
+    assert caught.value.url.endswith("/k")
+    assert caught.value.attempts == 2
+
+
+@pytest.mark.parametrize("headers", ["chunked", "no etag", "other range", "other length", "other type"])
+@pytest.mark.parametrize("verb", READS)
+def test_odd_answers_give_the_right_bytes_or_an_error(through: Open, verb: str, headers: str) -> None:
+    """The direct engine takes one kind of answer; what it hands over must be as strict."""
+    rule = {
+        "chunked": Rule("chunked", method="GET", path="/k$"),
+        "no etag": Rule("rewrite", method="GET", path="/k$", headers={"ETag": None}),
+        "other range": Rule("rewrite", method="GET", path="/k$", status=206, headers={"Content-Range": "bytes 4-9/2000000"}),
+        "other length": Rule("rewrite", method="GET", path="/k$", headers={"Content-Length": "7"}),
+        "other type": Rule("rewrite", method="GET", path="/k$", headers={"Content-Type": "text/html"}),
+    }[headers]
+    store, _, _ = through(rule, **IMPATIENT)
+    found: Any = None
+    with contextlib.suppress(S3LoaderError) if headers != "other type" else contextlib.nullcontext():
+        found = in_time(lambda: READS[verb](store))
+    assert found in (None, DATA)
+
+
+@pytest.mark.parametrize("kind", ["ministack", "rclone"])
+def test_an_object_that_changes_between_two_ranges(through: Open, kind: ServerKind) -> None:
+    """Also on a server that ignores If-Match: the ETag that came is checked."""
+    rule = Rule("hold", method="GET", path="/k$", nth=2)
+    store, _, plain = through(rule, kind=kind)
+    failure: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            store.get_ranges("k", [(0, 10), (50_000, 50_010)], max_gap=0)
+        except BaseException as error:  # noqa: BLE001  looked at below
+            failure.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    assert rule.reached.wait(30)
+    plain.put("k", DATA[::-1])
+    rule.release.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert len(failure) == 1
+    assert isinstance(failure[0], ObjectChangedError)
+
+
+# -- answers that ask for patience, and silence --------------------------------------------------
+
+REFUSALS: dict[str, tuple[Rule, type[S3LoaderError]]] = {
+    "slow down": (Rule("error", path="/k$", status=503, code="SlowDown"), ThrottledError),
+    "too many": (Rule("error", path="/k$", status=429, code="TooManyRequests"), ThrottledError),
+    "internal": (Rule("error", path="/k$", status=500, code="InternalError"), UnavailableError),
+    "no xml": (Rule("error", path="/k$", status=502, body=b"<html>bad gateway"), UnavailableError),
+    "conflict": (Rule("error", path="/k$", status=409, code="OperationAborted"), ConflictError),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refusals_are_tried_again_then_raised(through: Open, what: str) -> None:
+    template, expected = REFUSALS[what]
+
+    def rule(times: int | None) -> Rule:
+        made = Rule("error", path="/k$", status=template.status, code=template.code, body=template.body, times=times)
+        made.method = "PUT" if what == "conflict" else "GET"
+        return made
+
+    def call(store: ObjectStore) -> None:
+        if what == "conflict":
+            store.put("k", b"new")
+        else:
+            assert store.get("k") == DATA
+
+    seen: list[events.OpEvent] = []
+    store, proxy, plain = through(rule(2))
+    unsubscribe = events.subscribe(seen.append)
+    try:
+        in_time(lambda: call(store))
+    finally:
+        unsubscribe()
+    assert proxy.count(rule(1).method) == 3
+    tries = [event for event in seen if event.op == rule(1).method and event.url.endswith("/k")]
+    assert len(tries) == 3, "each attempt is an event"
+    assert [event.error is None for event in tries] == [False, False, True]
+    store, proxy, plain = through(rule(None))
+    with pytest.raises(expected) as caught:
+        in_time(lambda: call(store))
+    assert (caught.value.attempts, caught.value.status) == (3, template.status)
+    assert caught.value.retryable
+    assert proxy.count(rule(1).method) == 3
+    assert plain.get("k") == DATA
+
+
+@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "ExpiredToken", "SignatureDoesNotMatch", "InvalidAccessKeyId"])
+def test_refused_credentials_say_what_to_do(through: Open, code: str) -> None:
+    store, _, _ = through(Rule("error", status=400 if code == "ExpiredToken" else 403, code=code))
+    for call in (
+        lambda: store.get("k"),
+        lambda: list(store.get_many(["k"])),
+        lambda: store.put("k", b"x"),
+        lambda: list(store.list()),
+    ):
+        with pytest.raises(AuthenticationError) as caught:
+            in_time(call)  # type: ignore[arg-type]
+        assert caught.value.hint
+        assert caught.value.code == code
+        assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("verb", [*READS, "put", "list", "head", "delete"])
+def test_a_server_that_never_answers_is_a_timeout(through: Open, verb: str) -> None:
+    calls: dict[str, Callable[[ObjectStore], Any]] = {
+        **READS,
+        "put": lambda store: store.put("k", b"x"),
+        "list": lambda store: list(store.list()),
+        "head": lambda store: store.head("k"),
+        "delete": lambda store: store.delete("k"),
+    }
+    store, proxy, plain = through(Rule("hold"), **{**IMPATIENT, "read_timeout": 0.2})
+    with pytest.raises(StoreTimeoutError) as caught:
+        in_time(lambda: calls[verb](store))
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.hint
+    assert caught.value.attempts == 2
+    proxy.close()
+    assert plain.get("k") == DATA
+
+
+def test_an_iterator_left_while_the_server_is_silent(through: Open) -> None:
+    rule = Rule("hold", method="GET", nth=3)
+    store, _, _ = through(rule, read_timeout=600, connect_timeout=600)
+    before = set(threading.enumerate())
+    results = store.get_many(["k"] * 30, max_bytes=4 * len(DATA), concurrency=4, driver="threads")
+    next(results)
+    assert rule.reached.wait(30)
+    in_time(results.close)  # type: ignore[attr-defined]
+    in_time(store.close)
+    rule.release.set()
+    ours = {thread for thread in threading.enumerate() if "fault-proxy" not in thread.name}
+    for thread in ours - before:
+        thread.join(30)
+    assert not [thread for thread in ours - before if thread.is_alive()]
+
+
+CHILD = """
+import sys
+from s3loader.store import StoreOptions, open_store
+url, endpoint, key, secret, engine, verb = sys.argv[1:]
+store = open_store(url, engine=engine, endpoint_url=endpoint, access_key_id=key, secret_access_key=secret, region="us-east-1",
+                   options=StoreOptions(max_attempts=1, read_timeout=600, connect_timeout=600))
+try:
+    if verb == "get":
+        store.get("k")
+    elif verb == "put":
+        store.put("k", b"x" * 100)
+    elif verb == "list":
+        list(store.list())
+    else:
+        list(store.get_many(["k"] * 20, driver=verb))
+except KeyboardInterrupt:
+    store.close()
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("verb", ["get", "put", "list", "pump", "threads"])
+def test_ctrl_c_ends_a_blocked_call(
+    servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str], engine: Any, verb: str
+) -> None:
+    """The timeouts are ten minutes: only the signal can end it."""
+    running = servers("ministack")
+    rule = Rule("hold")
+    with FaultProxy(running.endpoint_url, [rule]) as proxy:
+        arguments = [
+            f"s3://{shared_bucket('ministack')}/c",
+            proxy.endpoint_url,
+            running.access_key_id,
+            running.secret_access_key,
+        ]
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments, engine, verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert rule.reached.wait(60)
+            child.send_signal(signal.SIGINT)
+            out, err = child.communicate(timeout=30)
+        finally:
+            child.kill()
+            child.communicate()
+        assert out == "interrupted\n", err
+        assert child.returncode == 0
+        assert not rule.release.is_set()
+
+
+# -- writing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["drop_reply", "refuse"])
+@pytest.mark.parametrize("mode", ["overwrite", "create", "update"])
+def test_a_put_whose_answer_is_lost(through: Open, action: Any, mode: str) -> None:
+    rule = Rule(action, method="PUT", path="/new$", times=1)
+    store, _, plain = through(rule)
+    how: Any = mode
+    if mode == "update":
+        how = Update(plain.put("new", b"old").etag)
+    result = in_time(lambda: store.put("new", b"mine", mode=how))
+    assert rule.fired == 1
+    assert plain.get("new") == b"mine"
+    assert result.etag == plain.head("new").etag
+    assert result.size == 4
+
+
+@pytest.mark.parametrize("mode", ["create", "update"])
+def test_a_lost_answer_does_not_claim_anothers_object(through: Open, mode: str) -> None:
+    """The first try never arrived; meanwhile another writer took the key: that is a conflict, not ours."""
+    store, _, plain = through(Rule("refuse", method="PUT", path="/new$", times=1))
+    how: Any = mode
+    if mode == "update":
+        how = Update(plain.put("new", b"old").etag)
+    plain.put("new", b"mine")  # the same bytes, even
+    with pytest.raises((ObjectExistsError, ObjectChangedError)):
+        in_time(lambda: store.put("new", b"mine", mode=how))
+    assert plain.get("new") == b"mine"
+
+
+def test_a_put_that_cannot_be_settled_is_unknown(through: Open) -> None:
+    store, _, plain = through(Rule("drop_reply", method="PUT", path="/new$"), Rule("refuse", path="/new$"))
+    with pytest.raises((OutcomeUnknownError, StoreConnectionError)) as caught:
+        in_time(lambda: store.put("new", b"mine", mode="create"))
+    assert plain.get("new") == b"mine"
+    assert isinstance(caught.value, OutcomeUnknownError)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("mode", ["overwrite", "create"])
+def test_a_completion_whose_answer_is_lost(through: Open, mode: Any) -> None:
+    rule = Rule("drop_reply", method="POST", path="uploadId=", times=1)
+    store, _, plain = through(rule)
+    body = DATA * 60
+    with store.multipart("new", part_size=PART, mode=mode) as writer:
+        writer.write(body)
+    assert rule.fired == 1
+    assert plain.get("new") == body
+    assert list(plain.backend.list_multipart()) == []
+
+
+def test_a_completion_that_fails_inside_a_200(through: Open) -> None:
+    body = DATA * 60
+    store, _, plain = through(Rule("error", method="POST", path="uploadId=", status=200, times=1))
+    with store.multipart("k", part_size=PART) as writer:
+        writer.write(body)
+    assert plain.get("k") == body
+    store, _, plain = through(Rule("error", method="POST", path="uploadId=", status=200))
+    writer = store.multipart("k", part_size=PART)
+    writer.write(body)
+    with pytest.raises(StoreError):
+        in_time(writer.close)
+    assert plain.get("k") == DATA, "a failure inside a 200 was taken for success"
+
+
+def test_a_copy_that_fails_inside_a_200(through: Open) -> None:
+    store, _, plain = through(Rule("error", method="PUT", path="/copy$", status=200))
+    with pytest.raises(StoreError):
+        in_time(lambda: store.copy("k", "copy"))
+    assert not plain.exists("copy")
+
+
+@pytest.mark.parametrize("action", ["refuse", "drop_reply", "error", "reset"])
+def test_a_part_that_breaks_once(through: Open, action: Any) -> None:
+    rule = Rule(action, method="PUT", path="partNumber=2", times=1)
+    store, _, plain = through(rule)
+    body = DATA * 120
+    with store.multipart("new", part_size=PART) as writer:
+        writer.write(body)
+    assert rule.fired == 1
+    assert plain.get("new") == body
+
+
+def test_a_part_that_always_breaks_leaves_nothing(through: Open) -> None:
+    store, _, plain = through(Rule("error", method="PUT", path="partNumber=2"), **IMPATIENT)
+    body = DATA * 160
+
+    def write() -> None:
+        with store.multipart("k", part_size=PART) as writer:
+            for _ in range(4):
+                writer.write(body)
+
+    with pytest.raises(UnavailableError):
+        in_time(write)
+    assert plain.get("k") == DATA
+    assert list(plain.backend.list_multipart()) == []
+
+
+def test_a_bit_that_flips_on_the_way_up_is_caught(through: Open, engine: str) -> None:
+    """CRC32C travels with the data; ministack refuses what does not match."""
+    if engine == "obstore":
+        pytest.skip("obstore sends no CRC32C")
+    rule = Rule("flip_request", method="PUT", path="/new$", times=1)
+    store, _, plain = through(rule)
+    with contextlib.suppress(StoreError):
+        in_time(lambda: store.put("new", DATA))
+    assert rule.fired == 1
+    assert not plain.exists("new") or plain.get("new") == DATA
+
+
+def test_delete_many_tells_which_failed(through: Open) -> None:
+    rule = Rule("error", method="POST", path="delete", status=200)
+    store, _, plain = through(rule)
+    root = store.url.split("/", 3)[3].rstrip("/")
+    rule.body = (
+        '<?xml version="1.0" encoding="UTF-8"?><DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Deleted><Key>{root}/a</Key></Deleted>"
+        f"<Error><Key>{root}/k</Key><Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>"
+    ).encode()
+    failures = in_time(lambda: store.delete_many(["a", "k"]))
+    assert [failure.key for failure in failures] == ["k"]
+    assert isinstance(failures[0].error, AccessDeniedError)
+    assert "AccessDenied" in str(failures[0].error)
+    assert plain.exists("k")
+
+
+# -- URLs and disks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["ftp://host/x", "s3:/bucket", "", "s3://", "S4://b"])
+def test_unusable_urls(url: str) -> None:
+    if url == "s3:/bucket":
+        pytest.skip("a relative path, strange as it is")
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    assert caught.value.hint
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Inside it no file can grow beyond 64 KiB: what a full disk does, without one."""
+
+    @contextlib.contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, previous)
+
+    return limited
+
+
+def test_a_full_disk(tmp_path: Path, full_disk: Any) -> None:
+    with open_store(tmp_path) as store:
+        store.put("k", b"old")
+        with full_disk():
+            for call in (
+                lambda: store.put("k", DATA),
+                lambda: store.put("new", DATA),
+                lambda: list(store.put_many([])) or store.put("k", DATA, mode=Update(store.head("k").etag)),
+            ):
+                with pytest.raises(NoSpaceError) as caught:
+                    call()
+                assert isinstance(caught.value, OSError)
+                assert caught.value.hint
+            writer = store.multipart("k", part_size=PART)
+            writer.write(DATA)
+            with pytest.raises(NoSpaceError):
+                writer.close()
+            writer.abort()
+        assert store.get("k") == b"old"
+        assert [entry.key for entry in store.list()] == ["k"]
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "k"], "half a file is left"
+        store.put("k", DATA)
+        assert store.get("k") == DATA
+
+
+def test_a_request_for_much_too_much(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.put("k", b"0123456789")
+        assert store.get_range("k", 5, 2**62) == b"56789"
+        results = list(store.read_many([ReadRequest("k", 8, 2**62)], max_bytes=10))
+        assert bytes(results[0].data) == b"89"
