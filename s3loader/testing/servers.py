@@ -85,14 +85,14 @@ class Server:
 
     def client(self) -> Any:
         """A plain boto3 client of this server, with a session of its own."""
-        import boto3
         import botocore.session
+        from boto3.session import Session
         from botocore.config import Config
 
         # Neither the user's profile nor their files have a say here.
         nothing: dict[str, tuple[str | None, ...]] = {"profile": (None, None, None, None)}
         nothing |= dict.fromkeys(("config_file", "credentials_file"), (None, None, os.devnull, None))
-        session = boto3.session.Session(botocore_session=botocore.session.Session(nothing))
+        session = Session(botocore_session=botocore.session.Session(nothing))
         return session.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -143,22 +143,7 @@ def server(kind: ServerKind = "moto", *, timeout: float = 60.0) -> Iterator[Serv
         StoreTimeoutError: it did not answer in time.
     """
     command = _command_of(kind)
-    deadline = time.monotonic() + timeout
-    for attempt in range(3):  # another process may take the free port before the server does
-        folder = tempfile.mkdtemp(prefix=f"s3loader-{kind}-")
-        port = _free_port()
-        launcher = _launch(command(port, folder), folder)
-        try:
-            _await_ready(kind, port, launcher, folder, deadline)
-        except UnavailableError:
-            _stop(launcher, folder)
-            if attempt == 2:
-                raise
-            continue
-        except BaseException:
-            _stop(launcher, folder)
-            raise
-        break
+    port, launcher, folder = _start(kind, command, time.monotonic() + timeout)
     try:
         yield Server(kind, f"http://{_HOST}:{port}")
     finally:
@@ -256,6 +241,24 @@ def _launch(command: tuple[list[str], dict[str, str]], folder: str) -> subproces
             cwd=folder,
             env={**own, "TMPDIR": folder, "PYTHONUNBUFFERED": "1", **extra},
         )
+
+
+def _start(kind: str, command: _Command, deadline: float, tries: int = 3) -> tuple[int, subprocess.Popen[bytes], str]:
+    folder = tempfile.mkdtemp(prefix=f"s3loader-{kind}-")
+    port = _free_port()
+    launcher = _launch(command(port, folder), folder)
+    try:
+        _await_ready(kind, port, launcher, folder, deadline)
+    except UnavailableError:
+        _stop(launcher, folder)
+        if tries == 1:
+            raise
+    except BaseException:
+        _stop(launcher, folder)
+        raise
+    else:
+        return port, launcher, folder
+    return _start(kind, command, deadline, tries - 1)  # another process may have taken the free port first
 
 
 def _await_ready(kind: str, port: int, launcher: subprocess.Popen[bytes], folder: str, deadline: float) -> None:
