@@ -94,8 +94,11 @@ def measured(work: Callable[[], dict[str, Any]], *, busy: bool = False) -> dict[
     return {**cost, **box[0]}
 
 
-def serve(prepare: Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]) -> None:
-    """Answer the parent: `prepare(spec)` once (import, connect, warm up), then one round a line."""
+def serve(prepare: Callable[[dict[str, Any]], Callable[..., dict[str, Any]]]) -> None:
+    """Answer the parent: `prepare(spec)` once (import, connect, warm up), then one round a line.
+
+    What `prepare` returns is called once a round, with the round's arguments where the parent gives some.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a client prints is no answer
     spec = json.loads(sys.argv[1])
@@ -104,8 +107,9 @@ def serve(prepare: Callable[[dict[str, Any]], Callable[[], dict[str, Any]]]) -> 
     json.dump({"ready": True, "base": spec["base"], "versions": _versions(spec)}, answers)
     answers.write("\n")
     answers.flush()
-    for _line in sys.stdin:
-        json.dump(measured(work, busy=bool(spec.get("busy"))), answers)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        json.dump(measured(lambda given=arguments: work(*given), busy=bool(spec.get("busy"))), answers)
         answers.write("\n")
         answers.flush()
     os._exit(0)  # nobody waits for a client's own threads

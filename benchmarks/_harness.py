@@ -78,11 +78,11 @@ class Child:
         self.versions: dict[str, str] = hello["versions"]
         self.base: int = hello["base"]
 
-    def run(self) -> Round:
-        """One round."""
+    def run(self, *arguments: Any) -> Round:
+        """One round; `arguments` go to the function that the client's `prepare` returned."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"go\n")
+            self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise ClientFailed(self._why()) from None

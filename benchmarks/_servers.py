@@ -143,6 +143,12 @@ def stats(port: int) -> dict[str, int]:
         return dict(json.load(answer))
 
 
+def forget(port: int, prefix: str) -> None:
+    """Make s3server drop every key below ``BUCKET/PREFIX``."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/__prefix/{prefix}", method="DELETE")
+    urllib.request.urlopen(request, timeout=60).close()
+
+
 @dataclass(frozen=True)
 class Nginx:
     """Where a running nginx listens."""

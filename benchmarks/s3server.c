@@ -4,8 +4,9 @@
  * ranges, HEAD, DELETE, CopyObject, ListObjectsV2, DeleteObjects and multipart uploads; If-Match and
  * If-None-Match on GET, PUT and CompleteMultipartUpload; user metadata; aws-chunked bodies. A body
  * lies in pieces of at most 1 MiB that are reused; a multipart upload is completed without a copy.
- * GET /__stats tells requests and body bytes, in and out; PUT /__delay/MICROSECONDS makes every
- * later request wait that long first, as a distant store does.
+ * GET /__stats tells requests and body bytes, in and out; DELETE /__prefix/BUCKET/PREFIX forgets all
+ * keys that begin so; PUT /__delay/MICROSECONDS makes every later request wait that long first, as a
+ * distant store does.
  *
  * usage: s3server [PORT]
  */
@@ -562,6 +563,20 @@ static int stats(struct stream *s) {
     return reply(s->fd, "200 OK", "", body);
 }
 
+static int forget(struct stream *s, const char *prefix) {
+    int found;
+    pthread_rwlock_wrlock(&lock);
+    size_t first = position(prefix, &found), end = first;
+    for (; end < entry_count && !strncmp(entries[end].key, prefix, strlen(prefix)); end++) {
+        object_drop(entries[end].object);
+        free(entries[end].key);
+    }
+    memmove(entries + first, entries + end, (entry_count - end) * sizeof *entries);
+    entry_count -= end - first;
+    pthread_rwlock_unlock(&lock);
+    return reply(s->fd, "200 OK", "", "");
+}
+
 static int answer(struct stream *s, const struct request *r) {
     char path[KEY], id[64], number[16], bucket[256], source[8];
     const char *query = strchr(r->target, '?'), *end = query ? query : r->target + strlen(r->target);
@@ -579,6 +594,7 @@ static int answer(struct stream *s, const struct request *r) {
         delay_us = strtoul(r->target + 9, NULL, 10);
         return drop(s, r->length) && reply(s->fd, "200 OK", "", "");
     }
+    if (!strncmp(r->target, "/__prefix/", 10)) return forget(s, r->target + 10);
     __atomic_fetch_add(&requests, 1, __ATOMIC_RELAXED);
     if (delay_us) usleep((useconds_t)delay_us);
     int has_id = parameter(query, "uploadId", id, sizeof id);
