@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -48,6 +49,7 @@ class Connection:
         self._blocking = True
 
     def block(self, blocking: bool) -> None:
+        """Set the socket's mode."""
         if self._blocking != blocking:
             self.sock.setblocking(blocking)
             self._blocking = blocking
@@ -69,13 +71,14 @@ class Connection:
                 sent -= size
         return left
 
-    def exchange(self, job: Job, scratch: Scratch, admit: Callable[[Job], None] | None) -> None:
+    def exchange(self, job: Job, scratch: Scratch, admit: Callable[[Job, int], None] | None) -> None:
         """Send the job's request and receive its answer.
 
         Args:
             job: Becomes done.
             scratch: Memory of this thread.
-            admit: Is called when the head is known and the body is not complete, and may wait.
+            admit: Is told when the object turns out so many bytes larger than `job.cost` said
+                (negative: smaller), once, before its body is received; it may wait.
 
         Raises:
             OddAnswer, OSError: as they come; the connection is spoilt then.
@@ -86,17 +89,19 @@ class Connection:
         while left:
             left = self.send(left)
         receive = self.sock.recv_into
+        cost = job.cost
         while True:
             count = receive(job.target())
             if not count:
                 raise ConnectionResetError("the server closed the connection")
             self.used = True
-            if job.feed(count):
-                return
+            done = job.feed(count)
             if job.head is not None:
                 break
-        if admit is not None:
-            admit(job)
+        if admit is not None and job.cost != cost:
+            admit(job, job.cost - cost)
+        if done:
+            return
         flags = 0 if self.tls else _WAIT_ALL
         while True:
             count = receive(job.target(), 0, flags)
@@ -104,6 +109,11 @@ class Connection:
                 raise ConnectionResetError("the server closed the connection within the body")
             if job.feed(count):
                 return
+
+    def shut(self) -> None:
+        """End what another thread waits for here."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close without a word to the server."""
@@ -189,10 +199,8 @@ class Connections:
         connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if len(self._idle) > _MOST_IDLE:
-            try:
+            with contextlib.suppress(IndexError):  # another thread was faster
                 self._idle.popleft().close()
-            except IndexError:  # another thread was faster
-                pass
 
     def close(self) -> None:
         """Close what is idle."""
@@ -217,7 +225,7 @@ def perform(
     connections: Connections,
     scratch: Scratch,
     *,
-    admit: Callable[[Job], None] | None = None,
+    admit: Callable[[Job, int], None] | None = None,
     track: Callable[[Connection | None], None] | None = None,
 ) -> None:
     """Run one job in this thread, on the general engine where need be; `job.done` afterwards.

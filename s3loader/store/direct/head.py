@@ -38,7 +38,7 @@ _role_of: dict[bytes, int] = {}
 """Roles of the names as this process has met them, in whatever case."""
 
 
-class OddAnswer(Exception):  # noqa: N818 - internal: a finding, which never reaches the user
+class OddAnswer(Exception):
     """The answer is not one that this engine takes; says why."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:

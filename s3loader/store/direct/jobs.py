@@ -6,6 +6,7 @@ A driver (the pump, a background thread, a single blocking call) sends `wire()`,
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from s3loader.store.base import Backend, ReadResult
 from s3loader.store.buffers import BufferPool
 from s3loader.store.direct.head import MAX_HEAD, Head, OddAnswer, check_read, parse_head
 from s3loader.store.direct.signer import Signer
-from s3loader.types import Buffer, PartResult, PutRequest, PutResult, ReadRequest
+from s3loader.types import Buffer, ObjectMeta, PartResult, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB
+
+_log = logging.getLogger("s3loader.direct")
 
 __all__ = ["Job", "PartJob", "PutJob", "ReadJob", "Scratch", "Setting"]
 
@@ -30,6 +33,8 @@ costs less than a lease, and scratch memory is always in the cache."""
 _HEAD_ROOM: Final = KIB
 """Bytes left for the head in front of a body; a longer head only costs a copy."""
 _ALIGNMENT: Final = 64
+_PATIENCE: Final = 8
+_RETRY_EVERY: Final = 64
 _UNKNOWN: Final = MIB
 """What an object of unknown size is first taken to cost of a byte bound."""
 
@@ -56,6 +61,16 @@ class Setting:
     """Bytes that an object of unknown size is expected to have: about what the last ones had."""
     head_length: int = 0
     """Bytes that heads have here. Foreseen, it lets bodies begin at an aligned address."""
+    refusals: int = 0
+    """Direct attempts that failed since the last one that did not."""
+
+    def worth_trying(self) -> bool:
+        """False where this engine fails again and again, be it at the server's dialect or at missing
+        keys: then the general engine is asked at once, and this one only now and then."""
+        if self.refusals < _PATIENCE:
+            return True
+        self.refusals += 1
+        return self.refusals % _RETRY_EVERY == 0
 
 
 class Job(ABC):
@@ -68,13 +83,15 @@ class Job(ABC):
 
     op = ""
     """As events name it."""
+    _block: bytearray
+    _view: memoryview
 
     def __init__(self, setting: Setting, cost: int, direct: bool) -> None:
         self._setting = setting
         self.cost = cost
         """Bytes it takes of the driver's bound; corrected when the answer's head has come."""
-        self.direct = direct
-        """Whether this engine can send it at all."""
+        self.direct = direct and (not setting.refusals or setting.worth_trying())
+        """Whether this engine is to send it."""
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -135,8 +152,10 @@ class Job(ABC):
 
     def refuse(self, reason: BaseException) -> None:
         """The direct attempt failed; `ask_general` comes next."""
+        self._setting.refusals += 1
+        status = reason.status if isinstance(reason, OddAnswer) else None
+        _log.debug("%s %s goes to the general engine: %s (%s)", self.op, self._where(), reason, status)
         if self._started:
-            status = reason.status if isinstance(reason, OddAnswer) else None
             self._emit(0, status, f"{type(reason).__name__}: {reason}")
 
     def fail(self, error: BaseException) -> None:
@@ -187,22 +206,22 @@ class Job(ABC):
         now = events.now()
         first = self._first_byte if self.head is not None else None
         events.emit(
-            events.OpEvent(
-                self.op, self._where(), size, self._started, now, first, engine="direct", status=status, error=error
-            )
+            events.OpEvent(self.op, self._where(), size, self._started, now, first, engine="direct", status=status, error=error)
         )
 
 
 class ReadJob(Job):
     """A GET."""
 
-    __slots__ = ("_end", "request")
+    __slots__ = ("_end", "_into", "_meta", "request")
 
     op = "GET"
 
     def __init__(self, setting: Setting, request: ReadRequest) -> None:
         into, end, start = request.into, request.end, request.start
         if into is not None:
+            if into.itemsize != 1 or into.ndim != 1:
+                into = into.cast("B")
             cost = len(into)
             end = start + cost
         elif end is not None:
@@ -213,8 +232,18 @@ class ReadJob(Job):
         super().__init__(setting, cost, direct)
         self.request = request
         self._end = end
+        self._into = into
+        self._meta: ObjectMeta | None = None
+
+    def meta(self) -> ObjectMeta:
+        """What the answer said of the object."""
+        if self._meta is not None:
+            return self._meta
+        assert self.head is not None
+        return self.head.meta(self.request.key)
 
     def wire(self) -> tuple[Buffer, ...]:
+        """See `Job.wire`."""
         request, end = self.request, self._end
         text = self._setting.signer().get(self._setting.endpoint.path(request.key))
         if end is not None:
@@ -226,28 +255,31 @@ class ReadJob(Job):
         return ((text + "\r\n").encode("ascii"),)
 
     def begin(self, scratch: Scratch) -> None:
+        """See `Job.begin`."""
         super().begin(scratch)
         setting, size = self._setting, self.cost
         if self._end is None:
             size = setting.size_hint
         if size <= SMALL:
             return
-        if self.request.into is not None:
+        if self._into is not None:
             self._view = scratch.view[:_HEAD_ROOM]  # little of the body is to take the way through here
             return
         self._view = setting.buffers.lease(size + _HEAD_ROOM + _ALIGNMENT)
-        self._block = self._view.obj  # type: ignore[assignment]  # a pool's views are of bytearrays
+        block = self._view.obj
+        assert isinstance(block, bytearray)
+        self._block = block
         self._origin = self.at = -setting.head_length % _ALIGNMENT
 
     def _check(self, head: Head) -> None:
         request = self.request
         check_read(head, request.start, self._end, request.if_match)
-        if request.into is not None and head.length != len(request.into):
+        if self._into is not None and head.length != len(self._into):
             raise OddAnswer("the object is shorter than that", head.status)
 
     def _place(self, head: Head, stop: int, have: int) -> None:
         view, length = self._view, head.length
-        into = self.request.into
+        into = self._into
         if into is None:
             self.cost = length
             if self._block is self._scratch.block:
@@ -267,21 +299,24 @@ class ReadJob(Job):
         assert head is not None
         if self._end is None:
             setting.size_hint = max(head.length, setting.size_hint - (setting.size_hint >> 4))
-        self.result = tuple.__new__(ReadResult, (request, self._view, head.etag, head.size))
+        setting.refusals = 0
+        data = self._view if request.into is None else request.into
+        self.result = tuple.__new__(ReadResult, (request, data, head.etag, head.size))  # half the time of ReadResult(...)
         self.done = True
         if self._started:
             self._emit(head.length, head.status)
         return True
 
     def _ask(self, general: Backend) -> ReadResult:
-        request = self.request
-        if request.into is not None:
-            meta = general.read_into(request.key, request.start, request.into, if_match=request.if_match)
-            return ReadResult(request, request.into, meta.etag, meta.size)
-        meta, data = general.get(request.key, request.start, request.end, if_match=request.if_match)
-        view = memoryview(data)
-        self.cost = view.nbytes
-        return ReadResult(request, view, meta.etag, meta.size)
+        request, into = self.request, self._into
+        if into is not None:
+            meta = general.read_into(request.key, request.start, into, if_match=request.if_match)
+            data = into
+        else:
+            meta, found = general.get(request.key, request.start, request.end, if_match=request.if_match)
+            data = memoryview(found)
+        self._meta = meta
+        return ReadResult(request, data if request.into is None else request.into, meta.etag, meta.size)
 
     def _where(self) -> str:
         return f"{self._setting.general.url}/{self.request.key}"
@@ -302,6 +337,7 @@ class PutJob(Job):
         self._checksum = ""
 
     def wire(self) -> tuple[Buffer, ...]:
+        """See `Job.wire`."""
         headers = {}
         if self.request.content_type is not None:
             headers["content-type"] = self.request.content_type
@@ -329,6 +365,7 @@ class PutJob(Job):
     def _finish(self) -> bool:
         head = self.head
         assert head is not None
+        self._setting.refusals = 0
         self.result = self._result(head)
         self.done = True
         if self._started:
@@ -359,6 +396,7 @@ class PartJob(PutJob):
         self._upload_id = upload_id
 
     def wire(self) -> tuple[Buffer, ...]:
+        """See `Job.wire`."""
         return self._written({}, f"partNumber={self._number}&uploadId={quote(self._upload_id, safe='-_.~')}")
 
     def _result(self, head: Head) -> PartResult:

@@ -11,7 +11,7 @@ import select
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +20,6 @@ from s3loader.store.direct.aside import Aside
 from s3loader.store.direct.connection import Connection, Connections, is_stale
 from s3loader.store.direct.head import OddAnswer
 from s3loader.store.direct.jobs import Job, Scratch
-from s3loader.types import Buffer
 
 __all__ = ["Pump"]
 
@@ -78,7 +77,7 @@ class Pump:
         self._aside = Aside(lambda fd: self._poller.register(fd, _IN))
         self._now = self._looked = self._checked = time.monotonic()
 
-    def run(self) -> Iterator[Job]:
+    def run(self) -> Generator[Job, None, None]:
         """The jobs, done; their errors are in them.
 
         Raises:
@@ -164,11 +163,7 @@ class Pump:
             self._ask_general(job)
 
     def _ask_general(self, job: Job) -> None:
-        cost = job.cost
-        self._aside.run(job.ask_general, partial(self._asked, job, cost))
-
-    def _asked(self, job: Job, cost: int, _: object) -> None:
-        self._held += job.cost - cost
+        self._aside.run(job.ask_general, lambda _: None)
 
     def _send(self, connection: Connection, job: Job) -> None:
         connection.job = job

@@ -79,7 +79,7 @@ class _Moment:
     """All that is the same for every request of one second. Never changed once it is made, but for
     the paths it knows, so threads may share it."""
 
-    __slots__ = ("_day", "_inner", "_lines", "_names", "_outer", "_plain", "_scope", "_signer", "_tail", "known", "until")
+    __slots__ = ("_day", "_inner", "_keyed", "_lines", "_names", "_plain", "_scope", "_signer", "_tail", "known", "until")
 
     def __init__(self, signer: Signer, now: float, previous: _Moment | None) -> None:
         second = int(now)
@@ -94,12 +94,11 @@ class _Moment:
         self._day = stamp[:8]
         self._scope = f"{self._day}/{signer.region}/s3/aws4_request"
         if previous is not None and previous._day == self._day:
-            inner, self._outer = previous._inner[0], previous._outer
+            self._keyed: tuple[Any, Any] = previous._keyed
         else:
-            inner, self._outer = _hmac_start(_signing_key(credentials, self._day, signer.region))
-        dated = inner.copy()
-        dated.update(f"AWS4-HMAC-SHA256\n{stamp}\n{self._scope}\n".encode())
-        self._inner = (inner, dated)
+            self._keyed = _hmac_start(_signing_key(credentials, self._day, signer.region))
+        self._inner = self._keyed[0].copy()
+        self._inner.update(f"AWS4-HMAC-SHA256\n{stamp}\n{self._scope}\n".encode())
         fixed = {"host": signer.host, "x-amz-content-sha256": _PAYLOAD, "x-amz-date": stamp}
         if credentials.session_token:
             fixed["x-amz-security-token"] = credentials.session_token
@@ -120,9 +119,9 @@ class _Moment:
             names = ";".join(signed)
             tail = "".join(f"{name}:{value}\n" for name, value in signed.items()) + f"\n{names}\n{_PAYLOAD}"
         digest = hashlib.sha256(f"{method}\n{path}\n{query}\n{tail}".encode()).hexdigest()
-        inner = self._inner[1].copy()
+        inner = self._inner.copy()
         inner.update(digest.encode())
-        outer = self._outer.copy()
+        outer = self._keyed[1].copy()
         outer.update(inner.digest())
         return f"{method} {target} HTTP/1.1\r\n{self._plain}{names}, Signature={outer.hexdigest()}\r\n{sent}"
 

@@ -1,0 +1,217 @@
+"""`DirectBackend`: the hot path of S3 on our own sockets, everything else by a general engine."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from s3loader.credentials import CredentialsSource
+from s3loader.endpoint import Endpoint
+from s3loader.store.base import Backend, Driver, ReadResult
+from s3loader.store.buffers import BufferPool, shared_pool
+from s3loader.store.direct.connection import Connections, perform
+from s3loader.store.direct.jobs import Job, PartJob, PutJob, ReadJob, Scratch, Setting
+from s3loader.store.direct.pump import Pump
+from s3loader.store.direct.signer import Signer
+from s3loader.store.direct.threads import Threads
+from s3loader.store.options import StoreOptions
+from s3loader.store.wrapper import innermost
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutRequest,
+    PutResult,
+    ReadRequest,
+)
+
+__all__ = ["DirectBackend"]
+
+
+class DirectBackend:
+    """GET, PUT (overwrite) and UploadPart over plain HTTP/1.1; implements `Backend` and `BulkBackend`.
+
+    Whatever it does not do, and every request whose answer is not exactly what was asked for, goes
+    to `general`, which owns retries and errors. Safe to use from several threads and after fork.
+
+    Args:
+        endpoint: The bucket.
+        credentials: Where the keys come from.
+        general: An engine for the same bucket.
+        options: Timeouts.
+        buffers: Where bodies are received; default the process's shared pool.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        credentials: CredentialsSource,
+        general: Backend,
+        options: StoreOptions | None = None,
+        *,
+        buffers: BufferPool | None = None,
+    ) -> None:
+        self.general = general
+        self._options = options or StoreOptions()
+        self._credentials = credentials
+        self._signer: Signer | None = None
+        self._connections = Connections(endpoint, self._options.connect_timeout, self._options.read_timeout)
+        self._setting = Setting(endpoint, self._current_signer, buffers or shared_pool(), general)
+        self._scratches = threading.local()
+
+    @property
+    def engine(self) -> str:
+        """``direct``."""
+        return "direct"
+
+    def _current_signer(self) -> Signer:
+        keys = self._credentials()
+        signer = self._signer
+        if signer is None or signer.credentials is not keys:
+            endpoint = self._setting.endpoint
+            signer = self._signer = Signer(keys, endpoint.region, endpoint.host_header)
+        return signer
+
+    # one at a time
+
+    def _perform(self, job: Job) -> Any:
+        scratch = getattr(self._scratches, "scratch", None)
+        if scratch is None:
+            scratch = self._scratches.scratch = Scratch()
+        perform(job, self._connections, scratch)
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        if version_id is not None:
+            return self.general.get(key, start, end, if_match=if_match, version_id=version_id)
+        job = ReadJob(self._setting, ReadRequest(key, start, end, if_match))
+        result: ReadResult = self._perform(job)
+        return job.meta(), result.data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        job = ReadJob(self._setting, ReadRequest(key, start, None, if_match, buffer))
+        self._perform(job)
+        return job.meta()
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`."""
+        if mode != "overwrite" or metadata:
+            return self.general.put(key, data, mode=mode, content_type=content_type, metadata=metadata)
+        result: PutResult = self._perform(PutJob(self._setting, PutRequest(key, data, mode, content_type)))
+        return result
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        result: PartResult = self._perform(PartJob(self._setting, key, upload_id, number, data))
+        return result
+
+    # many at once
+
+    def read_many(
+        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
+    ) -> Iterator[ReadResult]:
+        """See `BulkBackend.read_many`. ``"auto"`` is the pump.
+
+        Over TLS, ``"threads"`` hands all to the general engine's sockets where that is obstore:
+        `ssl` asks for the GIL every 16 KiB, Rust does not.
+        """
+        setting = self._setting
+        jobs: Iterator[Job] = (ReadJob(setting, request) for request in requests)
+        if driver == "threads" and setting.endpoint.tls and innermost(self.general).engine == "obstore":
+            jobs = map(_general_only, jobs)
+        return self._run(jobs, max_bytes, concurrency, driver)
+
+    def put_many(
+        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
+    ) -> Iterator[PutResult]:
+        """See `BulkBackend.put_many`."""
+        jobs = (PutJob(self._setting, request) for request in requests)
+        return self._run(jobs, max_bytes, concurrency, driver)
+
+    def _run(self, jobs: Iterator[Job], max_bytes: int, concurrency: int, driver: Driver) -> Iterator[Any]:
+        kind = Threads if driver == "threads" else Pump
+        done = kind(jobs, self._connections, max_bytes=max_bytes, concurrency=concurrency).run()
+        try:
+            for job in done:
+                if job.error is not None:
+                    raise job.error
+                yield job.result
+        finally:
+            done.close()  # now, not when it is collected
+
+    # the general engine's
+
+    @property
+    def url(self) -> str:
+        """See `Backend.url`."""
+        return self.general.url
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        return self.general.head(key, version_id=version_id)
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`."""
+        return self.general.list(prefix, delimiter=delimiter, start_after=start_after)
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        self.general.delete(key)
+
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
+        """See `Backend.delete_many`."""
+        return self.general.delete_many(keys)
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`."""
+        return self.general.copy(source, target, mode=mode)
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`."""
+        return self.general.create_multipart(key, content_type=content_type, metadata=metadata)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`."""
+        return self.general.complete_multipart(key, upload_id, parts, mode=mode)
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        self.general.abort_multipart(key, upload_id)
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        return self.general.list_multipart(prefix)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._connections.close()
+        self.general.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DirectBackend, (self._setting.endpoint, self._credentials, self.general, self._options)
+
+
+def _general_only(job: Job) -> Job:
+    job.direct = False
+    return job

@@ -1,0 +1,155 @@
+"""Background threads, one connection each, that take the next job themselves: for prefetch beside a
+main thread that is busy in Python, where a poll loop would starve for the GIL.
+
+A job changes hands through two C queues: no future, no condition variable per job.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from queue import SimpleQueue
+from typing import Final
+
+from s3loader.errors import ClosedError
+from s3loader.store.direct.connection import Connection, Connections, perform
+from s3loader.store.direct.jobs import Job, Scratch
+
+__all__ = ["Threads"]
+
+_JOIN_SECONDS: Final = 1.0
+_MOST_AHEAD: Final = 4096
+"""Jobs drawn before they are needed, however small they are."""
+
+
+class Threads:
+    """Runs jobs in threads and gives them back, done, in their order. Arguments as of `Pump`.
+
+    Jobs are drawn by the calling thread, as far ahead as the bound allows: what it allows does not
+    change until the caller takes a result, so the threads lose nothing by it.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterator[Job],
+        connections: Connections,
+        *,
+        max_bytes: int,
+        concurrency: int,
+        pace: Callable[[], float] | None = None,
+    ) -> None:
+        self._jobs = jobs
+        self._connections = connections
+        self._generation = connections.generation
+        self._max_bytes = max_bytes
+        self._concurrency = concurrency
+        self._pace = pace
+        self._order: deque[Job] = deque()
+        self._begun = 0
+        self._next: Job | None = None
+        self._todo: SimpleQueue[Job | None] = SimpleQueue()
+        self._finished: SimpleQueue[None] = SimpleQueue()
+        self._wanted: Job | None = None
+        self._threads: list[threading.Thread] = []
+        self._in_use: dict[int, Connection] = {}
+        self._stopped = False
+        self._held = 0
+        self._room = threading.Condition()
+
+    def run(self) -> Generator[Job, None, None]:
+        """The jobs, done; their errors are in them.
+
+        Raises:
+            ClosedError: the process was forked meanwhile, and this is the child.
+        """
+        order = self._order
+        try:
+            while True:
+                self._draw()
+                if not order:
+                    return
+                job = self._wanted = order[0]
+                while not job.done:
+                    self._finished.get()
+                order.popleft()
+                with self._room:
+                    self._held -= job.cost
+                    self._room.notify_all()
+                yield job
+                if self._connections.generation != self._generation:
+                    raise ClosedError("this iterator belongs to the parent process", hint="begin a new one in the child")
+        finally:
+            self._stop()
+
+    def _draw(self) -> None:
+        """Hand out jobs while there is room."""
+        order = self._order
+        while len(order) < _MOST_AHEAD:
+            job = self._next or next(self._jobs, None)
+            if job is None:
+                return
+            if order and self._held + job.cost > self._max_bytes:
+                self._next = job
+                return
+            self._next = None
+            with self._room:
+                self._held += job.cost
+            order.append(job)
+            self._todo.put(job)
+            if len(self._threads) < min(self._concurrency, len(order)):
+                thread = threading.Thread(target=self._work, daemon=True, name=f"s3loader-direct-{len(self._threads)}")
+                self._threads.append(thread)
+                thread.start()
+
+    # -- in the threads --------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        me = threading.get_ident()
+        while (job := self._todo.get()) is not None and not self._stopped:
+            try:
+                self._wait_for_turn()
+                perform(job, self._connections, scratch, admit=self._admit, track=lambda use: self._track(me, use))
+            except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
+                job.fail(error)
+            if self._wanted is job:
+                self._finished.put(None)
+            del job  # it holds a buffer
+
+    def _wait_for_turn(self) -> None:
+        while self._pace is not None and (wait := self._pace()) and not self._stopped:
+            time.sleep(wait)
+
+    def _admit(self, job: Job, more: int) -> None:
+        """The object is `more` bytes larger than thought: wait until there is room, or its turn."""
+        with self._room:
+            while more > 0 and self._held + more > self._max_bytes and job is not self._order[0] and not self._stopped:
+                self._room.wait()
+            self._held += more
+
+    def _track(self, thread: int, connection: Connection | None) -> None:
+        if connection is not None:
+            self._in_use[thread] = connection
+            if self._stopped:
+                connection.shut()
+        else:
+            self._in_use.pop(thread, None)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """End the threads: those that wait for a server by shutting the socket under them."""
+        if self._connections.generation != self._generation:
+            return  # the threads are the parent's
+        self._stopped = True
+        with self._room:
+            self._room.notify_all()
+        for _ in self._threads:
+            self._todo.put(None)
+        for connection in list(self._in_use.values()):
+            connection.shut()
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
