@@ -127,6 +127,14 @@ def _versions(spec: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+class _Here(threading.local):
+    number = 0
+
+
+here = _Here()
+"""``here.number``: which of the threads of `in_threads` this is, the same from round to round."""
+
+
 def in_threads(connections: int, count: int, deadline: float, one: Callable[[int], int]) -> dict[str, Any]:
     """Call ``one(i)`` for i < `count` in `connections` threads that take the next number themselves.
 
@@ -138,6 +146,7 @@ def in_threads(connections: int, count: int, deadline: float, one: Callable[[int
     errors: list[BaseException] = []
 
     def loop(me: int) -> None:
+        here.number = me
         try:
             for i in numbers:
                 if i >= count or time.perf_counter() > deadline or errors:

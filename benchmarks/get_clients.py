@@ -10,13 +10,12 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from _child import in_threads, resident, serve, until
+from _child import here, in_threads, resident, serve, until
 
 Check = Callable[[int, Any], None] | None
 Moved = dict[str, Any]
@@ -221,18 +220,18 @@ class S3TorchConnector(Client):
         self.client = S3Client("us-east-1", endpoint=self.endpoint, s3client_config=S3ClientConfig(force_path_style=True))
         self.ranged = S3ReaderConstructor.range_based(buffer_size=0)
         self.info = ObjectInfo(self.keys[0], '"e"', self.size * (self.count if self.single else 1), 0, None, None)
-        self.local = threading.local()
+        self.buffers: dict[int, tuple[Any, bytearray]] = {}
 
     def get(self, key: str) -> Any:
         return self.client.get_object(self.bucket, key, object_info=self.info).read()
 
     def get_range(self, key: str, start: int, length: int) -> Any:
-        if not hasattr(self.local, "reader"):
-            self.local.reader = self.client.get_object(self.bucket, key, object_info=self.info, reader_constructor=self.ranged)
-            self.local.buffer = bytearray(length)
-        self.local.reader.seek(start)
-        got = self.local.reader.readinto(self.local.buffer)
-        return memoryview(self.local.buffer)[:got]
+        if here.number not in self.buffers:
+            reader = self.client.get_object(self.bucket, key, object_info=self.info, reader_constructor=self.ranged)
+            self.buffers[here.number] = reader, bytearray(length)
+        reader, buffer = self.buffers[here.number]
+        reader.seek(start)
+        return memoryview(buffer)[: reader.readinto(buffer)]
 
     def put(self, key: str) -> None:
         with self.client.put_object(self.bucket, key) as writer:
@@ -329,8 +328,7 @@ class S3Loader(Client):
             **settings,
         )
         self.driver: Any = "threads" if self.spec.get("busy") else "auto"
-        self.reader: Any = self.store
-        self.local = threading.local()
+        self.buffers: dict[int, memoryview] = {}
         self.requests()
 
     def requests(self) -> None:
@@ -386,10 +384,11 @@ class S3Loader(Client):
         return moved
 
     def get_range(self, key: str, start: int, length: int) -> Any:
-        if not hasattr(self.local, "buffer"):
-            self.local.buffer = memoryview(bytearray(length))
-        self.store.read_into(key, start, self.local.buffer)
-        return self.local.buffer
+        buffer = self.buffers.get(here.number)
+        if buffer is None:
+            buffer = self.buffers[here.number] = memoryview(bytearray(length))
+        self.store.read_into(key, start, buffer)
+        return buffer
 
     def get(self, key: str) -> Any:
         return self.get_range(key, 0, self.size)
