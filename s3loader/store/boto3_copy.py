@@ -7,8 +7,8 @@ from typing import Final
 
 from s3loader.ranges import split
 from s3loader.store.boto3_client import BotoClient
-from s3loader.store.boto3_shapes import bare_etag
 from s3loader.store.options import MAX_PARTS
+from s3loader.store.s3reads import bare_etag
 from s3loader.types import ObjectMeta, PartResult
 from s3loader.units import MIB
 

@@ -27,10 +27,8 @@ from s3loader.errors import (
 from s3loader.store.boto3_client import BotoClient
 from s3loader.store.boto3_copy import copy_parts
 from s3loader.store.boto3_shapes import (
-    bare_etag,
     body,
     body_range,
-    check_etag,
     conditions,
     described,
     listed,
@@ -42,6 +40,7 @@ from s3loader.store.boto3_shapes import (
 from s3loader.store.listing import key_bytes
 from s3loader.store.options import StoreOptions
 from s3loader.store.s3errors import Condition, Where, condition_of, from_status
+from s3loader.store.s3reads import bare_etag, check_etag, read_nothing
 from s3loader.types import (
     Buffer,
     CommonPrefix,
@@ -75,7 +74,6 @@ class Boto3Backend:
         s3_client: A boto3 client to use in place of our own.
     """
 
-    engine: Final = "boto3"
     PUT_LIMIT: Final = 5 << 30
     """Most bytes of one put."""
 
@@ -100,6 +98,11 @@ class Boto3Backend:
         config = getattr(getattr(s3_client, "meta", None), "config", None)
         self.checksums: bool = s3_client is None or getattr(config, "request_checksum_calculation", None) != "when_required"
 
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "boto3"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.bucket, self._settings, self._credentials, self._options, self._client.given)
 
@@ -109,19 +112,19 @@ class Boto3Backend:
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
         """See `Backend.get`."""
-        if end is not None and end <= start:
-            return self._get_nothing(key, start, if_match, version_id), b""
         where = Where("get", self._client.at(key), "read")
+        if end is not None and end <= start:
+            return read_nothing(self, key, start, if_match, version_id, where), b""
         try:
             answer = self._open("get", key, start, end, if_match, version_id)
         except RangeError:
             if end is not None:
                 raise
-            return self._get_nothing(key, start, if_match, version_id), b""  # from the very end on there is nothing
+            return read_nothing(self, key, start, if_match, version_id, where), b""  # from the very end on there is nothing
         stream = answer["Body"]
         try:
             length, size = body_range(answer, start, end, where)
-            check_etag(answer, if_match, where)
+            check_etag(answer.get("ETag"), if_match, where)
             data = bytearray(length)
             read_body(stream, memoryview(data), where)
         except Exception as error:  # noqa: BLE001 - anything that breaks a body: the connection is of no use any more
@@ -131,15 +134,15 @@ class Boto3Backend:
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
         """See `Backend.read_into`."""
-        if not len(buffer):
-            return self._get_nothing(key, start, if_match, None)
-        end = start + len(buffer)
         where = Where("read", self._client.at(key), "read")
+        if not len(buffer):
+            return read_nothing(self, key, start, if_match, None, where)
+        end = start + len(buffer)
         answer = self._open("read", key, start, end, if_match, None)
         stream = answer["Body"]
         try:
             length, size = body_range(answer, start, end, where)
-            check_etag(answer, if_match, where)
+            check_etag(answer.get("ETag"), if_match, where)
             if length < len(buffer):
                 raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="read", url=where.url)
             read_body(stream, buffer, where)
@@ -160,29 +163,20 @@ class Boto3Backend:
             parameters["VersionId"] = version_id
         return self._client.call(verb, "get_object", key, parameters, "read")
 
-    def _get_nothing(self, key: str, start: int, if_match: str | None, version_id: str | None) -> ObjectMeta:
-        """An empty range: S3 has no way to ask for one, so the object is only looked at."""
-        meta = self.head(key, version_id=version_id)
-        where = Where("get", self._client.at(key), "read")
-        if if_match is not None and meta.etag != bare_etag(if_match):
-            raise from_status(412, None, "its ETag is not the one asked for", where)
-        if start > meta.size:
-            raise RangeError(f"it has {meta.size} bytes, asked for them from {start} on", op="get", url=where.url)
-        return meta
-
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
         """See `Backend.head`."""
         parameters = {"VersionId": version_id} if version_id is not None else {}
         try:
             answer = self._client.call("head", "head_object", key, {"Key": key, **parameters})
-        except ObjectNotFoundError as error:
-            self._blame_bucket(error, key)
+        except ObjectNotFoundError:
+            self.check_bucket(key)
             raise
         return meta_of(key, answer)
 
-    def _blame_bucket(self, error: ObjectNotFoundError, key: str) -> None:
-        """An answer to HEAD has no body: ask, once, whether it is the bucket that is missing."""
-        if self._bucket_seen or isinstance(error, BucketNotFoundError):
+    def check_bucket(self, key: str) -> None:
+        """Raise `BucketNotFoundError` where, after a 404 to HEAD, it is the bucket that is missing: the
+        answer has no body that would tell. Asks until it was seen once."""
+        if self._bucket_seen:
             return
         try:
             self._client.call("head", "head_bucket", "", {})

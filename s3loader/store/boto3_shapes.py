@@ -8,29 +8,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from s3loader.errors import StoreError, TruncatedError, UnsupportedOperationError
-from s3loader.store.s3errors import Where, from_status
+from s3loader.store.s3errors import Where
+from s3loader.store.s3reads import bare_etag
 from s3loader.types import Buffer, ObjectMeta, PutMode, Update
 
-__all__ = [
-    "bare_etag",
-    "body",
-    "body_range",
-    "check_etag",
-    "conditions",
-    "described",
-    "listed",
-    "meta_of",
-    "read_body",
-    "refuses_checksums",
-    "version",
-]
+__all__ = ["body", "body_range", "conditions", "described", "listed", "meta_of", "read_body", "refuses_checksums", "version"]
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-
-
-def bare_etag(value: str | None) -> str:
-    """An ETag without quotes and without the mark of a weak one (a proxy adds it; the bytes are the same)."""
-    return (value or "").removeprefix("W/").strip('"')
 
 
 def meta_of(key: str, answer: Mapping[str, Any], size: int | None = None) -> ObjectMeta:
@@ -95,12 +79,6 @@ def read_body(body: Any, into: memoryview, where: Where) -> None:
 def refuses_checksums(error: StoreError) -> bool:
     """Whether an upload may have failed because of its checksum header: its kind is not known there."""
     return error.status == 501 or (error.status == 400 and error.code in ("InvalidRequest", "InvalidArgument", None))
-
-
-def check_etag(answer: Mapping[str, Any], if_match: str | None, where: Where) -> None:
-    """Where a server ignores If-Match (rclone does), its answer still tells."""
-    if if_match is not None and bare_etag(answer.get("ETag")) != bare_etag(if_match):
-        raise from_status(412, None, "its ETag is not the one asked for", where)
 
 
 def body(data: Buffer) -> bytes | bytearray:

@@ -156,6 +156,10 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
         return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
     if "IncompleteBody" in debug:
         return made(TruncatedError, "the body ended early", retryable=True)
+    if "source: NotPartial" in debug:
+        return made(UnsupportedOperationError, "the server ignores ranges")
+    if "source: UnexpectedRange" in debug:
+        return made(StoreError, "the answer holds another range than was asked for", retryable=True)
     if kinds:
         return made(StoreConnectionError, f"the connection broke ({', '.join(sorted(kinds))})")
     # the first line may quote whatever obstore was given: only its own sentence is kept

@@ -1,0 +1,122 @@
+"""Which engine serves a store, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Final
+from urllib.request import getproxies, proxy_bypass
+from weakref import WeakKeyDictionary
+
+from s3loader.config import S3Settings
+from s3loader.credentials import CredentialsSource
+from s3loader.endpoint import Endpoint
+from s3loader.errors import ConfigError
+from s3loader.store import obstore_runtime
+from s3loader.store.base import Backend
+from s3loader.store.boto3_engine import Boto3Backend
+from s3loader.store.direct import DirectBackend
+from s3loader.store.obstore_client import ObstoreClient, open_azure, open_gcs
+from s3loader.store.obstore_engine import ObstoreBackend
+from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store.options import StoreOptions
+from s3loader.store.wrapper import innermost
+from s3loader.types import ObjectURL
+
+__all__ = ["explain_engine", "open_backend"]
+
+_ENGINES: Final = ("auto", "direct", "obstore", "boto3")
+_OTHERS: Final = {"gs": ("GCS", open_gcs), "az": ("Azure", open_azure)}
+_why: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def open_backend(
+    url: ObjectURL,
+    settings: S3Settings,
+    *,
+    engine: str = "auto",
+    s3_client: Any = None,
+    options: StoreOptions | None = None,
+) -> Backend:
+    """The engine for the bucket of `url` (its key is not looked at), as a backend. Asks nothing of the store.
+
+    Args:
+        url: ``s3://``, ``gs://`` or ``az://``.
+        settings: Endpoint, keys, CA bundle.
+        engine: ``"auto"``, or the one to force.
+        s3_client: A boto3 client of the user's; then boto3 it is.
+        options: Timeouts, signing.
+
+    Raises:
+        ConfigError: the engine cannot serve this store, or a setting is unusable.
+    """
+    options = options or StoreOptions()
+    if engine not in _ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}", hint=f"use one of {', '.join(_ENGINES)}")
+    if url.scheme in _OTHERS:
+        return _remember(_open_other(url, settings, engine, s3_client, options), "obstore is the one engine for it")
+    chosen, why = _choose(url, settings, engine, s3_client)
+    if chosen == "boto3" and s3_client is not None:
+        return _remember(Boto3Backend(url.bucket, settings, options=options, s3_client=s3_client), why)
+    endpoint = Endpoint.from_settings(settings, url.bucket)
+    credentials = CredentialsSource(settings, unsigned=options.unsigned)
+    if chosen == "boto3":
+        return _remember(Boto3Backend(url.bucket, settings, credentials=credentials, options=options), why)
+    general: Boto3Backend
+    if importlib.util.find_spec("obstore") is None:
+        general = Boto3Backend(url.bucket, settings, credentials=credentials, options=options)
+    else:
+        general = ObstoreS3Backend(url.bucket, settings, credentials=credentials, options=options)
+    if chosen == "obstore":
+        return _remember(general, why)
+    return _remember(DirectBackend(endpoint, credentials, general, options), why)
+
+
+def _choose(url: ObjectURL, settings: S3Settings, engine: str, s3_client: Any) -> tuple[str, str]:
+    """The engine for S3, and the reason."""
+    special = url.bucket.endswith("--x-s3") or url.bucket.startswith("arn:")
+    if s3_client is not None:
+        if engine not in ("auto", "boto3"):
+            raise ConfigError(f"engine={engine!r} cannot use the given s3_client", hint='leave engine out, or say "boto3"')
+        return "boto3", "an s3_client was given, and is honoured in full"
+    if engine != "auto":
+        if special and engine != "boto3":
+            raise ConfigError(f"engine={engine!r} cannot serve the bucket {url.bucket}", hint='use engine="boto3"')
+        return engine, "it was asked for"
+    if special:
+        return "boto3", "directory buckets and access points need boto3's own signing"
+    if _proxy(Endpoint.from_settings(settings, url.bucket)):
+        return "obstore", "a proxy is set for this endpoint, which the direct engine does not use"
+    return "direct", "it is the fastest for GET, PUT and UploadPart over HTTP(S)"
+
+
+def _proxy(endpoint: Endpoint) -> bool:
+    return endpoint.scheme in getproxies() and not proxy_bypass(endpoint.host)
+
+
+def _open_other(url: ObjectURL, settings: S3Settings, engine: str, s3_client: Any, options: StoreOptions) -> Backend:
+    name, make = _OTHERS[url.scheme]
+    if engine not in ("auto", "obstore"):
+        raise ConfigError(f"engine={engine!r} cannot serve {name}", hint="leave engine out")
+    if s3_client is not None:
+        raise ConfigError(f"an s3_client cannot serve {name}", hint="give an s3:// URL")
+    client = ObstoreClient(f"{url.scheme}://{url.bucket}", lambda: make(url.bucket, settings, options))
+    return ObstoreBackend(url.scheme, url.bucket, client)
+
+
+def _remember(backend: Backend, why: str) -> Backend:
+    _why[backend] = why
+    return backend
+
+
+def explain_engine(backend: Backend) -> str:
+    """Which engines serve `backend` in this process, and why. For people to read."""
+    engine = innermost(backend)
+    lines = [f"engine {engine.engine}: {_why.get(engine, 'it was made directly')}"]
+    general = getattr(engine, "general", None)
+    if general is not None:
+        lines.append(f"what it does not do, and whatever fails, goes to {general.engine}")
+    if isinstance(general or engine, ObstoreS3Backend):
+        lines.append("listings, copies, multipart control, versions and odd keys go to boto3")
+    if isinstance(general or engine, (ObstoreS3Backend, ObstoreBackend)) and not obstore_runtime.usable():
+        lines.append(obstore_runtime.FORKED + ("" if isinstance(engine, ObstoreBackend) else ": boto3 stands in for it"))
+    return "\n".join(lines)

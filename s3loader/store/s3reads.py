@@ -1,0 +1,54 @@
+"""What the S3 engines share about reads: ETags, empty ranges, keys that must stay literal."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from s3loader.errors import RangeError
+from s3loader.store.s3errors import Where, from_status
+from s3loader.types import ObjectMeta
+
+if TYPE_CHECKING:
+    from s3loader.store.base import Backend
+
+__all__ = ["bare_etag", "check_etag", "is_plain_key", "read_nothing"]
+
+# a segment that is empty, "." or "..", or a control character
+_ODD: Final = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def bare_etag(value: str | None) -> str:
+    """An ETag without quotes and without the mark of a weak one (a proxy adds it; the bytes are the same)."""
+    return (value or "").removeprefix("W/").strip('"')
+
+
+def check_etag(told: str | None, if_match: str | None, where: Where) -> None:
+    """Raise `ObjectChangedError` unless the ETag of an answer is `if_match`.
+
+    Where a server ignores If-Match (rclone does), its answer still tells.
+    """
+    if if_match is not None and bare_etag(told) != bare_etag(if_match):
+        raise from_status(412, None, "its ETag is not the one asked for", Where(where.op, where.url, "read"))
+
+
+def read_nothing(
+    backend: Backend, key: str, start: int, if_match: str | None, version_id: str | None, where: Where
+) -> ObjectMeta:
+    """An empty range at `start`: HTTP has no way to ask for one, so the object is only looked at.
+
+    Raises:
+        RangeError: `start` is beyond the object's end.
+        ObjectChangedError: its ETag is not `if_match`.
+    """
+    meta = backend.head(key, version_id=version_id)
+    check_etag(meta.etag, if_match, where)
+    if start > meta.size:
+        raise RangeError(f"it has {meta.size} bytes, asked for them from {start} on", op=where.op, url=where.url)
+    return meta
+
+
+def is_plain_key(key: str) -> bool:
+    """Whether path-minded clients (obstore) keep `key` as it is: no empty, ``.`` or ``..`` segment,
+    no control character."""
+    return _ODD.search(key) is None
