@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from s3loader.errors import ConfigError
+from s3loader.checksum import crc32c_base64
+from s3loader.errors import ConfigError, IntegrityError
+from s3loader.types import Buffer
 
-__all__ = ["checked_key", "readable", "writable"]
+__all__ = ["check_crc32c", "checked_key", "readable", "writable"]
 
 
 def checked_key(key: str) -> str:
@@ -37,7 +39,7 @@ def readable(data: Any) -> memoryview:
 def _flat(view: memoryview) -> memoryview:
     if not view.contiguous:
         raise ValueError("it is not contiguous")
-    if 0 in view.shape:  # cast refuses it
+    if not view.nbytes:  # cast refuses it
         return memoryview(b"") if view.readonly else memoryview(bytearray())
     return view.cast("B")
 
@@ -52,3 +54,13 @@ def writable(buffer: Any) -> memoryview:
     if view.readonly:
         raise ConfigError(f"the buffer ({type(buffer).__name__}) is read-only", hint="pass a bytearray or a writable array")
     return view
+
+
+def check_crc32c(data: Buffer, checksum: str, url: str) -> None:
+    """Compare `data` with what its sender says of it.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    if crc32c_base64(data) != checksum:
+        raise IntegrityError("the data does not have the checksum it came with", op="put", url=url, code="BadDigest")

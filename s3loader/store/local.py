@@ -7,6 +7,7 @@ under a lock. See docs/design/002-local-store.md.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import json
@@ -32,6 +33,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import _files
+from s3loader.store.arguments import check_crc32c
 from s3loader.store._files import RESERVED, Guard, TempFile
 from s3loader.store._walk import walk
 from s3loader.store.listing import key_bytes, roll_up
@@ -59,7 +61,6 @@ class LocalBackend:
         path: The folder; made at the first write where it is missing.
     """
 
-    engine: Final = "file"
     PUT_LIMIT: Final = sys.maxsize
     """Bytes up to which one put is the best way to write a buffer."""
 
@@ -71,6 +72,11 @@ class LocalBackend:
 
     def __reduce__(self) -> tuple[type[LocalBackend], tuple[str]]:
         return LocalBackend, (self.path,)
+
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "file"
 
     # reading
 
@@ -172,6 +178,11 @@ class LocalBackend:
         attributes = _attributes(content_type, metadata)
         with Guard("put", f"{self.url}/{key}", self._root):
             return self._publish(key, lambda temp: temp.write(data), mode, attributes)
+
+    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
+        """See `s3loader.store.probe.ChecksummedPut`."""
+        check_crc32c(data, checksum, f"{self.url}/{key}")
+        return self.put(key, data)
 
     def _publish(
         self, key: str, write: Callable[[TempFile], None], mode: PutMode, attributes: Mapping[str, object]
@@ -275,7 +286,7 @@ class LocalBackend:
             with contextlib.suppress(FileNotFoundError):
                 _files.sync_folder(folder)
 
-    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
         """See `Backend.delete_many`."""
         failures = []
         for key in keys:

@@ -6,6 +6,7 @@ started by spawn begins empty.
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import os
 import sys
@@ -22,6 +23,7 @@ from s3loader.errors import (
     RangeError,
     StoreError,
 )
+from s3loader.store.arguments import check_crc32c
 from s3loader.store.listing import key_bytes, roll_up
 from s3loader.types import (
     Buffer,
@@ -86,7 +88,6 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 class MemoryBackend:
     """The backend of ``memory://name``. ETags are unique for each write."""
 
-    engine: Final = "memory"
     PUT_LIMIT: Final = sys.maxsize
     """Bytes up to which one put is the best way to write a buffer."""
 
@@ -99,6 +100,11 @@ class MemoryBackend:
 
     def __reduce__(self) -> tuple[type[MemoryBackend], tuple[str]]:
         return MemoryBackend, (self.name,)
+
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "memory"
 
     def _find(self, op: str, key: str, if_match: str | None = None, version_id: str | None = None) -> _Object:
         found = self._bucket.objects.get(key)
@@ -149,6 +155,11 @@ class MemoryBackend:
         """See `Backend.put`."""
         return self._store("put", key, bytes(data), mode, content_type, {k.lower(): v for k, v in (metadata or {}).items()})
 
+    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
+        """See `s3loader.store.probe.ChecksummedPut`."""
+        check_crc32c(data, checksum, f"{self.url}/{key}")
+        return self.put(key, data)
+
     def _store(
         self, op: str, key: str, data: bytes, mode: PutMode, content_type: str | None, metadata: Mapping[str, str]
     ) -> PutResult:
@@ -183,7 +194,7 @@ class MemoryBackend:
             if self._bucket.objects.pop(key, None) is not None:
                 self._bucket.order = None
 
-    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
         """See `Backend.delete_many`."""
         for key in keys:
             self.delete(key)

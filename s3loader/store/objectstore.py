@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
-from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
+from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectNotFoundError, RangeError
 from s3loader.store.arguments import checked_key, readable, writable
-from s3loader.store.base import Backend, Driver, ReadResult
-from s3loader.store.bulk import PutFailure, ReadFailure, put_many, read_many
+from s3loader.store.base import Backend
+from s3loader.store.bulk import empty_read
+from s3loader.store.bulkverbs import BulkVerbs
 from s3loader.store.multipart import MultipartWriter
 from s3loader.store.options import StoreOptions
 from s3loader.store.wrapper import innermost
@@ -24,7 +26,6 @@ from s3loader.types import (
     DeleteFailure,
     ObjectMeta,
     PutMode,
-    PutRequest,
     PutResult,
     ReadRequest,
 )
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStore"]
 
-_DELETE_BATCH = 1000
+_DELETE_BATCH: Final = 1000
 
 
-class ObjectStore:
+_probed: dict[tuple[str, ...], Capabilities] = {}
+
+
+class ObjectStore(BulkVerbs):
     """One object store, or a folder of one. Made by `open_store`.
 
     Keys are relative to the URL it was opened with. All verbs may be called from several threads,
@@ -50,6 +54,7 @@ class ObjectStore:
         backend: The outermost backend; its keys are those of this store.
         options: See `StoreOptions`.
         reopen: Makes the same store again elsewhere, for pickling: a function and its arguments.
+        identity: Stores of the same identity can do the same things; None: like no other.
     """
 
     def __init__(
@@ -59,12 +64,16 @@ class ObjectStore:
         *,
         options: StoreOptions | None = None,
         reopen: tuple[Callable[..., ObjectStore], tuple[Any, ...]] | None = None,
+        identity: tuple[str, ...] | None = None,
     ) -> None:
         self.url = url
         self.options = options or StoreOptions()
         self._backend = backend
         self._reopen = reopen
+        self._identity = identity
         self._closed = False
+        self._capabilities: Capabilities | None = None
+        self._aio: AsyncObjectStore | None = None
 
     @property
     def engine(self) -> str:
@@ -102,7 +111,7 @@ class ObjectStore:
         """
         span = ByteRange(start, end)
         if not len(span):
-            self._empty_read(key, start, if_match)
+            empty_read(self.backend, checked_key(key), start, if_match)
             return b""
         _, data = self.backend.get(checked_key(key), start, end, if_match=if_match)
         return data if isinstance(data, bytes) else bytes(data)
@@ -136,7 +145,7 @@ class ObjectStore:
         checked_key(key)
         found = [memoryview(b"")] * len(wanted)
         if not spans:
-            self._empty_read(key, max((start for start, _ in wanted), default=0), if_match)
+            empty_read(self.backend, key, max((start for start, _ in wanted), default=0), if_match)
             return found
         if if_match is None and len(spans) > 1:
             if_match = self.head(key).etag or None
@@ -165,17 +174,8 @@ class ObjectStore:
         if start < 0:
             raise ConfigError(f"a start cannot be negative: {start}")
         if not len(view):
-            return self._empty_read(key, start, if_match)
+            return empty_read(self.backend, checked_key(key), start, if_match)
         return self.backend.read_into(checked_key(key), start, view, if_match=if_match)
-
-    def _empty_read(self, key: str, start: int, if_match: str | None) -> ObjectMeta:
-        """No bytes, but the same errors: HTTP cannot ask for an empty range."""
-        meta = self.head(key)
-        if if_match is not None and meta.etag != if_match:
-            raise ObjectChangedError("its ETag is not the one asked for", op="get", url=self._at(key))
-        if start > meta.size:
-            raise RangeError(f"it has {meta.size} bytes, asked for byte {start}", op="get", url=self._at(key))
-        return meta
 
     def open(self, key: str, *, version_id: str | None = None) -> io.BufferedReader:
         """A read-only, seekable, buffered binary file over the object, pinned to its ETag of now."""
@@ -283,7 +283,7 @@ class ObjectStore:
         """Delete the object; one that does not exist is no error."""
         self.backend.delete(checked_key(key))
 
-    def delete_many(self, keys: Iterable[str]) -> list[DeleteFailure]:
+    def delete_many(self, keys: Iterable[str]) -> builtins.list[DeleteFailure]:
         """Delete all of them; returns those that could not be, each with its error."""
         failures: list[DeleteFailure] = []
         batch: list[str] = []
@@ -298,161 +298,39 @@ class ObjectStore:
         """Copy inside this store, by the server where it can."""
         return self.backend.copy(checked_key(source), checked_key(target), mode=mode)
 
-    # many at once
-
-    @overload
-    def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
-    ) -> Iterator[ReadResult]: ...
-    @overload
-    def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
-    ) -> Iterator[ReadResult | ReadFailure]: ...
-    def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: Literal["raise", "return"] = "raise",
-    ) -> Iterator[Any]:
-        """Many reads, several at a time, answers in the order of `requests`.
-
-        Args:
-            requests: Taken as they are needed, in the calling thread.
-            max_bytes: Most bytes fetched or being fetched and not yet taken (one request may be larger).
-            concurrency: Requests at a time; default `StoreOptions.concurrency`.
-            driver: See `Driver`.
-            errors: ``"raise"`` raises an error at the position of its request and ends; ``"return"``
-                gives a `ReadFailure` there and goes on.
-
-        Yields:
-            `ReadResult`; its `data` stays valid as long as a view of it lives.
-        """
-        return read_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
-
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
-    ) -> Iterator[ReadResult]: ...
-    @overload
-    def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
-    ) -> Iterator[ReadResult | ReadFailure]: ...
-    def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: Literal["raise", "return"] = "raise",
-    ) -> Iterator[Any]:
-        """Many whole objects; as `read_many` with one request per key."""
-        requests = map(ReadRequest, keys)
-        return read_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
-
-    @overload
-    def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
-    ) -> Iterator[PutResult]: ...
-    @overload
-    def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
-    ) -> Iterator[PutResult | PutFailure]: ...
-    def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: Literal["raise", "return"] = "raise",
-    ) -> Iterator[Any]:
-        """Many writes, several at a time, results in the order of `requests`. Runs as the iterator is consumed.
-
-        Args and errors as in `read_many`, with `PutFailure`; `max_bytes` counts data taken from
-        `requests` and not yet written.
-        """
-        return put_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
-
     # the rest
 
     def capabilities(self) -> Capabilities:
-        """What this store really does, found by trying on throw-away keys; asked once, then remembered."""
-        from s3loader.store.probe import capabilities
+        """What this store really does, found by trying on throw-away keys; asked once per root, then remembered.
 
-        return capabilities(self)
+        Raises:
+            AccessDeniedError: the credentials may not write and delete there.
+        """
+        if self._capabilities is None:
+            from s3loader.store.probe import probe
+
+            backend = self.backend
+            known = _probed.get(self._identity) if self._identity else None
+            self._capabilities = known or probe(backend)
+            if self._identity:
+                _probed[self._identity] = self._capabilities
+        return self._capabilities
 
     @property
     def aio(self) -> AsyncObjectStore:
         """The same verbs as coroutines and async iterators."""
-        from s3loader.store.aio import AsyncObjectStore
+        if self._aio is None:
+            from s3loader.store.aio import AsyncObjectStore
 
-        return AsyncObjectStore(self)
+            self._aio = AsyncObjectStore(self)
+        return self._aio
 
     def close(self) -> None:
-        """Let go of connections; closing twice is fine."""
+        """Let go of connections and threads; closing twice is fine."""
         if not self._closed:
             self._closed = True
+            if self._aio is not None:
+                self._aio.let_go()
             self._backend.close()
 
     def __enter__(self) -> ObjectStore:

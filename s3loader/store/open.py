@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from s3loader.errors import ConfigError
 from s3loader.store.base import Backend
+from s3loader.store.limit import LimitBackend
 from s3loader.store.local import LocalBackend
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.observed import ObservedBackend
 from s3loader.store.options import StoreOptions
 from s3loader.store.prefix import PrefixBackend
+from s3loader.store.retry import RetryBackend
 from s3loader.types import ObjectURL
 
 if TYPE_CHECKING:
     from s3loader.config import S3Settings
 
-__all__ = ["Engine", "open_store"]
+__all__ = ["Engine", "assemble", "open_store"]
 
 Engine: TypeAlias = Literal["auto", "direct", "obstore", "boto3"]
 _ENGINES = ("auto", "direct", "obstore", "boto3")
@@ -70,28 +73,48 @@ def open_store(
     }
     explicit = {name: value for name, value in explicit.items() if value is not None}
     if target.scheme in ("file", "memory"):
-        return _assemble(target, _own_backend(target), options, None)
+        return _open(target, "auto", None, options, None)
     from s3loader.config import S3Settings
 
     if settings is None:
         settings = S3Settings.load(**explicit)
     elif explicit:
         settings = settings.replace(**explicit)
-    from s3loader.store.s3 import open_backend
-
-    backend = open_backend(target, settings, engine=engine, s3_client=s3_client, options=options)
-    again = None if s3_client is not None else (engine, settings)
-    return _assemble(target, backend, options, again)
+    return _open(target, engine, settings, options, s3_client)
 
 
-def _own_backend(target: ObjectURL) -> Backend:
-    return LocalBackend(target.key) if target.scheme == "file" else MemoryBackend(target.bucket)
-
-
-def _assemble(
-    target: ObjectURL, engine: Backend, options: StoreOptions, again: tuple[Engine, S3Settings] | None
+def _open(
+    target: ObjectURL, engine: Engine, settings: S3Settings | None, options: StoreOptions, s3_client: Any = None
 ) -> ObjectStore:
-    backend: Backend = engine
+    backend: Backend
+    if target.scheme == "file":
+        backend = LocalBackend(target.key)
+    elif target.scheme == "memory":
+        backend = MemoryBackend(target.bucket)
+    else:
+        assert settings is not None
+        from s3loader.store.s3 import open_backend
+
+        backend = open_backend(target, settings, engine=engine, s3_client=s3_client, options=options)
+    identity = (backend.engine, backend.url, str(settings and settings.endpoint_url), str(settings and settings.region))
+    return ObjectStore(
+        str(target).rstrip("/"),
+        assemble(backend, target, options),
+        options=options,
+        reopen=(_open, (target, engine, settings, options)) if s3_client is None else None,
+        identity=identity if s3_client is None else None,
+    )
+
+
+def assemble(engine: Backend, target: ObjectURL, options: StoreOptions) -> Backend:
+    """The wrappers around an engine, in their order: prefix, retry, limit, events.
+
+    Each attempt is limited and seen by itself; what retries and events see is the full key.
+    """
+    backend: Backend = ObservedBackend(engine)
+    if options.max_requests_per_second is not None:
+        backend = LimitBackend(backend, options.max_requests_per_second)
+    backend = RetryBackend(backend, max_attempts=options.max_attempts, budget=options.retry_budget)
     if target.scheme != "file" and target.key:
         backend = PrefixBackend(backend, target.key if target.key.endswith("/") else target.key + "/")
-    return ObjectStore(str(target).rstrip("/") or str(target), backend, options=options)
+    return backend

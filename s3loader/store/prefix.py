@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ from s3loader.store.base import Backend
 from s3loader.store.wrapper import Wrapper
 from s3loader.types import Buffer, CommonPrefix, DeleteFailure, ObjectMeta, PartResult, PutMode, PutResult
 
-__all__ = ["PrefixBackend"]
+__all__ = ["PrefixBackend", "prefix_of"]
 
 
 class PrefixBackend(Wrapper):
     """Puts `prefix` in front of every key that goes in and takes it off every key that comes out."""
+
+    LETS_BULK_PAST = True
 
     def __init__(self, inner: Backend, prefix: str) -> None:
         super().__init__(inner)
@@ -70,7 +73,7 @@ class PrefixBackend(Wrapper):
         """See `Backend.delete`."""
         self.inner.delete(self.prefix + key)
 
-    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
         """See `Backend.delete_many`."""
         cut = len(self.prefix)
         failures = self.inner.delete_many([self.prefix + key for key in keys])
@@ -103,3 +106,13 @@ class PrefixBackend(Wrapper):
         cut = len(self.prefix)
         for key, upload_id, initiated in self.inner.list_multipart(self.prefix + prefix):
             yield key[cut:], upload_id, initiated
+
+
+def prefix_of(backend: Backend) -> str:
+    """What all the wrappers together put in front of a key before it reaches the engine."""
+    prefix = ""
+    while isinstance(backend, Wrapper):
+        if isinstance(backend, PrefixBackend):
+            prefix = backend.prefix + prefix
+        backend = backend.inner
+    return prefix

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from s3loader.errors import ClosedError
 
-__all__ = ["Crew", "pause"]
+__all__ = ["Crew", "current_attempt", "pause", "set_attempt"]
 
 _here = threading.local()
 
@@ -66,3 +66,13 @@ class Crew:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def current_attempt() -> int:
+    """Which try of a request runs in this thread; 1 where nothing is tried again."""
+    return getattr(_here, "attempt", 1)
+
+
+def set_attempt(number: int) -> None:
+    """Note which try of a request runs in this thread from now on."""
+    _here.attempt = number

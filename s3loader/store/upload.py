@@ -57,6 +57,7 @@ def put_file(
 
 def _bytes_left(file: Any) -> int | None:
     try:
-        return max(0, os.fstat(file.fileno()).st_size - file.tell())
+        left: int = os.fstat(file.fileno()).st_size - file.tell()
+        return max(0, left)
     except (AttributeError, OSError, ValueError):  # not a real file, or a pipe
         return None
