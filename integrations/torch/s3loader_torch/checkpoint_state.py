@@ -1,0 +1,139 @@
+"""What s3loader's checkpoints need to know of torch: tensors, modules, and torch's small constants.
+
+Found by the core through `FRAMEWORK`, by name, at the first sight of one of torch's objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
+from s3loader.errors import CheckpointError, UnsupportedStateError
+
+__all__ = ["DTYPES", "FRAMEWORK", "TORCH", "tensor_bytes", "torch_dtype"]
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    name: getattr(torch, torch_name)
+    for name, torch_name in {
+        "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+        "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+        "C64": "complex64", "C128": "complex128", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+    }.items()
+    if hasattr(torch, torch_name)
+}  # fmt: skip
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of that safetensors name.
+
+    Raises:
+        CheckpointError: this torch has none.
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise CheckpointError(f"this torch has no type for {name}", hint="install a newer torch") from None
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable; kept alive by the view."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()  # typed as no Buffer before Python 3.12
+    return memoryview(flat)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _host(tensor: torch.Tensor) -> memoryview:
+    """Its bytes in host memory in C order; a copy where they are not there already."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor_bytes(plain)
+
+
+class _Tensor:
+    """Dense tensors on any device."""
+
+    kind = "torch"
+
+    def source(self, value: torch.Tensor) -> Source:
+        if value.layout is not torch.strided or value.is_quantized or value.dtype not in _NAMES or value.is_nested:
+            what = f"{value.layout} tensors" if value.layout is not torch.strided else f"tensors of {value.dtype}"
+            raise UnsupportedStateError(f"{what} cannot be saved", hint="convert it to a dense tensor first")
+        if value.device.type == "meta":
+            raise UnsupportedStateError("a tensor on the meta device has no data to save")
+        shape = tuple(value.shape)
+        return Source(self.kind, _NAMES[value.dtype], shape, [Piece((0,) * len(shape), shape, lambda: _host(value))])
+
+    def into(self, value: torch.Tensor) -> Target | None:
+        name = _NAMES.get(value.dtype)
+        if name is None or value.layout is not torch.strided or value.device.type == "meta":
+            return None
+        shape = tuple(value.shape)
+        if _plain(value):
+            return Target(name, shape, [Piece((0,) * len(shape), shape, lambda: tensor_bytes(value))], lambda: value, True)
+        staged = self.fresh(name, shape)
+
+        def finish() -> torch.Tensor:
+            with torch.no_grad():
+                value.copy_(staged.finish())
+            return value
+
+        return Target(name, shape, staged.pieces, finish, True)
+
+    def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
+        made: list[torch.Tensor] = []
+
+        def allocate() -> memoryview:
+            made.append(torch.empty(shape, dtype=torch_dtype(dtype)))
+            return tensor_bytes(made[0])
+
+        return Target(dtype, shape, [Piece((0,) * len(shape), shape, allocate)], lambda: made[0])
+
+
+TORCH: Final[LeafAdapter] = _Tensor()
+
+
+class _Torch:
+    def adapter(self, value: Any) -> LeafAdapter | None:
+        return TORCH if isinstance(value, torch.Tensor) else None
+
+    def adapter_of_kind(self, kind: str) -> LeafAdapter | None:
+        return TORCH if kind == "torch" else None
+
+    def expand(self, value: Any) -> Any:
+        """The state of a module; everything else that has ``state_dict()`` is the core's."""
+        return value.state_dict() if isinstance(value, torch.nn.Module) else None
+
+    def absorb(self, value: Any, state: Any, *, in_place: bool) -> None:
+        """Nothing is left to do for a module whose tensors were all filled in place."""
+        if in_place and set(state) == set(value.state_dict()):
+            return
+        value.load_state_dict(state)
+
+    def encode(self, value: Any) -> tuple[str, Any] | None:
+        if isinstance(value, torch.dtype):
+            return "torch.dtype", str(value).removeprefix("torch.")
+        if isinstance(value, torch.device):
+            return "torch.device", str(value)
+        if isinstance(value, torch.Size):
+            return "torch.size", list(value)
+        return None
+
+    def decode(self, tag: str, of: Any) -> Any:
+        if tag == "torch.dtype" and isinstance(getattr(torch, str(of), None), torch.dtype):
+            return getattr(torch, str(of))
+        if tag == "torch.device":
+            return torch.device(of)
+        if tag == "torch.size":
+            return torch.Size(of)
+        raise CheckpointError(f"unknown constant {tag} {of!r}", hint="the checkpoint was written by a newer s3loader")
+
+
+FRAMEWORK: Final = _Torch()

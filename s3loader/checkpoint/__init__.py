@@ -1,0 +1,28 @@
+"""Checkpoints that exist whole or not at all, on any object store.
+
+A save writes its files under names that are never used again, then makes the checkpoint appear by
+one conditional write. The protocol is described in docs/commit-protocol.md.
+"""
+
+from s3loader.checkpoint.checkpoint import Checkpoint, TensorSlice
+from s3loader.checkpoint.gc import GCReport
+from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
+from s3loader.checkpoint.manager import CheckpointManager
+from s3loader.checkpoint.options import CheckpointOptions
+from s3loader.checkpoint.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
+
+__all__ = [
+    "BestN",
+    "Checkpoint",
+    "CheckpointManager",
+    "CheckpointOptions",
+    "EveryNSteps",
+    "GCReport",
+    "KeepPolicy",
+    "LatestN",
+    "Progress",
+    "SaveHandle",
+    "SaveResult",
+    "StepInfo",
+    "TensorSlice",
+]

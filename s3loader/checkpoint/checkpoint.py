@@ -1,0 +1,237 @@
+"""One committed checkpoint, read lazily: an index in memory, tensors fetched when they are asked for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from s3loader.checkpoint import layout, tree
+from s3loader.checkpoint.leaves import NUMPY, Piece, Target
+from s3loader.checkpoint.merge import unpack_index
+from s3loader.checkpoint.reading import DataFile, read_targets, verify_chunks
+from s3loader.checkpoint.records import Chunk
+from s3loader.checkpoint.restoring import Restoration
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.run import Run
+from s3loader.errors import CheckpointError, CheckpointNotFoundError, FormatError, IntegrityError
+from s3loader.types import ObjectMeta
+
+__all__ = ["Checkpoint", "TensorSlice"]
+
+
+class Checkpoint:
+    """A committed step. Reading verifies every byte against the checksums made when it was saved.
+
+    Args:
+        run: Where.
+        root: Its root; `Checkpoint` makes sure that every file of it is there, with its size.
+
+    Raises:
+        CheckpointError: the root or index is damaged, or files are missing.
+    """
+
+    def __init__(self, run: Run, root: Root) -> None:
+        if root.state != "committed":
+            raise CheckpointError(root.problem or f"step {root.step} is not committed", url=run.store.url)
+        self._run, self._root = run, root
+        key = root.keys[layout.INDEX][0]
+        found = run.get(key)
+        if found is None:
+            raise self._gone(key)
+        try:
+            index = unpack_index(found[0], root.facts, key)
+        except (FormatError, CheckpointError) as error:
+            raise CheckpointError(error.message, url=f"{run.store.url}/{key}") from error
+        self._index = index
+        self._files = self._structure()
+        chunks: dict[str, list[Chunk]] = defaultdict(list)
+        for chunk in index.chunks:
+            chunks[chunk.name].append(chunk)
+        self._chunks: Mapping[str, Sequence[Chunk]] = chunks
+
+    def _structure(self) -> dict[str, DataFile]:
+        """Every data file by its id, as it is now."""
+        listed: dict[str, ObjectMeta] = {}
+        for prefix in {key.rpartition("/")[0] + "/" for key, _ in self._root.keys.values()}:
+            listed.update({e.key: e for e in self._run.store.list(prefix) if isinstance(e, ObjectMeta)})
+        files = {}
+        for record in self._index.files:
+            key, size = self._root.keys.get(record.id, ("", -1))
+            meta = listed.get(key)
+            if meta is None:
+                raise self._gone(key or record.id)
+            if not meta.size == size == record.size:
+                raise CheckpointError(
+                    f"{key} has {meta.size} bytes, {record.size} were saved", url=f"{self._run.store.url}/{key}"
+                )
+            files[record.id] = DataFile(key, meta.etag)
+        return files
+
+    def _gone(self, key: str) -> CheckpointError:
+        now = self._run.read_root(self.step)
+        if now.state == "tombstone":
+            return CheckpointNotFoundError(f"step {self.step} was deleted while it was opened", url=self._run.store.url)
+        return CheckpointError(f"step {self.step} is incomplete: {key} is missing", url=f"{self._run.store.url}/{key}")
+
+    @property
+    def step(self) -> int:
+        """Its step."""
+        return self._root.step
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """``step epoch attempt world time items tensors bytes written metrics metadata refs run`` of the commit."""
+        return self._root.facts
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics given to `save`."""
+        return dict(self._root.facts.get("metrics") or {})
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata given to `save`."""
+        return dict(self._root.facts.get("metadata") or {})
+
+    @property
+    def items(self) -> list[str]:
+        """Names of the items."""
+        return [str(key) for key, _, _ in tree.children(self._index.tree, "")]
+
+    def files(self) -> dict[str, int]:
+        """Key and bytes of every object of it."""
+        return dict(self._root.keys.values())
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, in order: ``model/layer.0.weight``."""
+        return list(self._chunks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._chunks
+
+    def chunks(self, name: str) -> Sequence[Chunk]:
+        """Where the tensor `name` lies.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        if name not in self._chunks:
+            raise CheckpointError(f"step {self.step} has no tensor {name!r}", url=self._run.store.url)
+        return self._chunks[name]
+
+    def tensor(self, name: str) -> Any:
+        """The tensor `name` as a numpy array."""
+        return self.get_slice(name)[...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensor(name)
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A view of the tensor `name` that reads what it is indexed with, as `safetensors` has it."""
+        return TensorSlice(self, name)
+
+    def read(self, wanted: Iterable[tuple[str, Target]]) -> dict[str, Any]:
+        """Read tensors (or boxes of them) into targets, all in one plan; returns their values by name."""
+        values: dict[str, Any] = {}
+        self._read(
+            (self.chunks(name), target, lambda value, name=name: values.__setitem__(name, value)) for name, target in wanted
+        )
+        return values
+
+    def _read(self, wanted: Any, *, verify: bool = True) -> int:
+        return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify)
+
+    def restore(
+        self, target: Any = None, *, items: Sequence[str] | None = None, verify: bool = True, fresh: Any = None
+    ) -> dict[str, Any]:
+        """The items, or those named; into `target` where it has something of that name.
+
+        Returns:
+            A dict of the items. What `target` has is filled in place and returned itself.
+
+        Raises:
+            IntegrityError: bytes are not what was saved.
+            CheckpointError: an item or a part of the target is not in the checkpoint, or of another shape or type.
+        """
+        node = self._index.tree
+        names = self.items
+        for name in [*(items or ()), *(target or ())]:
+            if name not in names:
+                raise CheckpointError(
+                    f"step {self.step} has no item {name!r}, it has {', '.join(names)}", url=self._run.store.url
+                )
+        picked = set(items) if items is not None else set(target) if target is not None else set(names)
+        if isinstance(node["of"], dict):
+            node = {**node, "of": {key: child for key, child in node["of"].items() if key in picked}}
+        else:
+            node = {**node, "of": [pair for pair in node["of"] if pair[0] in picked]}
+        work = Restoration(node, self._chunks, target, fresh=fresh)
+        self._read(work.wanted, verify=verify)
+        result: dict[str, Any] = dict(work.value())
+        return result
+
+    def verify(self) -> list[IntegrityError]:
+        """Read every tensor and every header and compare checksums; returns what is wrong."""
+        headers = [
+            Chunk(name="(header)", dtype="U8", shape=[f.header], file=f.id, begin=0, end=f.header, crc=f.crc)
+            for f in self._index.files
+        ]
+        return verify_chunks(self._run.store, self._files, self._index.block, [*headers, *self._index.chunks])[1]
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self._run.store.url!r}, step={self.step}, {len(self)} tensors)"
+
+
+class TensorSlice:
+    """A tensor in a store; index it with integers and slices of step 1, get a numpy array."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        first = checkpoint.chunks(name)[0]
+        self._checkpoint, self._name = checkpoint, name
+        self.dtype = first.dtype
+        self.shape = tuple(first.shape)
+
+    def get_shape(self) -> list[int]:
+        """Its shape, as `safetensors` has it."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Its type, as `safetensors` has it: ``F32``."""
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        import numpy as np
+
+        parts = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in parts:
+            at = parts.index(Ellipsis)
+            parts = parts[:at] + (slice(None),) * (len(self.shape) - len(parts) + 1) + parts[at + 1 :]
+        if len(parts) > len(self.shape):
+            raise IndexError(f"{self._name!r} has {len(self.shape)} dimensions, not {len(parts)}")
+        parts += (slice(None),) * (len(self.shape) - len(parts))
+        spans = [_span(part, size) for part, size in zip(parts, self.shape, strict=True)]
+        shape = tuple(high - low for low, high in spans)
+        fresh = NUMPY.fresh(self.dtype, shape)
+        piece = Piece(tuple(low for low, _ in spans), shape, fresh.pieces[0].open)
+        array = self._checkpoint.read([(self._name, Target(self.dtype, self.shape, [piece], fresh.finish))])[self._name]
+        kept = tuple(0 if not isinstance(part, slice) else slice(None) for part in parts)
+        return array[kept] if any(k == 0 for k in kept if not isinstance(k, slice)) else np.asarray(array)
+
+
+def _span(part: Any, size: int) -> tuple[int, int]:
+    if isinstance(part, slice):
+        low, high, step = part.indices(size)
+        if step != 1:
+            raise IndexError("only slices of step 1 are read")
+        return low, max(low, high)
+    at = int(part)
+    if not -size <= at < size:
+        raise IndexError(f"index {at} of a dimension of {size}")
+    return at % size, at % size + 1

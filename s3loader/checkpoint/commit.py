@@ -1,0 +1,140 @@
+"""Commit of an attempt: from durable data to a published root, on one rank or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from s3loader.checkpoint import layout, records
+from s3loader.checkpoint.merge import Merged
+from s3loader.checkpoint.records import Part
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.session import Session
+from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
+from s3loader.types import ObjectMeta
+
+__all__ = ["Attempt", "expect_free", "publish_or_wait"]
+
+_TAKE_OVER = 5.0  # seconds after which another rank publishes what the last arriver has not
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One save on one rank."""
+
+    run: Run
+    session: Session
+    step: int
+    id: str
+    deadline: float
+    """Seconds to wait for other ranks."""
+
+    @property
+    def prefix(self) -> str:
+        """Folder of its files, with the slash."""
+        return f"{layout.step_prefix(self.step)}{self.id}/"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.session.identity.rank
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.session.identity.world
+
+
+def expect_free(attempt: Attempt, *, replace: bool) -> Root:
+    """The step's root as it is before this attempt.
+
+    Raises:
+        StepExistsError: the step is committed, and `replace` was not asked for.
+    """
+    found = attempt.run.read_root(attempt.step)
+    if found.state in ("committed", "damaged") and not replace:
+        raise StepExistsError(
+            f"step {attempt.step} is committed already, by attempt {found.attempt or '(damaged)'}",
+            url=f"{attempt.run.store.url}/{layout.root_key(attempt.step)}",
+            hint="save(..., on_exists='replace') puts a new one in its place in one atomic write; 'skip' leaves it",
+        )
+    return found
+
+
+def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Callable[[], bool]) -> Root:
+    """Publish the root, or wait until another rank has.
+
+    Raises:
+        IncompleteCheckpointError: ranks did not finish their parts in time; `missing` names them.
+        StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
+    """
+    end = time.monotonic() + attempt.deadline
+    complete_since: float | None = None
+    pause = 0.02
+    first = True
+    while True:
+        listed = _listing(attempt)
+        missing = [r for r in range(attempt.world) if attempt.prefix + layout.part_id(r) not in listed]
+        if not missing:
+            now = time.monotonic()
+            complete_since = complete_since or now
+            if first or attempt.rank == 0 or now - complete_since > _TAKE_OVER:
+                return _publish(attempt, own, expected, listed)
+        first = False
+        found = attempt.run.read_root(attempt.step)
+        if found.state == "committed" and found.attempt == attempt.id:
+            return found
+        if (found.state, found.etag) != (expected.state, expected.etag):
+            if found.state == "tombstone":
+                raise FencedError(f"step {attempt.step} was retired while it was written")
+            raise StepExistsError(f"step {attempt.step} is taken by attempt {found.attempt or '(damaged)'}")
+        if time.monotonic() > end or abandoned():
+            raise IncompleteCheckpointError(
+                f"step {attempt.step} was not committed within {attempt.deadline:.0f} s: "
+                + (f"ranks {missing} have not finished" if missing else "no rank published it"),
+                url=attempt.run.store.url,
+                missing=missing,
+            )
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
+
+
+def _listing(attempt: Attempt) -> dict[str, tuple[int, str]]:
+    entries = attempt.run.store.list(attempt.prefix)
+    return {entry.key: (entry.size, entry.etag) for entry in entries if isinstance(entry, ObjectMeta)}
+
+
+def _publish(attempt: Attempt, own: Part, expected: Root, listed: Mapping[str, tuple[int, str]]) -> Root:
+    run = attempt.run
+    parts = [own if rank == own.rank else _part(attempt, rank) for rank in range(attempt.world)]
+    merged = Merged(parts)
+    sizes = dict(listed)
+    for file in merged.index.files:
+        key = file.id if "/" in file.id else attempt.prefix + file.id
+        if "/" in file.id:
+            meta = run.store.head(key)
+            sizes[key] = (meta.size, meta.etag)
+        if key not in sizes or sizes[key][0] != file.size:
+            there = f"has {sizes[key][0]} bytes" if key in sizes else "is not there"
+            raise CheckpointError(f"{key} {there}, {file.size} bytes were written", url=f"{run.store.url}/{key}")
+    entries = merged.entries(run.id, sizes)
+    run.put(attempt.prefix + layout.INDEX, merged.packed, content_type="application/zstd")
+    attempt.session.check_fence()
+    done = run.publish(attempt.step, entries, attempt.id, expected)
+    try:
+        attempt.session.check_fence()
+    except FencedError as error:
+        raise FencedError(
+            f"step {attempt.step} is committed and whole, but {error.message}", url=error.url, committed=True, hint=error.hint
+        ) from None
+    return done
+
+
+def _part(attempt: Attempt, rank: int) -> Part:
+    key = attempt.prefix + layout.part_id(rank)
+    found = attempt.run.get(key)
+    if found is None:
+        raise CheckpointError(f"{key} vanished", url=attempt.run.store.url)
+    return records.decode(found[0], Part, key)

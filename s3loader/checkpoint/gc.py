@@ -1,0 +1,138 @@
+"""Garbage collection: attempts that were never committed, leftovers of retired steps, open uploads.
+
+A stalled writer may still publish an attempt that looks abandoned, so the step's root is rewritten
+first (*fenced*): whatever that writer was about to send has a condition that no longer holds.
+Every step of a collection can be cut off and done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from s3loader.checkpoint import layout
+from s3loader.checkpoint.retention import delete_keys, in_use
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.run import Run
+from s3loader.errors import FencedError, StepExistsError, UnsupportedOperationError
+from s3loader.types import ObjectMeta
+
+__all__ = ["GCReport", "collect"]
+
+_log = logging.getLogger("s3loader.checkpoint")
+
+
+@dataclass(slots=True)
+class GCReport:
+    """What a collection deleted, or, of a dry run, would delete."""
+
+    dry_run: bool
+    keys: list[str] = field(default_factory=list)
+    bytes: int = 0
+    attempts: int = 0
+    uploads: list[str] = field(default_factory=list)
+    """Keys of multipart uploads left open."""
+    fenced: list[int] = field(default_factory=list)
+    """Steps whose root was rewritten first."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Steps left alone, and why."""
+
+
+def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCReport:
+    """Delete what no committed step needs and nobody has touched for `grace` seconds.
+
+    Args:
+        run: Where.
+        epoch: Of the job that collects, for the tombstones.
+        grace: Seconds by the store's clock; an attempt that is younger may still be under way.
+        dry_run: Only say what would go.
+    """
+    report = GCReport(dry_run)
+    now = _store_time(run, dry_run)
+    before = run.scan()
+    doomed: dict[int, dict[str, list[ObjectMeta]]] = {}
+    for step, attempts in before.attempts.items():
+        found = before.roots.get(step, Root(step, "absent"))
+        old = {a: metas for a, metas in attempts.items() if _abandoned(found, a, metas, now - grace)}
+        if found.state == "damaged":
+            report.skipped[step] = found.problem
+        elif old and (dry_run or _fence(run, found, old, epoch, report)):
+            doomed[step] = old
+    _count(run, report, doomed)
+    if not dry_run:
+        delete_keys(run, report.keys)
+        _drop_control(run, now - grace)
+    _abort_uploads(run, report, now - grace)
+    return report
+
+
+def _abandoned(found: Root, attempt: str, metas: list[ObjectMeta], before: float) -> bool:
+    if found.attempt == attempt:
+        return found.state == "tombstone"  # retired for good: no need to wait
+    return max((meta.last_modified or 0.0) for meta in metas) <= before
+
+
+def _fence(run: Run, found: Root, old: dict[str, list[ObjectMeta]], epoch: int, report: GCReport) -> bool:
+    """Make sure that none of the attempts `old` can be committed any more."""
+    if found.state == "tombstone" and set(old) == {found.attempt}:
+        return True  # its root was replaced by this tombstone already
+    try:
+        if found.state == "committed":
+            run.touch(found)
+        else:
+            run.retire(found, epoch)
+    except (StepExistsError, FencedError) as error:
+        report.skipped[found.step] = str(error.message)
+        return False
+    report.fenced.append(found.step)
+    return True
+
+
+def _count(run: Run, report: GCReport, doomed: dict[int, dict[str, list[ObjectMeta]]]) -> None:
+    keep, _ = in_use(run)
+    for attempts in doomed.values():
+        for metas in attempts.values():
+            gone = [meta for meta in metas if meta.key not in keep]
+            report.keys += [meta.key for meta in gone]
+            report.bytes += sum(meta.size for meta in gone)
+            report.attempts += bool(gone)
+
+
+def _store_time(run: Run, dry_run: bool) -> float:
+    """Now by the store's clock, which dates the objects: read off an object written for it."""
+    if dry_run:
+        return time.time()
+    key = f"{layout.CONTROL}clock-{secrets.token_hex(4)}"
+    run.put(key, b"{}")
+    try:
+        return run.store.head(key).last_modified or time.time()
+    finally:
+        run.store.delete(key)
+
+
+def _drop_control(run: Run, before: float) -> None:
+    """Pins and clocks that were left behind, and the fences of all epochs but the newest."""
+    epochs: list[str] = []
+    old: list[str] = []
+    for entry in run.store.list(layout.CONTROL):
+        if not isinstance(entry, ObjectMeta):
+            continue
+        if layout.epoch_of(entry.key) is not None:
+            epochs.append(entry.key)
+        elif (entry.last_modified or 0.0) <= before and entry.key.startswith((layout.PINS, f"{layout.CONTROL}clock-")):
+            old.append(entry.key)
+    delete_keys(run, [*sorted(epochs)[:-1], *old])
+
+
+def _abort_uploads(run: Run, report: GCReport, before: float) -> None:
+    try:
+        uploads = [u for u in run.store.backend.list_multipart(layout.STEPS) if (u[2] or 0.0) <= before]
+    except UnsupportedOperationError as error:
+        _log.info("open uploads cannot be listed: %s", error)
+        return
+    for key, upload_id, _ in uploads:
+        report.uploads.append(key)
+        if not report.dry_run:
+            run.store.backend.abort_multipart(key, upload_id)

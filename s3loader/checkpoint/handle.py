@@ -1,0 +1,100 @@
+"""What `save` returns: a save under way, and what came of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from s3loader.errors import StoreTimeoutError
+
+__all__ = ["Progress", "SaveHandle", "SaveResult"]
+
+
+class Progress(NamedTuple):
+    """How far an upload is, in bytes."""
+
+    sent: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """A committed checkpoint."""
+
+    step: int
+    attempt: str
+    bytes: int
+    """Of state, on this rank."""
+    written: int
+    """Bytes of files this rank wrote (less than `bytes` where tensors were unchanged or another rank's)."""
+    staged_s: float
+    """Seconds that `save` kept the caller."""
+    seconds: float
+    """Seconds from `save` to the commit."""
+    skipped: bool = False
+    """Whether the step was there already and was left as it is (``on_exists="skip"``)."""
+    retired: tuple[int, ...] = ()
+    """Steps that retention deleted afterwards."""
+    cleanup_error: Exception | None = None
+    """What kept retention from its work, if anything; the checkpoint itself is safe."""
+
+
+@dataclass(slots=True, eq=False)
+class SaveHandle:
+    """A save under way. Whoever does not ask for the `result` gets its error from the manager's next call."""
+
+    step: int
+    attempt: str
+    _progress: Callable[[], Progress]
+    _staged: threading.Event = field(default_factory=threading.Event)
+    _finished: threading.Event = field(default_factory=threading.Event)
+    _result: SaveResult | None = None
+    _error: BaseException | None = None
+    observed: bool = False
+    """Whether somebody got the error."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is committed or has failed."""
+        return self._finished.is_set()
+
+    @property
+    def progress(self) -> Progress:
+        """Bytes sent and to be sent by this rank."""
+        return self._progress()
+
+    def staged(self, timeout: float | None = None) -> bool:
+        """Wait until the state was copied, so that it may be changed. `save` returns after that by itself."""
+        return self._staged.wait(timeout)
+
+    def result(self, timeout: float | None = None) -> SaveResult:
+        """Wait for the commit.
+
+        Args:
+            timeout: Seconds; None waits as long as it takes.
+
+        Raises:
+            StoreTimeoutError: it is still under way.
+            S3LoaderError: it failed.
+        """
+        if not self._finished.wait(timeout):
+            raise StoreTimeoutError(f"step {self.step} is not committed after {timeout} s", op="save", retryable=False)
+        if self._error is not None:
+            self.observed = True
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    @property
+    def over(self) -> bool:
+        """Whether it is done and nobody needs to hear of it any more."""
+        return self.done and (self._error is None or self.observed)
+
+    def failed(self) -> BaseException | None:
+        """The error of a finished save that nobody has seen yet; then it counts as seen."""
+        if self._error is None or not self.done or self.observed:
+            return None
+        self.observed = True
+        return self._error

@@ -1,0 +1,310 @@
+"""`CheckpointManager`: the checkpoints of one training run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from s3loader.checkpoint import gc, retention
+from s3loader.checkpoint.checkpoint import Checkpoint
+from s3loader.checkpoint.commit import Attempt
+from s3loader.checkpoint.handle import SaveHandle
+from s3loader.checkpoint.options import CheckpointOptions, OnCorruption, OnExists
+from s3loader.checkpoint.policy import KeepPolicy
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.saving import Saver, plan_save
+from s3loader.checkpoint.session import Identity, Session, identify, open_session
+from s3loader.checkpoint.staging import BufferPool
+from s3loader.errors import CheckpointError, CheckpointNotFoundError, ClosedError, FormatError, IntegrityError
+from s3loader.store import ObjectStore, open_store
+
+__all__ = ["CheckpointManager"]
+
+
+class CheckpointManager:
+    """Saves and restores the checkpoints of one run, each of them whole or not there.
+
+    Args:
+        url: Folder of the run (``s3://bucket/run``, a path, ...), or an `ObjectStore` opened on it.
+        keep: Which steps to keep: `LatestN`, `EveryNSteps`, `BestN`, or several joined by ``|``; None keeps all.
+        rank: This process's rank, where several ranks save parts of one checkpoint.
+        world_size: How many ranks.
+        job: Name of this incarnation of the job, the same on all its ranks; default: what torchrun or Slurm say.
+        options: See `CheckpointOptions`.
+        store_options: Passed on to `open_store`: ``endpoint_url``, ``region``, ...
+
+    Making one asks nothing of the store. It may be used as a context manager; leaving it waits for what is under way.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | ObjectStore,
+        *,
+        keep: KeepPolicy | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        job: str = "",
+        options: CheckpointOptions | None = None,
+        **store_options: Any,
+    ) -> None:
+        self.options = options or CheckpointOptions()
+        self._own_store = not isinstance(url, ObjectStore)
+        self.store = url if isinstance(url, ObjectStore) else open_store(str(url), **store_options)
+        self.keep = keep
+        self.run = Run(self.store, settle=self.options.settle)
+        self._rank, self._world, self._job = rank, world_size, job
+        Identity(rank, world_size, job)
+        self._pool = BufferPool(self.options.staging_budget, self.options.part_size)
+        self._session: Session | None = None
+        self._savers: list[Saver] = []
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # saving
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_exists: OnExists = "error",
+    ) -> SaveHandle:
+        """Save `items` as `step`. Returns as soon as they were copied; the upload goes on in the background.
+
+        Args:
+            step: A non-negative integer.
+            items: What to save by name: arrays, tensors, numbers, strings, bytes, lists and dicts of these, and objects
+                that have ``state_dict()``: models, optimizers, schedulers, loaders. Nothing is pickled.
+            metrics: Numbers that a `BestN` policy may ask for.
+            metadata: JSON to keep with the checkpoint.
+            on_exists: Where the step is committed already: ``"error"``; ``"replace"`` it in one atomic write;
+                ``"skip"`` this save.
+
+        Raises:
+            UnsupportedStateError: something in `items` cannot be saved; the message names its path.
+            FencedError: a newer job has taken over the run.
+            S3LoaderError: what an earlier save failed with, where nobody asked its handle for the result.
+        """
+        self._ready()
+        if on_exists not in ("error", "replace", "skip"):
+            raise CheckpointError(f"on_exists is 'error', 'replace' or 'skip', not {on_exists!r}")
+        with self._lock:
+            running = [saver for saver in self._savers if not saver.handle.done]
+            if running and self.options.overlap == "refuse":
+                raise CheckpointError(f"step {running[0].handle.step} is still being saved", hint="wait(), or overlap='queue'")
+            facts = _checked_metrics(metrics), _checked_metadata(metadata)
+            session = self.session()
+            attempt = Attempt(self.run, session, step, session.next_attempt(), self.options.deadline)
+            plan = plan_save(attempt, items, facts[0], facts[1], self.options)
+            saver = Saver(
+                attempt,
+                plan,
+                self._pool,
+                self.options,
+                on_exists=on_exists,
+                after=running[-1] if running else None,
+                retire=self._retire,
+            )
+            self._savers = [*(saver for saver in self._savers if not saver.handle.over), saver]
+        saver.stage()
+        return saver.handle
+
+    def wait(self) -> None:
+        """Wait for every save under way.
+
+        Raises:
+            S3LoaderError: what one of them failed with, where nobody has seen it yet.
+        """
+        for saver in list(self._savers):
+            saver.join()
+        self._raise_failures()
+
+    def session(self) -> Session:
+        """This job's incarnation; begun at the first call (by `save`, or by `restore` where there are several ranks)."""
+        with self._lock:
+            if self._session is None or self._session.pid != os.getpid():
+                job = self._job or identify(os.environ)
+                identity = Identity(self._rank, self._world, job)
+                self._session = open_session(self.run, identity, self.latest, self.options.deadline)
+            return self._session
+
+    def _retire(self, session: Session) -> list[int]:
+        if self.keep is None or session.identity.rank:
+            return []
+        doomed = retention.to_retire(self.run.scan().committed(), self.keep)
+        return retention.retire_all(self.run, doomed, session.epoch) if doomed else []
+
+    # finding
+
+    def latest(self) -> int | None:
+        """The newest committed step, found by listing; None where there is none."""
+        return next((root.step for root in self.run.newest_first() if root.state == "committed"), None)
+
+    def steps(self) -> list[int]:
+        """All committed steps, ascending."""
+        return [root.step for root in self.run.scan().committed()]
+
+    def roots(self) -> list[Root]:
+        """Roots of all committed steps, ascending: facts, metrics, files."""
+        return self.run.scan().committed()
+
+    def open(self, step: int | None = None) -> Checkpoint:
+        """A committed step (the newest where `step` is None), to be read lazily.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            CheckpointError: it is damaged or incomplete.
+        """
+        if step is not None:
+            root = self.run.read_root(step)
+            if root.state in ("absent", "tombstone"):
+                why = "was deleted" if root.state == "tombstone" else "is not committed"
+                raise CheckpointNotFoundError(
+                    f"step {step} {why}", url=self.store.url, hint="`s3loader ckpt ls` lists what there is"
+                )
+            return Checkpoint(self.run, root)
+        for root in self.run.newest_first():
+            return Checkpoint(self.run, root)
+        raise CheckpointNotFoundError("there is no checkpoint", url=self.store.url)
+
+    def restore(
+        self,
+        step: int | None = None,
+        target: Mapping[str, Any] | None = None,
+        *,
+        items: Sequence[str] | None = None,
+        on_corruption: OnCorruption = "raise",
+        verify: bool = True,
+    ) -> dict[str, Any]:
+        """Read a step back.
+
+        Args:
+            step: Default: the newest (the one all ranks agreed on at the start, where there are several).
+            target: Items to restore into, by name: arrays are filled in place, objects with state get it loaded.
+                Only the items it names are read. What is not in it is made anew, as the kind it was saved from.
+            items: Read only these items.
+            on_corruption: A damaged step: ``"raise"``, or go back to the ``"previous"`` good one (only where `step` is None).
+            verify: Compare checksums of everything read.
+
+        Returns:
+            The items by name.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            IntegrityError: bytes are not what was saved; the target may be half written.
+        """
+        if self._closed:
+            raise ClosedError("the checkpoint manager was closed", url=self.store.url)
+        if step is None and self._world > 1:
+            step = self.session().resume_step
+            if step is None:
+                raise CheckpointNotFoundError("there was no checkpoint when this job began", url=self.store.url)
+        if step is not None:
+            return self.open(step).restore(target, items=items, verify=verify)
+        damage: Exception | None = None
+        for root in self.run.newest_first():
+            try:
+                return Checkpoint(self.run, root).restore(target, items=items, verify=verify)
+            except (IntegrityError, FormatError, CheckpointError) as error:
+                if on_corruption != "previous" and not isinstance(error, CheckpointNotFoundError):
+                    raise
+                damage = error
+        if damage is not None:
+            raise CheckpointError(f"no step could be restored; the last one tried: {damage}", url=self.store.url) from damage
+        raise CheckpointNotFoundError("there is no checkpoint", url=self.store.url)
+
+    # deleting
+
+    def delete(self, step: int) -> None:
+        """Delete a committed step: un-publish it, then delete its files (but those other steps refer to).
+
+        Raises:
+            CheckpointNotFoundError: it is not committed.
+        """
+        self._ready()
+        root = self.run.read_root(step)
+        if root.state not in ("committed", "damaged"):
+            raise CheckpointNotFoundError(f"step {step} is not committed", url=self.store.url)
+        if not retention.retire_all(self.run, [root], self._epoch()):
+            raise CheckpointError(f"step {step} was changed by another process", url=self.store.url)
+
+    def gc(self, *, dry_run: bool = False, grace: float | None = None) -> gc.GCReport:
+        """Delete what no committed step needs: abandoned attempts, leftovers of deleted steps, open uploads.
+
+        Args:
+            dry_run: Only report.
+            grace: Seconds that an attempt must have been left alone; default: `CheckpointOptions.grace`.
+        """
+        self._ready()
+        grace = self.options.grace if grace is None else grace
+        return gc.collect(self.run, epoch=self._epoch(), grace=grace, dry_run=dry_run)
+
+    def _epoch(self) -> int:
+        return self._session.epoch if self._session is not None else self.run.newest_epoch()
+
+    # the end
+
+    def close(self) -> None:
+        """Wait for what is under way and let go of everything; closing twice is fine.
+
+        Raises:
+            S3LoaderError: what a save failed with, where nobody has seen it yet.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.wait()
+        finally:
+            self._pool.clear()
+            if self._own_store:
+                self.store.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as second:  # noqa: BLE001 - the user's own exception is the one to raise
+            error.add_note(f"and a checkpoint failed: {second}")
+
+    def __repr__(self) -> str:
+        return f"CheckpointManager({self.store.url!r})"
+
+    def _ready(self) -> None:
+        if self._closed:
+            raise ClosedError("the checkpoint manager was closed", url=self.store.url)
+        self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        for saver in list(self._savers):
+            error = saver.handle.failed()
+            if error is not None:
+                raise error
+
+
+def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | None]:
+    """Metrics as JSON: what is not finite is None, since JSON has no NaN."""
+    values = {str(name): float(value) for name, value in (metrics or {}).items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        text = json.dumps(dict(metadata or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"metadata must be JSON: {error}") from error
+    result: dict[str, Any] = json.loads(text)
+    return result

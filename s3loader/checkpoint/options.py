@@ -1,0 +1,85 @@
+"""Options of a `CheckpointManager`, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from s3loader.checkpoint.segments import BLOCK
+from s3loader.errors import ConfigError
+from s3loader.units import GIB, parse_duration, parse_size
+
+__all__ = ["CheckpointOptions", "OnCorruption", "OnExists", "Overlap"]
+
+OnExists: TypeAlias = Literal["error", "replace", "skip"]
+OnCorruption: TypeAlias = Literal["raise", "previous"]
+Overlap: TypeAlias = Literal["queue", "refuse"]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class CheckpointOptions:
+    """How checkpoints are written and read. Sizes and durations are taken as numbers or as text (``"64MiB"``, ``"10m"``).
+
+    Args:
+        staging_budget: Most bytes of staging memory. State that is larger is staged piece by piece while it is
+            uploaded, and `save` returns when the last piece was copied. The memory is kept for the next save.
+        part_size: Bytes of an upload part and of a staging buffer (S3 wants at least 5 MiB); it is rounded to a multiple
+            of 16 MiB where it is larger than that. A tensor may have 10,000 parts.
+        file_size: Bytes of a data file, about.
+        concurrency: Parts uploaded at a time.
+        overlap: A save while another is under way: ``"queue"`` it behind the other, or ``"refuse"`` it.
+        incremental: Refer to the newest step for tensors that have not changed, instead of writing them again.
+        deadline: Seconds that a rank waits for the others before its save fails.
+        grace: Seconds after which an attempt that nobody touches is garbage.
+        settle: Seconds between the write and the read-back of a root, on stores that ignore conditional writes.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    staging_budget: int
+    part_size: int
+    file_size: int
+    concurrency: int
+    overlap: Overlap
+    incremental: bool
+    deadline: float
+    grace: float
+    settle: float
+
+    def __init__(
+        self,
+        *,
+        staging_budget: int | str = 4 * GIB,
+        part_size: int | str = BLOCK,
+        file_size: int | str = 4 * GIB,
+        concurrency: int = 8,
+        overlap: Overlap = "queue",
+        incremental: bool = False,
+        deadline: float | str = "10m",
+        grace: float | str = "1d",
+        settle: float | str = 0.5,
+    ) -> None:
+        part = parse_size(part_size)
+        if part < 1:
+            raise ConfigError("part_size must be positive")
+        if concurrency < 1:
+            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}")
+        if overlap not in ("queue", "refuse"):
+            raise ConfigError(f"overlap is 'queue' or 'refuse', not {overlap!r}")
+        part = part if part <= BLOCK else -(-part // BLOCK) * BLOCK
+        set_ = object.__setattr__
+        set_(self, "staging_budget", parse_size(staging_budget))
+        set_(self, "part_size", part)
+        set_(self, "file_size", parse_size(file_size))
+        set_(self, "concurrency", concurrency)
+        set_(self, "overlap", overlap)
+        set_(self, "incremental", incremental)
+        set_(self, "deadline", parse_duration(deadline))
+        set_(self, "grace", parse_duration(grace))
+        set_(self, "settle", parse_duration(settle))
+
+    @property
+    def block(self) -> int:
+        """Bytes of a checksum block: a part is a multiple of it."""
+        return min(BLOCK, self.part_size)

@@ -1,0 +1,171 @@
+"""From a saved tree back to objects: into what the caller has, or anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from s3loader.checkpoint import tree
+from s3loader.checkpoint.leaves import Target, adapter_for, adapter_of_kind, framework_for
+from s3loader.checkpoint.records import Chunk
+from s3loader.errors import CheckpointError
+
+__all__ = ["Restoration"]
+
+_MISSING: Any = object()
+
+
+class Restoration:
+    """One restore: first `wanted` is read, then `value` builds the result.
+
+    Args:
+        node: The saved tree.
+        chunks: Chunks of every tensor by its name.
+        target: What to restore into; a tree of the same shape, where any part may be missing (restored anew),
+            an array (filled in place where it can be) or an object with state.
+        name: Path to `node`.
+        fresh: Makes the target of a leaf by its kind, type and shape; default: as it was saved.
+    """
+
+    def __init__(
+        self,
+        node: Any,
+        chunks: Mapping[str, Sequence[Chunk]],
+        target: Any = None,
+        *,
+        name: str = "",
+        fresh: Callable[[str, str, tuple[int, ...]], Target] | None = None,
+    ) -> None:
+        self._node, self._chunks, self._target, self._name = node, chunks, target, name
+        self._fresh = fresh or (lambda kind, dtype, shape: adapter_of_kind(kind).fresh(dtype, shape))
+        self._values: dict[str, Any] = {}
+        self._in_place: dict[str, bool] = {}
+        self._states: dict[str, Any] = {}
+        self._targets: list[tuple[Sequence[Chunk], Target, Callable[[Any], None]]] = []
+        self._collect(node, target if target is not None else _MISSING, name)
+
+    @property
+    def wanted(self) -> Iterable[tuple[Sequence[Chunk], Target, Callable[[Any], None]]]:
+        """What `read_targets` takes."""
+        return self._targets
+
+    def value(self) -> Any:
+        """The restored tree; objects of the target with their state loaded."""
+        return self._build(self._node, self._target if self._target is not None else _MISSING, self._name)
+
+    # what to read
+
+    def _collect(self, node: Any, target: Any, name: str) -> None:
+        if isinstance(node, dict) and node.get("$") == "leaf":
+            self._leaf(node["of"], target, name)
+            return
+        if not isinstance(node, dict | list):
+            return
+        inside = self._inside(target, name)
+        for key, inner, child in tree.children(node, name):
+            self._collect(child, _child(inside, key), inner)
+
+    def _leaf(self, kind: str, target: Any, name: str) -> None:
+        chunks = self._chunks.get(name)
+        if not chunks:
+            raise CheckpointError(f"{name!r} is in the tree of the checkpoint, but not among its tensors")
+        dtype, shape = chunks[0].dtype, tuple(chunks[0].shape)
+        into = None
+        if target is not _MISSING and target is not None:
+            adapter = adapter_for(target)
+            if adapter is None:
+                raise CheckpointError(f"{name!r} is an array in the checkpoint, a {type(target).__qualname__} in the target")
+            into = adapter.into(target)
+            if into is not None and (into.dtype, tuple(into.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{name!r} is {dtype} {list(shape)} in the checkpoint, {into.dtype} {list(into.shape)} in the target",
+                    hint="restore it without a target and convert it",
+                )
+        place = into if into is not None else self._fresh(kind, dtype, shape)
+        self._in_place[name] = place.in_place
+
+        def done(value: Any) -> None:
+            self._values[name] = value
+
+        self._targets.append((chunks, place, done))
+
+    def _inside(self, target: Any, name: str) -> Any:
+        """The tree in a target: itself, or the state of an object."""
+        if target is _MISSING or _is_container(target):
+            return target
+        if name not in self._states:
+            state = tree.expand(target)
+            if state is None:
+                raise CheckpointError(f"the target at {name!r} is a {type(target).__qualname__}, which has no state to restore")
+            self._states[name] = state
+        return self._states[name]
+
+    # the result
+
+    def _build(self, node: Any, target: Any, name: str) -> Any:
+        if isinstance(node, dict) and node.get("$") == "leaf":
+            return self._values[name]
+        inside = self._states.get(name, target)
+        if inside is _MISSING or not isinstance(node, dict | list):
+            value = tree.decode(node, self._values.__getitem__, name)
+        else:
+            value = self._filled(node, inside, name)
+        if name in self._states:
+            self._load(target, value, node, name)
+            return target
+        return value
+
+    def _filled(self, node: Any, target: Any, name: str) -> Any:
+        """A container, with the types of the target's where they are richer than what is stored."""
+        built = {key: self._build(child, _child(target, key), inner) for key, inner, child in tree.children(node, name)}
+        by_name = {tree.child_name(name, key): value for key, value in built.items()}
+        if tree.is_namedtuple(target) and set(tree.fields_of(target)) == set(built):
+            return type(target)(**built)
+        if dataclasses.is_dataclass(target) and not isinstance(target, type):
+            return dataclasses.replace(target, **built)
+        if not built:
+            return tree.decode(node, self._values.__getitem__, name)
+        return _rebuilt(node, name, by_name)
+
+    def _load(self, target: Any, state: Any, node: Any, name: str) -> None:
+        framework = framework_for(target)
+        if framework is not None and framework.expand(target) is not None:
+            in_place = all(self._in_place[leaf] for leaf, _ in tree.leaf_names(node, name))
+            framework.absorb(target, state, in_place=in_place)
+        else:
+            target.load_state_dict(state)
+
+
+def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
+    """`node` decoded, with its direct children given."""
+    marks = {"$": "leaf", "of": ""}
+    if isinstance(node, list):
+        shallow: Any = [marks] * len(node)
+    elif isinstance(node["of"], dict):
+        shallow = {**node, "of": dict.fromkeys(node["of"], marks)}
+    elif node["$"] in ("dict", "odict", "counter"):
+        shallow = {**node, "of": [[pair[0], marks] for pair in node["of"]]}
+    else:
+        shallow = {**node, "of": [marks] * len(node["of"])}
+    return tree.decode(shallow, children.__getitem__, name)
+
+
+def _is_container(target: Any) -> bool:
+    if isinstance(target, Mapping | list | tuple | set | frozenset | str | int | float | complex) or target is None:
+        return True
+    return dataclasses.is_dataclass(target) and not isinstance(target, type) and not tree.is_stateful(target)
+
+
+def _child(target: Any, key: Any) -> Any:
+    if target is _MISSING or target is None:
+        return _MISSING
+    if isinstance(target, Mapping):
+        return target.get(key, _MISSING)
+    if tree.is_namedtuple(target):
+        return getattr(target, key, _MISSING) if isinstance(key, str) else target[key]
+    if isinstance(target, list | tuple):
+        return target[key] if isinstance(key, int) and key < len(target) else _MISSING
+    if dataclasses.is_dataclass(target):
+        return getattr(target, str(key), _MISSING)
+    return _MISSING

@@ -1,0 +1,107 @@
+"""The root of a step: an exchange manifest whose appearance *is* the commit.
+
+Its lines are ordinary ``file`` entries, so ``S3ExchangeStore.iter_manifest_entries`` lists the
+checkpoint's files. What the commit protocol needs to know is in the ``meta`` of the first
+entry, under ``s3loader``. A retired step's root is a *tombstone*: a manifest that lists only itself.
+
+The facts carry a digest over themselves and over id and size of every entry. Keys and ETags
+are left out of it, so a copy of a run made by the exchange tools is still valid; they are
+checked against what the store lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from s3loader.checkpoint.layout import root_key
+from s3loader.checkpoint.records import FORMAT
+from s3loader.errors import FormatError
+from s3loader.exchange.types import FileEntry
+
+__all__ = ["Root", "committed_entries", "file_entry", "parse", "tombstone_entries", "touched_entries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """State of a step's root object."""
+
+    step: int
+    state: Literal["absent", "committed", "tombstone", "damaged"]
+    etag: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """``kind step epoch attempt world time run items bytes metrics metadata refs index`` of a commit;
+    ``kind step epoch attempt nonce time`` of a tombstone."""
+    keys: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Id of each file -> (key, size in bytes)."""
+    problem: str = ""
+    """Why it is damaged."""
+
+    @property
+    def attempt(self) -> str:
+        """The attempt that was committed, or retired; empty where there is none."""
+        return str(self.facts.get("attempt") or "")
+
+
+def file_entry(key: str, id: str, size: int | None, etag: str | None, content_type: str, meta: Any = None) -> FileEntry:
+    """A manifest line, fields in the order the exchange format has."""
+    return {
+        "kind": "file",
+        "key": key,
+        "id": id,
+        "meta": meta,
+        "content_type": content_type,
+        "size_bytes": size,
+        "etag": etag,
+    }
+
+
+def _digest(facts: Mapping[str, Any], entries: Sequence[FileEntry]) -> str:
+    plain = {name: value for name, value in facts.items() if name != "digest"}
+    text = json.dumps([plain, [[e.get("id"), e.get("size_bytes")] for e in entries]], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def committed_entries(facts: Mapping[str, Any], index: FileEntry, others: Sequence[FileEntry]) -> list[FileEntry]:
+    """Lines of a commit: the index file's entry, which carries `facts`, then the other files'."""
+    entries = [index, *others]
+    whole = {"format": FORMAT, "kind": "committed", **facts}
+    index["meta"] = {"s3loader": {**whole, "digest": _digest(whole, entries)}}
+    return entries
+
+
+def tombstone_entries(facts: Mapping[str, Any]) -> list[FileEntry]:
+    """The line of a tombstone."""
+    entry = file_entry(root_key(facts["step"]), "tombstone", None, None, "application/x-ndjson")
+    whole = {"format": FORMAT, "kind": "tombstone", **facts}
+    entry["meta"] = {"s3loader": {**whole, "digest": _digest(whole, [entry])}}
+    return [entry]
+
+
+def touched_entries(data: bytes, nonce: str) -> list[FileEntry]:
+    """The lines of a valid committed root again, with another nonce."""
+    entries: list[FileEntry] = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+    told: dict[str, Any] = (entries[0].get("meta") or {})["s3loader"]
+    facts = {name: value for name, value in told.items() if name != "digest"} | {"nonce": nonce}
+    entries[0]["meta"] = {"s3loader": {**facts, "digest": _digest(facts, entries)}}
+    return entries
+
+
+def parse(step: int, data: bytes, etag: str) -> Root:
+    """The root in `data`; never raises: what cannot be trusted is ``damaged``, and says why."""
+    try:
+        entries = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+        facts = entries[0]["meta"]["s3loader"]
+        if facts["format"] != FORMAT:
+            raise FormatError(f"format {facts['format']}, this s3loader reads {FORMAT}")
+        if facts["digest"] != _digest(facts, entries) or facts["step"] != step:
+            raise FormatError("its digest does not match")
+        if facts["kind"] not in ("committed", "tombstone"):
+            raise FormatError(f"kind {facts['kind']!r}")
+        keys = {entry["id"]: (entry["key"], int(entry["size_bytes"] or 0)) for entry in entries}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        return Root(step, "damaged", etag, problem=f"the root of step {step} is damaged: {error or type(error).__name__}")
+    return Root(step, facts["kind"], etag, facts, keys)

@@ -1,0 +1,275 @@
+"""A run: the place in a store where the checkpoints of one training lie, and its atomic steps.
+
+Everything here is one small object written under a condition, or the reading of one. What the
+conditions are for is in docs/commit-protocol.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from s3loader.checkpoint import layout, records, root
+from s3loader.checkpoint.records import Marker
+from s3loader.checkpoint.root import Root
+from s3loader.errors import (
+    CommitUnknownError,
+    FencedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    OutcomeUnknownError,
+    PreconditionFailedError,
+    StepExistsError,
+    StoreError,
+)
+from s3loader.exchange.commit import publish_manifest
+from s3loader.exchange.types import FileEntry
+from s3loader.store import ObjectStore
+from s3loader.types import CommonPrefix, ObjectMeta, PutMode, Update
+
+__all__ = ["JSON", "Run", "Scan"]
+
+_log = logging.getLogger("s3loader.checkpoint")
+JSON: Final = "application/json"
+_TRIES: Final = 6
+
+
+class Scan(NamedTuple):
+    """What lies under ``ckpt/``."""
+
+    roots: dict[int, Root]
+    attempts: dict[int, dict[str, list[ObjectMeta]]]
+    """Step -> attempt -> its files."""
+
+    def committed(self) -> list[Root]:
+        """Committed roots, ascending."""
+        return [self.roots[step] for step in sorted(self.roots) if self.roots[step].state == "committed"]
+
+    def referenced(self) -> set[str]:
+        """Every key that a committed root lists."""
+        return {key for found in self.committed() for key, _ in found.keys.values()}
+
+
+class Run:
+    """The objects of one run.
+
+    Args:
+        store: Opened on the run's URL.
+        settle: Seconds between the write and the read-back of a root on a store that ignores conditions.
+    """
+
+    def __init__(self, store: ObjectStore, *, settle: float = 0.5) -> None:
+        self.store = store
+        self.settle = settle
+        self._conditional: bool | None = None
+        self._id = ""
+        self._roots: dict[int, Root] = {}
+        self._lock = threading.Lock()
+
+    # the store's abilities
+
+    @property
+    def id(self) -> str:
+        """Random id of the run; made at the first write."""
+        self.prepare()
+        return self._id
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the store honours conditional writes; found out at the first write, and remembered in the run."""
+        self.prepare()
+        return bool(self._conditional)
+
+    def prepare(self) -> None:
+        """Read the run's marker, or make it."""
+        with self._lock:
+            if self._conditional is not None:
+                return
+            found = self.get(layout.MARKER)
+            marker = records.decode(found[0], Marker, layout.MARKER) if found else None
+            if marker is None or marker.probed != self.store.url:
+                able = self.store.capabilities().conditional_writes
+                run = marker.run if marker is not None else secrets.token_hex(8)
+                marker = Marker(format=records.FORMAT, run=run, conditional_writes=able, probed=self.store.url)
+                marker = self._write_marker(marker, fresh=found is None)
+            self._id, self._conditional = marker.run, marker.conditional_writes
+        if not self._conditional:
+            _log.warning(
+                "%s ignores conditional writes: checkpoints are in single-writer mode, let one job at a time write to this run",
+                self.store.url,
+            )
+
+    def _write_marker(self, marker: Marker, *, fresh: bool) -> Marker:
+        mode: PutMode = "create" if fresh and marker.conditional_writes else "overwrite"
+        try:
+            self.store.put(layout.MARKER, records.encode(marker), mode=mode, content_type=JSON)
+        except ObjectExistsError:
+            found = self.get(layout.MARKER)
+            if found is not None:
+                return records.decode(found[0], Marker, layout.MARKER)
+        return marker
+
+    # plain objects
+
+    def get(self, key: str) -> tuple[bytes, str] | None:
+        """Bytes and ETag of an object, None where there is none."""
+        try:
+            meta, data = self.store.backend.get(key)
+        except ObjectNotFoundError:
+            return None
+        return bytes(data), meta.etag
+
+    def put(self, key: str, data: bytes, *, content_type: str = JSON) -> None:
+        """Write an object whose key is used once."""
+        self.store.put(key, data, content_type=content_type)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object if its key is free; returns whether it is ours now."""
+        try:
+            self.store.put(key, data, mode="create" if self.conditional else "overwrite", content_type=JSON)
+        except (ObjectExistsError, OutcomeUnknownError):
+            found = self.get(key)
+            return found is not None and found[0] == data
+        return True
+
+    # steps
+
+    def listed_steps(self) -> list[int]:
+        """Steps that have a folder, whatever is in it, ascending."""
+        prefixes = (e.key for e in self.store.list(layout.STEPS, delimiter="/") if isinstance(e, CommonPrefix))
+        return sorted(step for step in map(layout.step_of, prefixes) if step is not None)
+
+    def read_root(self, step: int) -> Root:
+        """State of `step`'s root."""
+        found = self.get(layout.root_key(step))
+        return Root(step, "absent") if found is None else root.parse(step, *found)
+
+    def newest_first(self) -> Iterator[Root]:
+        """Roots that are committed or damaged, from the newest step down, read as they are asked for."""
+        for step in reversed(self.listed_steps()):
+            found = self.read_root(step)
+            if found.state in ("committed", "damaged"):
+                yield found
+
+    def scan(self) -> Scan:
+        """Everything under ``ckpt/``, by one listing; roots whose ETag is known are not read again."""
+        scan = Scan({}, {})
+        for entry in self.store.list(layout.STEPS):
+            key = layout.parse_key(entry.key)
+            if key is None or not isinstance(entry, ObjectMeta):
+                continue
+            if key.attempt:
+                scan.attempts.setdefault(key.step, {}).setdefault(key.attempt, []).append(entry)
+                continue
+            known = self._roots.get(key.step)
+            if known is None or not entry.etag or known.etag != entry.etag:
+                known = self.read_root(key.step)
+            if known.state != "absent":
+                scan.roots[key.step] = self._roots[key.step] = known
+        return scan
+
+    def newest_epoch(self, after: int = 0) -> int:
+        """The highest epoch that was begun, `after` where none is higher."""
+        start = layout.epoch_key(after) if after else ""
+        epochs = (layout.epoch_of(entry.key) for entry in self.store.list(layout.CONTROL + "epoch-", start_after=start))
+        return max((epoch for epoch in epochs if epoch is not None), default=after)
+
+    # the commit point
+
+    def publish(self, step: int, entries: Sequence[FileEntry], attempt: str, expected: Root) -> Root:
+        """Make `attempt` the committed one of `step`: the one conditional write of a save.
+
+        Args:
+            entries: The root's lines.
+            attempt: Its id, by which a lost answer is told from another's success.
+            expected: The root as it was read before: absent, a tombstone, or what is to be replaced.
+
+        Raises:
+            StepExistsError: another attempt is committed.
+            FencedError: the step was retired meanwhile.
+            CommitUnknownError: whether it was written could not be found out.
+        """
+        return self._write_root(step, entries, expected, lambda now: now.state == "committed" and now.attempt == attempt)
+
+    def retire(self, seen: Root, epoch: int) -> Root:
+        """Put a tombstone in the place of what was seen (a committed root, an older tombstone, or nothing).
+
+        Raises:
+            StepExistsError: the root is another one by now, so nothing was retired.
+            CommitUnknownError: whether it was written could not be found out.
+        """
+        nonce = secrets.token_hex(8)
+        facts = {
+            "step": seen.step,
+            "epoch": epoch,
+            "attempt": seen.attempt,
+            "replaces": seen.etag,
+            "nonce": nonce,
+            "time": time.time(),
+        }
+        entries = root.tombstone_entries(facts)
+        return self._write_root(seen.step, entries, seen, lambda now: now.facts.get("nonce") == nonce)
+
+    def touch(self, seen: Root) -> Root:
+        """Rewrite a committed root as it is, under a new ETag, so that nobody who saw the old one can replace it.
+
+        Raises:
+            StepExistsError, FencedError, CommitUnknownError: as `retire`.
+        """
+        found = self.get(layout.root_key(seen.step))
+        if found is None or found[1] != seen.etag:
+            raise FencedError(f"the root of step {seen.step} changed", url=self.store.url)
+        nonce = secrets.token_hex(8)
+        entries = root.touched_entries(found[0], nonce)
+        return self._write_root(seen.step, entries, seen, lambda now: now.facts.get("nonce") == nonce)
+
+    def _write_root(self, step: int, entries: Sequence[FileEntry], expected: Root, ours: Any) -> Root:
+        mode: PutMode = "overwrite"
+        if self.conditional:
+            mode = Update(expected.etag) if expected.etag else "create"
+        last: Exception | None = None
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
+            try:
+                publish_manifest(self.store, layout.root_key(step), entries, mode=mode)
+                if not self.conditional:
+                    time.sleep(self.settle)
+            except (PreconditionFailedError, ObjectNotFoundError) as error:
+                last = error
+            except StoreError as error:
+                if not (error.retryable or isinstance(error, OutcomeUnknownError)):
+                    raise
+                last = error
+            try:
+                now = self.read_root(step)
+            except StoreError as error:
+                last = error
+                continue
+            if ours(now):
+                return now
+            if _may_still_land(now, expected):
+                continue
+            raise self._lost(step, now)
+        raise CommitUnknownError(
+            f"whether the root of step {step} was written could not be found out: {last}",
+            url=f"{self.store.url}/{layout.root_key(step)}",
+            attempts=_TRIES,
+            hint="look with `s3loader ckpt latest`; nothing of it is deleted before garbage collection fences it",
+        ) from last
+
+    def _lost(self, step: int, now: Root) -> Exception:
+        url = f"{self.store.url}/{layout.root_key(step)}"
+        if now.state == "tombstone":
+            return FencedError(f"step {step} was retired while it was written", url=url)
+        return StepExistsError(f"step {step} is taken by attempt {now.attempt or '(damaged)'}", url=url)
+
+
+def _may_still_land(now: Root, expected: Root) -> bool:
+    """Whether nothing has happened yet, so that the same write may be sent again."""
+    return (now.state, now.etag) == (expected.state, expected.etag)

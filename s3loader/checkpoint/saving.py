@@ -1,0 +1,189 @@
+"""One save: plan it, stage it in the caller's thread, commit it in the background."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from s3loader.checkpoint import layout, records, tree
+from s3loader.checkpoint.commit import Attempt, expect_free, publish_or_wait
+from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
+from s3loader.checkpoint.leaves import LeafAdapter
+from s3loader.checkpoint.options import CheckpointOptions, OnExists
+from s3loader.checkpoint.records import Intent, Part
+from s3loader.checkpoint.session import Session
+from s3loader.checkpoint.staging import BufferPool, FilePlan, SavedPiece, plan_files, stage
+from s3loader.checkpoint.upload import Upload
+from s3loader.errors import StepExistsError, UnsupportedStateError
+
+__all__ = ["SavePlan", "Saver", "plan_save"]
+
+
+@dataclass(slots=True)
+class SavePlan:
+    """What this rank saves."""
+
+    tree: Any
+    files: list[FilePlan]
+    bytes: int
+    metrics: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def plan_save(
+    attempt: Attempt, items: Mapping[str, Any], metrics: dict[str, Any], metadata: dict[str, Any], options: CheckpointOptions
+) -> SavePlan:
+    """Take the state apart: names, types, shapes, and where each byte will be. Copies nothing.
+
+    Raises:
+        UnsupportedStateError: something in it cannot be saved.
+    """
+    if not isinstance(items, Mapping) or not all(isinstance(key, str) and key for key in items):
+        raise UnsupportedStateError("items must be a dict with names as keys", path="")
+    pieces: list[SavedPiece] = []
+
+    def add(name: str, adapter: LeafAdapter, value: Any) -> None:
+        source = adapter.source(value)
+        pieces.extend(SavedPiece(name, source.dtype, source.shape, piece) for piece in source.pieces)
+
+    nodes = tree.encode(dict(items), add)
+    about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
+    files = plan_files(pieces, attempt.rank, options.file_size, options.block, about)
+    return SavePlan(nodes, files, sum(p.end - p.begin for p in pieces), metrics, metadata)
+
+
+class Saver:
+    """A save under way.
+
+    Args:
+        attempt: Which.
+        plan: What.
+        pool: Staging buffers.
+        options: See `CheckpointOptions`.
+        on_exists: What to do where the step is committed already.
+        after: The save before this one, which is committed first.
+        retire: Deletes old steps afterwards.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        plan: SavePlan,
+        pool: BufferPool,
+        options: CheckpointOptions,
+        *,
+        on_exists: OnExists,
+        after: Saver | None,
+        retire: Callable[[Session], list[int]],
+    ) -> None:
+        self._attempt, self._plan, self._pool, self._options = attempt, plan, pool, options
+        self._on_exists, self._after, self._retire = on_exists, after, retire
+        self._began = time.monotonic()
+        self._staged_s = 0.0
+        self._abandoned = threading.Event()
+        self._upload = Upload(attempt.run.store, attempt.prefix, plan.files, pool, options.concurrency)
+        upload = self._upload
+        self.handle = SaveHandle(attempt.step, attempt.id, lambda: Progress(upload.sent, upload.total))
+        self._thread = threading.Thread(target=self._work, name=f"s3loader-ckpt-{attempt.step}")
+        self._thread.start()
+
+    def stage(self) -> None:
+        """Copy the state into staging buffers; returns when all of it was copied, or the save has failed."""
+        try:
+            for file in self._plan.files:
+                for part in stage(file, self._pool, lambda: self._upload.stopped):
+                    self._upload.put(part)
+        except BaseException as error:
+            self._upload.fail(error)
+            self._thread.join()
+            self.handle.observed = True  # it is raised here
+            raise
+        finally:
+            self._staged_s = time.monotonic() - self._began
+            self.handle._staged.set()
+
+    def abandon(self) -> None:
+        """Give the save up: nothing more is uploaded or published."""
+        self._abandoned.set()
+        self._upload.fail(StepExistsError("the save was abandoned"))
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def _work(self) -> None:
+        handle = self.handle
+        try:
+            handle._result = self._commit()
+        except BaseException as error:  # noqa: BLE001 - raised by the handle, and by the manager's next call
+            self._upload.fail(error)
+            handle._error = self._ended(error)
+        finally:
+            self._after = None
+            handle._finished.set()
+
+    def _ended(self, error: BaseException) -> BaseException:
+        """Wait for the upload threads to end, so that nothing of a failed save goes on."""
+        try:
+            self._upload.wait()
+        except BaseException as first:  # noqa: BLE001 - the upload's own error came first
+            return first
+        return error
+
+    def _commit(self) -> SaveResult:
+        attempt, run, plan = self._attempt, self._attempt.run, self._plan
+        try:
+            expected = expect_free(attempt, replace=self._on_exists == "replace")
+        except StepExistsError as error:
+            if self._on_exists != "skip":
+                raise
+            self._upload.cancel(error)
+            return SaveResult(attempt.step, "", plan.bytes, 0, self._staged_s, time.monotonic() - self._began, skipped=True)
+        intent = Intent(
+            format=records.FORMAT,
+            step=attempt.step,
+            attempt=attempt.id,
+            rank=attempt.rank,
+            world=attempt.world,
+            time=time.time(),
+        )
+        run.put(layout.intent_key(attempt.step, attempt.id, attempt.rank), records.encode(intent))
+        self._upload.begin()
+        self._upload.wait()
+        part = self._part()
+        run.put(attempt.prefix + layout.part_id(attempt.rank), records.encode(part))
+        if self._after is not None:
+            self._after.join()
+        publish_or_wait(attempt, part, expected, self._abandoned.is_set)
+        seconds = time.monotonic() - self._began
+        retired, problem = self._clean_up()
+        return SaveResult(
+            attempt.step, attempt.id, plan.bytes, self._upload.total, self._staged_s, seconds, False, tuple(retired), problem
+        )
+
+    def _clean_up(self) -> tuple[list[int], Exception | None]:
+        try:
+            return self._retire(self._attempt.session), None
+        except Exception as error:  # noqa: BLE001 - the step is committed; what retention met is part of the result
+            return [], error
+
+    def _part(self) -> Part:
+        attempt, plan = self._attempt, self._plan
+        return Part(
+            format=records.FORMAT,
+            step=attempt.step,
+            epoch=attempt.session.epoch,
+            attempt=attempt.id,
+            rank=attempt.rank,
+            world=attempt.world,
+            time=time.time(),
+            block=self._options.block,
+            files=[file.record() for file in plan.files],
+            chunks=[piece.chunk(file.id) for file in plan.files for piece in file.pieces],
+            tree=plan.tree,
+            metrics=plan.metrics,
+            metadata=plan.metadata,
+        )
