@@ -69,10 +69,10 @@ def _twin(
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The coroutine of a sync verb, with its arguments and its documentation."""
 
-    @functools.wraps(verb)
     async def call(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._pool.run(verb, self._sync, *args, **kwargs)
 
+    functools.update_wrapper(call, verb)
     return call
 
 
@@ -81,7 +81,6 @@ def _twins(
 ) -> Callable[Concatenate[Any, P], AsyncGenerator[T, None]]:
     """The async iterator of a sync verb that iterates. Close it (`contextlib.aclosing`) if you leave it early."""
 
-    @functools.wraps(verb)
     async def iterate(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
         source = _Source(await self._pool.run(verb, self._sync, *args, **kwargs))
         try:
@@ -96,6 +95,7 @@ def _twins(
         finally:
             await self._pool.run(source.close)
 
+    functools.update_wrapper(iterate, verb)
     return iterate
 
 
@@ -166,10 +166,10 @@ def _writer(
 ) -> Callable[Concatenate[Any, P], AsyncMultipartWriter]:
     """No coroutine: a new writer has sent nothing yet."""
 
-    @functools.wraps(verb)
     def make(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> AsyncMultipartWriter:
         return AsyncMultipartWriter(verb(self._sync, *args, **kwargs), self._pool)
 
+    functools.update_wrapper(make, verb)
     return make
 
 

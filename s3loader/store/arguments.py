@@ -6,9 +6,9 @@ from typing import Any
 
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import ConfigError, IntegrityError
-from s3loader.types import Buffer
+from s3loader.types import Buffer, PutMode, Update
 
-__all__ = ["check_crc32c", "checked_key", "readable", "writable"]
+__all__ = ["check_crc32c", "checked_key", "checked_mode", "readable", "writable"]
 
 
 def checked_key(key: str) -> str:
@@ -20,6 +20,17 @@ def checked_key(key: str) -> str:
     if not isinstance(key, str) or not key:
         raise ConfigError(f"not a key: {key!r}", hint="a key is a non-empty str, relative to the store's URL")
     return key
+
+
+def checked_mode(mode: PutMode) -> PutMode:
+    """`mode`, if it is one.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if mode in ("overwrite", "create") or (isinstance(mode, Update) and mode.etag and isinstance(mode.etag, str)):
+        return mode
+    raise ConfigError(f"unknown put mode {mode!r}", hint='use "overwrite", "create" or Update(etag)')
 
 
 def readable(data: Any) -> memoryview:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from s3loader.errors import ConfigError, ObjectChangedError, RangeError, S3LoaderError
-from s3loader.store.arguments import checked_key, readable, writable
+from s3loader.store.arguments import checked_key, checked_mode, readable, writable
 from s3loader.store.base import Backend, BulkBackend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
 from s3loader.store.limit import pace_of
@@ -253,6 +253,7 @@ def _checked_put(request: PutRequest) -> PutRequest:
     if not isinstance(request, PutRequest):
         raise ConfigError(f"not a PutRequest: {request!r}")
     checked_key(request.key)
+    checked_mode(request.mode)
     readable(request.data)
     return request
 

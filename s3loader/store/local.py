@@ -33,9 +33,9 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import _files
-from s3loader.store.arguments import check_crc32c
 from s3loader.store._files import RESERVED, Guard, TempFile
 from s3loader.store._walk import walk
+from s3loader.store.arguments import check_crc32c
 from s3loader.store.listing import key_bytes, roll_up
 from s3loader.types import (
     Buffer,

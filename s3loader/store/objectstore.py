@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
 from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectNotFoundError, RangeError
-from s3loader.store.arguments import checked_key, readable, writable
+from s3loader.store.arguments import checked_key, checked_mode, readable, writable
 from s3loader.store.base import Backend
 from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
@@ -233,6 +233,7 @@ class ObjectStore(BulkVerbs):
         """
         from s3loader.store.upload import put_file
 
+        checked_mode(mode)
         if isinstance(data, (str, os.PathLike)):
             if isinstance(data, str):
                 raise ConfigError("data is a str", hint="encode text, or pass pathlib.Path(...) to upload a file")
@@ -274,7 +275,7 @@ class ObjectStore(BulkVerbs):
             checked_key(key),
             part_size=self.options.part_size if part_size is None else parse_size(part_size),
             max_in_flight=max_in_flight,
-            mode=mode,
+            mode=checked_mode(mode),
             content_type=content_type,
             metadata=metadata,
         )
@@ -296,7 +297,7 @@ class ObjectStore(BulkVerbs):
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
         """Copy inside this store, by the server where it can."""
-        return self.backend.copy(checked_key(source), checked_key(target), mode=mode)
+        return self.backend.copy(checked_key(source), checked_key(target), mode=checked_mode(mode))
 
     # the rest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import random
 import time
 import uuid
@@ -29,8 +30,9 @@ class RetryBackend(Interceptor):
     """Repeats requests whose error says that it may help, with jittered exponential back-off.
 
     The wait after try n is uniform in ``[0, min(10 s, 0.1 s * 2**n)]`` (the "full jitter" of AWS's
-    architecture blog, 2015), or longer where the server asked for that. Each wait is a ``RETRY`` event, with the error that caused it. The error that
-    is raised in the end is the last one; its `attempts` says how many there were.
+    architecture blog, 2015), or longer where the server asked for that. Each wait is a ``RETRY``
+    event, with the error that caused it. The error that is raised in the end is the last one; its
+    `attempts` says how many there were.
 
     Args:
         max_attempts: Most tries of one request.
@@ -157,7 +159,7 @@ class RetryBackend(Interceptor):
         failures: builtins.list[DeleteFailure] = []
         try:
             while True:
-                now = self._tries("delete many", keys[0] if keys else "", lambda: self.inner.delete_many(keys))
+                now = self._tries("delete many", keys[0] if keys else "", functools.partial(self.inner.delete_many, keys))
                 passing = [f for f in now if isinstance(f.error, S3LoaderError) and may_retry(f.error)]
                 failures += [f for f in now if f not in passing]
                 if not passing:
@@ -229,20 +231,18 @@ class _Round:
         self.attempt += 1
         set_attempt(self.attempt)
         if events.active():
-            about = f"{type(error).__name__}: {error.message}"
-            where = f"{policy.url}/{self.key}"
             events.emit(
                 events.OpEvent(
                     "RETRY",
-                    where,
+                    f"{policy.url}/{self.key}",
                     0,
                     begin,
                     events.now(),
                     engine=policy.engine,
                     attempt=self.attempt,
                     status=error.status,
-                    error=about,
-                )  # fmt: skip
+                    error=f"{type(error).__name__}: {error.message}",
+                )
             )
 
     def end(self) -> None:
