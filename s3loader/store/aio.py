@@ -69,7 +69,7 @@ def _twin(
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The coroutine of a sync verb, with its arguments and its documentation."""
 
-    async def call(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def call(self: _Twin, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._pool.run(verb, self._sync, *args, **kwargs)
 
     functools.update_wrapper(call, verb)
@@ -81,7 +81,7 @@ def _twins(
 ) -> Callable[Concatenate[Any, P], AsyncGenerator[T, None]]:
     """The async iterator of a sync verb that iterates. Close it (`contextlib.aclosing`) if you leave it early."""
 
-    async def iterate(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+    async def iterate(self: _Twin, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
         source = _Source(await self._pool.run(verb, self._sync, *args, **kwargs))
         try:
             while True:
@@ -166,7 +166,7 @@ def _writer(
 ) -> Callable[Concatenate[Any, P], AsyncMultipartWriter]:
     """No coroutine: a new writer has sent nothing yet."""
 
-    def make(self: _Twin, *args: P.args, **kwargs: P.kwargs) -> AsyncMultipartWriter:
+    def make(self: _Twin, /, *args: P.args, **kwargs: P.kwargs) -> AsyncMultipartWriter:
         return AsyncMultipartWriter(verb(self._sync, *args, **kwargs), self._pool)
 
     functools.update_wrapper(make, verb)
