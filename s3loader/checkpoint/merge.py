@@ -15,6 +15,7 @@ import zstandard
 from s3loader.checkpoint import boxes, layout, records, root, tree
 from s3loader.checkpoint.records import Chunk, Index, Part, box_of
 from s3loader.errors import CheckpointError, IncompleteCheckpointError
+from s3loader.exchange.lines import file_entry
 from s3loader.exchange.types import FileEntry
 
 __all__ = ["Merged", "unpack_index"]
@@ -74,7 +75,7 @@ class Merged:
             key = name if "/" in name else prefix + name
             size, etag = sizes[key]
             content = "application/octet-stream" if name.endswith(".safetensors") else "application/json"
-            others.append(root.file_entry(key, name, size, etag, content))
+            others.append(file_entry(key, name, None, content, size, etag))
         facts = {
             "run": run,
             "step": first.step,
@@ -91,7 +92,7 @@ class Merged:
             "index": hashlib.sha256(self.packed).hexdigest(),
             "refs": sorted({found.step for name in refs if (found := layout.parse_key(name)) is not None}),
         }
-        entry = root.file_entry(prefix + layout.INDEX, layout.INDEX, len(self.packed), None, "application/zstd")
+        entry = file_entry(prefix + layout.INDEX, layout.INDEX, None, "application/zstd", len(self.packed), None)
         return root.committed_entries(facts, entry, others)
 
 

@@ -20,9 +20,10 @@ from typing import Any, Literal
 from s3loader.checkpoint.layout import root_key
 from s3loader.checkpoint.records import FORMAT
 from s3loader.errors import FormatError
+from s3loader.exchange.lines import CONTENT_TYPE, file_entry
 from s3loader.exchange.types import FileEntry
 
-__all__ = ["Root", "committed_entries", "file_entry", "parse", "tombstone_entries", "touched_entries"]
+__all__ = ["Root", "committed_entries", "parse", "tombstone_entries", "touched_entries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,6 @@ class Root:
         return str(self.facts.get("attempt") or "")
 
 
-def file_entry(key: str, id: str, size: int | None, etag: str | None, content_type: str, meta: Any = None) -> FileEntry:
-    """A manifest line, fields in the order the exchange format has."""
-    return {
-        "kind": "file",
-        "key": key,
-        "id": id,
-        "meta": meta,
-        "content_type": content_type,
-        "size_bytes": size,
-        "etag": etag,
-    }
-
-
 def _digest(facts: Mapping[str, Any], entries: Sequence[FileEntry]) -> str:
     plain = {name: value for name, value in facts.items() if name != "digest"}
     text = json.dumps([plain, [[e.get("id"), e.get("size_bytes")] for e in entries]], sort_keys=True, separators=(",", ":"))
@@ -75,7 +63,7 @@ def committed_entries(facts: Mapping[str, Any], index: FileEntry, others: Sequen
 
 def tombstone_entries(facts: Mapping[str, Any]) -> list[FileEntry]:
     """The line of a tombstone."""
-    entry = file_entry(root_key(facts["step"]), "tombstone", None, None, "application/x-ndjson")
+    entry = file_entry(root_key(facts["step"]), "tombstone", None, CONTENT_TYPE, None, None)
     whole = {"format": FORMAT, "kind": "tombstone", **facts}
     entry["meta"] = {"s3loader": {**whole, "digest": _digest(whole, [entry])}}
     return [entry]

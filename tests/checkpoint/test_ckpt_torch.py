@@ -1,0 +1,116 @@
+"""Torch state: modules, optimizers, schedulers, generators; training that was restored equals training that was not stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s3loader.checkpoint import CheckpointManager
+from s3loader.errors import CheckpointError, UnsupportedStateError
+
+
+class Training:
+    """A tiny training with everything that has state."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(10, 20), torch.nn.BatchNorm1d(20), torch.nn.Dropout(0.3), torch.nn.Linear(20, 3)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2, amsgrad=True)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4])
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            x = torch.randn(8, 10, generator=self.generator)
+            self.optimizer.zero_grad()
+            self.model(x).square().sum().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def items(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler,
+            "rng": {"data": self.generator.get_state(), "dropout": torch.get_rng_state()},
+        }  # fmt: skip
+
+    def digest(self) -> list[bytes]:
+        return [t.numpy().tobytes() for t in self.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("how", ["into the objects", "anew"])
+def test_restored_training_equals_uninterrupted_training(tmp_path: Path, how: str) -> None:
+    straight = Training(1)
+    straight.run(6)
+    first = Training(1)
+    first.run(3)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(3, first.items())
+        first.run(1)  # goes on while the save is under way
+        manager.wait()
+        other = Training(2)
+        pointers = [p.data_ptr() for p in other.model.parameters()]
+        if how == "anew":
+            state = manager.restore()
+            other.model.load_state_dict(state["model"])
+            other.optimizer.load_state_dict(state["optimizer"])
+            other.scheduler.load_state_dict(state["scheduler"])
+        else:
+            target = {k: v for k, v in other.items().items() if k != "rng"}
+            state = manager.restore(target=target)
+            assert state["model"] is other.model
+            state |= manager.restore(items=["rng"])
+        assert pointers == [p.data_ptr() for p in other.model.parameters()]
+        other.generator.set_state(state["rng"]["data"])
+        torch.set_rng_state(state["rng"]["dropout"])
+        other.run(3)
+    assert other.digest() == straight.digest()
+
+
+def test_types_layouts_and_constants(tmp_path: Path) -> None:
+    base = torch.arange(24).reshape(2, 3, 4)
+    items = {
+        "t": {
+            "bf16": torch.randn(5).bfloat16(), "f8": torch.randn(4).to(torch.float8_e4m3fn),
+            "bool": torch.tensor([True, False]), "c64": torch.randn(3, dtype=torch.complex64), "conj": torch.randn(3, dtype=torch.complex64).conj(),
+            "transposed": base.permute(2, 0, 1), "slice": base[:, 1], "zero_d": torch.tensor(3.5), "empty": torch.empty(0, 4),
+            "expanded": torch.tensor([1.0]).expand(3), "parameter": torch.nn.Parameter(torch.ones(2)),
+        },
+        "c": [torch.float16, torch.device("cpu"), torch.Size([2, 3])],
+    }  # fmt: skip
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, items).result(30)
+        restored = manager.restore()
+        assert restored["c"] == items["c"]
+        assert isinstance(restored["c"][2], torch.Size)
+        for name, tensor in items["t"].items():  # type: ignore[attr-defined]
+            have = restored["t"][name]
+            assert have.dtype == tensor.dtype
+            assert have.shape == tensor.shape
+            assert (
+                have.view(torch.uint8).equal(tensor.detach().contiguous().resolve_conj().view(torch.uint8))
+                if tensor.dim()
+                else have == tensor
+            )
+        plain = load_file(next(tmp_path.rglob("*.safetensors")))
+        assert plain["t/bf16"].equal(items["t"]["bf16"])  # type: ignore[index]
+        into = torch.zeros(3, 4, 2).permute(1, 2, 0).to(torch.int64)
+        manager.restore(target={"t": {"transposed": into}})
+        assert into.equal(base.permute(2, 0, 1))
+
+
+def test_what_torch_cannot_give_is_named(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for bad in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
+            with pytest.raises(UnsupportedStateError, match="'m/x'"):
+                manager.save(1, {"m": {"x": bad}})
+        manager.save(1, {"m": torch.nn.Linear(2, 3)}).result(30)
+        with pytest.raises(CheckpointError, match=r"'m/weight' is F32 \[3, 2\] in the checkpoint, F32 \[2, 2\] in the target"):
+            manager.restore(target={"m": torch.nn.Linear(2, 2)})
+        with pytest.raises(RuntimeError, match="Missing key"):
+            manager.restore(target={"m": torch.nn.Sequential(torch.nn.Linear(2, 3))})
