@@ -47,6 +47,9 @@ class DirectBackend:
         buffers: Where bodies are received; default the process's shared pool.
     """
 
+    emits_events = True
+    """It emits the events of its own requests; `general` is to be wrapped in what emits the others."""
+
     def __init__(
         self,
         endpoint: Endpoint,
@@ -134,6 +137,12 @@ class DirectBackend:
         Over TLS, ``"threads"`` hands all to the general engine's sockets where that is obstore:
         `ssl` asks for the GIL every 16 KiB, Rust does not.
         """
+        return _raising(self.read_outcomes(requests, max_bytes=max_bytes, concurrency=concurrency, driver=driver))
+
+    def read_outcomes(
+        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
+    ) -> Iterator[ReadResult | BaseException]:
+        """As `read_many`, but an error takes the place of its answer, and the rest follows."""
         setting = self._setting
         jobs: Iterator[Job] = (ReadJob(setting, request) for request in requests)
         if driver == "threads" and setting.endpoint.tls and innermost(self.general).engine == "obstore":
@@ -144,6 +153,12 @@ class DirectBackend:
         self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
     ) -> Iterator[PutResult]:
         """See `BulkBackend.put_many`."""
+        return _raising(self.put_outcomes(requests, max_bytes=max_bytes, concurrency=concurrency, driver=driver))
+
+    def put_outcomes(
+        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
+    ) -> Iterator[PutResult | BaseException]:
+        """As `put_many`, but an error takes the place of its result, and the rest follows."""
         jobs = (PutJob(self._setting, request) for request in requests)
         return self._run(jobs, max_bytes, concurrency, driver)
 
@@ -152,9 +167,7 @@ class DirectBackend:
         done = kind(jobs, self._connections, max_bytes=max_bytes, concurrency=concurrency).run()
         try:
             for job in done:
-                if job.error is not None:
-                    raise job.error
-                yield job.result
+                yield job.result if job.error is None else job.error
         finally:
             done.close()  # now, not when it is collected
 
@@ -210,6 +223,16 @@ class DirectBackend:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DirectBackend, (self._setting.endpoint, self._credentials, self.general, self._options)
+
+
+def _raising(outcomes: Iterator[Any]) -> Iterator[Any]:
+    try:
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+    finally:
+        outcomes.close()  # type: ignore[attr-defined]  # a generator: its connections are let go now
 
 
 def _general_only(job: Job) -> Job:

@@ -139,12 +139,10 @@ class Connections:
         self._context: ssl.SSLContext | None = None
         self.generation = 0
         """Grows with every fork that this object has been through."""
-        self._reset()
-        _all.add(self)
-
-    def _reset(self) -> None:
         self._idle: deque[Connection] = deque()
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        _all.add(self)
+        weakref.finalize(self, _close_all, self._idle)
 
     def open(self) -> Connection:
         """A new connection.
@@ -204,14 +202,19 @@ class Connections:
 
     def close(self) -> None:
         """Close what is idle."""
-        while self._idle:
-            self._idle.pop().close()
+        _close_all(self._idle)
 
     def _forget(self) -> None:
         for connection in list(self._open):
             connection.close()
         self.generation += 1
-        self._reset()
+        self._idle.clear()
+        self._open.clear()
+
+
+def _close_all(idle: deque[Connection]) -> None:
+    while idle:
+        idle.pop().close()
 
 
 def is_stale(connection: Connection, job: Job, error: BaseException) -> bool:

@@ -98,6 +98,8 @@ def parse_head(raw: bytes) -> Head:
     Raises:
         OddAnswer: it breaks the grammar, leaves the length of the body open, or names one thing twice.
     """
+    if len(raw) > MAX_HEAD:
+        raise OddAnswer("the head is too long")
     lines = raw[:-4].split(b"\r\n")
     match = _STATUS.fullmatch(lines[0])
     if match is None:

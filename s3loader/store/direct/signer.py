@@ -63,7 +63,7 @@ class Signer:
             method: ``PUT`` ...
             path: Quoted path.
             query: Quoted query, parameters in order of their names, without ``?``.
-            headers: More headers to send and sign: lower-case names, trimmed values.
+            headers: More headers to send and sign; names in lower case.
         """
         return self._now().sign(method, path, query, headers)
 
@@ -117,7 +117,8 @@ class _Moment:
         if headers:
             signed = dict(sorted({**self._lines, **headers}.items()))
             names = ";".join(signed)
-            tail = "".join(f"{name}:{value}\n" for name, value in signed.items()) + f"\n{names}\n{_PAYLOAD}"
+            tail = "".join(f"{name}:{' '.join(value.split())}\n" for name, value in signed.items())
+            tail += f"\n{names}\n{_PAYLOAD}"
         digest = hashlib.sha256(f"{method}\n{path}\n{query}\n{tail}".encode()).hexdigest()
         inner = self._inner.copy()
         inner.update(digest.encode())

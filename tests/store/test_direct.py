@@ -1,0 +1,406 @@
+"""The direct engine against a server that misbehaves: always the right bytes, by whichever engine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import ssl
+import threading
+from collections.abc import Iterator
+
+import pytest
+import trustme
+from rogue_server import BAD, BAD_READS, GOOD, SLOW, Fault, Request, RogueServer, direct
+
+from s3loader import events
+from s3loader.checksum import crc32c_base64
+from s3loader.errors import ConfigError, ObjectNotFoundError
+from s3loader.store.base import BulkBackend
+from s3loader.store.direct import DirectBackend
+from s3loader.types import ByteRange, PutRequest, ReadRequest
+
+DATA = random.Random(5).randbytes(300_000)
+SMALL, LARGE = ByteRange(100, 300), ByteRange(1000, 200_001)
+MIB = 1 << 20
+
+
+@pytest.fixture
+def server() -> Iterator[RogueServer]:
+    with RogueServer() as server:
+        server.objects["k"] = DATA
+        yield server
+
+
+def once(fault: Fault) -> object:
+    """Misbehave on the first request only."""
+    left = [fault]
+    return lambda request: left.pop() if left else None
+
+
+def read(backend: DirectBackend, how: str, span: ByteRange) -> bytes:
+    """`span` of ``k`` by one of the ways there are, after an ordinary read on the same connection."""
+    request = ReadRequest("k", span.start, span.end, "etag-300000")
+    if how == "get":
+        return bytes(backend.get("k", span.start, span.end, if_match="etag-300000")[1])
+    if how == "into":
+        buffer = bytearray(len(span))
+        assert backend.read_into("k", span.start, memoryview(buffer), if_match="etag-300000").size == len(DATA)
+        return bytes(buffer)
+    results = list(backend.read_many([request] * 3, max_bytes=MIB, concurrency=2, driver=how))  # type: ignore[arg-type]
+    assert [result.request for result in results] == [request] * 3
+    assert {(bytes(result.data), result.etag, result.size) for result in results[1:]} == {
+        (DATA[span.start : span.end], "etag-300000", len(DATA))
+    }
+    return bytes(results[0].data)
+
+
+@pytest.mark.parametrize("span", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
+def test_right_answers_are_taken(server: RogueServer, how: str, span: ByteRange) -> None:
+    backend, general = direct(server)
+    for name, fault in GOOD.items():
+        server.fault = once(fault)
+        assert read(backend, how, span) == DATA[span.start : span.end], name
+        assert not general.asked, name
+    backend.close()
+
+
+@pytest.mark.parametrize("span", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
+def test_wrong_answers_go_to_the_general_engine(server: RogueServer, how: str, span: ByteRange) -> None:
+    for name, fault in {**BAD, **BAD_READS}.items():
+        backend, general = direct(server)
+        server.fault = once(fault)
+        for _ in range(2):  # bytes that follow a body may be found only at the next use of the connection
+            assert read(backend, how, span) == DATA[span.start : span.end], name
+        assert general.asked == ["k"], name
+        backend.close()
+
+
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
+@pytest.mark.parametrize("name", SLOW)
+def test_a_server_that_says_nothing_more_times_out(server: RogueServer, how: str, name: str) -> None:
+    backend, general = direct(server, read_timeout=0.2)
+    server.fault = once(SLOW[name])
+    assert read(backend, how, SMALL) == DATA[100:300]
+    assert general.asked == ["k"]
+    backend.close()
+
+
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
+def test_a_stale_connection_is_replaced_unnoticed(server: RogueServer, how: str) -> None:
+    backend, general = direct(server)
+    for round_ in range(3):
+        assert read(backend, how, LARGE) == DATA[LARGE.start : LARGE.end]
+        if round_ == 1:  # it is closed only when the next request has gone out
+            server.fault = once(lambda request, reply, sock: False)
+        else:
+            server.cut_connections()
+    assert not general.asked
+    backend.close()
+
+
+def test_a_fresh_connection_that_is_closed_at_once_is_no_stale_one(server: RogueServer) -> None:
+    backend, general = direct(server)
+    server.fault = lambda request: lambda request, reply, sock: False
+    assert backend.get("k")[1] == DATA
+    assert (len(server.requests), general.asked) == (1, ["k"])
+
+
+@pytest.mark.parametrize("how", ["get", "put", "part", "pump", "threads"])
+def test_unreachable_endpoint(how: str) -> None:
+    with RogueServer() as server:
+        server.objects["k"] = DATA
+        backend, general = direct(server)
+    if how == "put":
+        assert backend.put("k", b"1").etag == "general"
+    elif how == "part":
+        assert backend.upload_part("k", "id", 1, b"1").etag == "general"
+    else:
+        assert read(backend, how, SMALL) == DATA[100:300]
+    assert set(general.asked) == {"k"}
+
+
+def test_whole_objects_of_every_size(server: RogueServer) -> None:
+    backend, general = direct(server)
+    sizes = [0, 1, 4096, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 65536, 100_000, MIB, 5 * MIB, 3, 0, 70_000]
+    for i, size in enumerate(sizes):
+        server.objects[f"o{i}"] = random.Random(i).randbytes(size)
+    for driver in ("pump", "threads"):
+        for _ in range(2):
+            results = list(
+                backend.read_many(
+                    (ReadRequest(f"o{i}", tag=i) for i in range(len(sizes))), max_bytes=3 * MIB, concurrency=3, driver=driver
+                )
+            )
+            assert [r.request.tag for r in results] == list(range(len(sizes)))
+            assert all(r.data == server.objects[r.request.key] for r in results)
+            assert [r.size for r in results] == sizes
+    for i in range(len(sizes)):
+        meta, data = backend.get(f"o{i}")
+        assert (meta.size, bytes(data)) == (sizes[i], server.objects[f"o{i}"])
+    assert not general.asked
+    backend.close()
+
+
+def test_meta_of_a_read(server: RogueServer) -> None:
+    backend, _ = direct(server)
+    extra = {
+        "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT",
+        "Content-Type": "image/png",
+        "x-amz-version-id": "v1",
+        "X-Amz-Meta-Owner": "me",
+    }
+
+    def fault(request: Request, reply: object, sock: object) -> bool:
+        reply.headers.extend(extra.items())  # type: ignore[attr-defined]
+        sock.sendall(reply.raw())  # type: ignore[attr-defined]
+        return True
+
+    server.fault = lambda request: fault
+    meta, _ = backend.get("k", 0, 10)
+    assert (meta.key, meta.size, meta.etag) == ("k", len(DATA), "etag-300000")
+    assert (meta.last_modified, meta.content_type, meta.version_id) == (1445412480.0, "image/png", "v1")
+    assert dict(meta.metadata) == {"owner": "me"}
+    backend.close()
+
+
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
+def test_past_the_end(server: RogueServer, how: str) -> None:
+    backend, general = direct(server)
+    if how == "get":
+        assert backend.get("k", 299_990, 400_000)[1] == DATA[-10:]
+        assert not general.asked
+    elif how == "into":
+        buffer = memoryview(bytearray(20))
+        with pytest.raises(ValueError):
+            backend.read_into("k", 299_990, buffer)  # this general engine cannot either
+        assert general.asked == ["k"]
+    else:
+        [result] = backend.read_many([ReadRequest("k", 299_990, 400_000)], max_bytes=MIB, concurrency=1, driver=how)  # type: ignore[arg-type]
+        assert result.data == DATA[-10:]
+    backend.close()
+
+
+def test_what_the_engine_never_sends(server: RogueServer) -> None:
+    """Header injection, empty ranges, versions, conditions: the general engine decides."""
+    backend, general = direct(server)
+    backend.get("k", 0, 5, if_match='x"\r\nX-Evil: 1')
+    backend.get("k", 5, 5)
+    backend.get("k", version_id="v")
+    backend.put("p", b"1", mode="create")
+    backend.put("p", b"1", content_type="a\r\nb: c")
+    backend.put("p", b"1", metadata={"a": "b"})
+    assert list(backend.put_many([PutRequest("p", b"1", "create")], max_bytes=MIB, concurrency=1))[0].etag == "general"
+    assert (general.asked, server.requests) == (["k", "k", "k", "p", "p", "p", "p"], [])
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_errors_come_at_their_place(server: RogueServer, driver: str) -> None:
+    backend, _ = direct(server)
+    keys = ["k", "k", "missing", "k"]
+    results = backend.read_many([ReadRequest(key) for key in keys], max_bytes=MIB, concurrency=2, driver=driver)  # type: ignore[arg-type]
+    assert next(results).data == DATA
+    assert next(results).data == DATA
+    with pytest.raises(ObjectNotFoundError):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+
+    def broken() -> Iterator[ReadRequest]:
+        yield ReadRequest("k")
+        raise ZeroDivisionError
+
+    results = backend.read_many(broken(), max_bytes=MIB, concurrency=1, driver=driver)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        list(results)
+    with pytest.raises(ConfigError):
+        list(backend.read_many([ReadRequest("\ud800")], max_bytes=MIB, concurrency=1, driver=driver))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        backend.get("\ud800")
+    assert list(backend.read_many([], max_bytes=MIB, concurrency=1, driver=driver)) == []  # type: ignore[arg-type]
+    backend.close()
+
+
+def test_after_many_refusals_the_general_engine_is_asked_at_once(server: RogueServer) -> None:
+    backend, general = direct(server)
+    server.fault = lambda request: BAD["chunked with a length"]
+    for _ in range(50):
+        assert backend.get("k", 0, 5)[1] == DATA[:5]
+    assert len(general.asked) == 50
+    assert len(server.requests) < 12
+    server.fault = lambda request: None
+    while general.asked:
+        general.asked.clear()
+        backend.get("k", 0, 5)
+    general.asked.clear()
+    assert backend.get("k", 0, 5)[1] == DATA[:5]
+    assert not general.asked
+    backend.close()
+
+
+# -- writing
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_put_many(server: RogueServer, driver: str) -> None:
+    backend, general = direct(server)
+    sizes = [0, 1, 4096, 100_000, 6 * MIB, 3 * MIB, 10]
+    requests = [PutRequest(f"p{i} +ü", random.Random(i).randbytes(size), tag=i) for i, size in enumerate(sizes)]
+    results = list(backend.put_many(iter(requests), max_bytes=2 * MIB, concurrency=3, driver=driver))  # type: ignore[arg-type]
+    assert [(r.key, r.size, r.etag) for r in results] == [(q.key, len(q.data), f"etag-{len(q.data)}") for q in requests]
+    assert all(server.objects[q.key] == q.data for q in requests)
+    sent = {request.key: request.headers for request in server.requests}
+    for request in requests:
+        assert sent[request.key]["x-amz-checksum-crc32c"] == crc32c_base64(request.data)
+        assert "x-amz-checksum-crc32c" in sent[request.key]["authorization"]
+    assert not general.asked
+    backend.close()
+
+
+@pytest.mark.parametrize("how", ["put", "part", "pump", "threads"])
+def test_refused_writes_go_to_the_general_engine(server: RogueServer, how: str) -> None:
+    for name, fault in BAD.items():
+        backend, general = direct(server)
+        server.fault = once(fault)
+        if how == "put":
+            assert backend.put("p", memoryview(DATA)).etag == "general", name
+        elif how == "part":
+            assert backend.upload_part("p", "id", 3, DATA).etag == "general", name
+        else:
+            [result] = backend.put_many([PutRequest("p", DATA)], max_bytes=MIB, concurrency=2, driver=how)  # type: ignore[arg-type]
+            assert result.etag == "general", name
+        assert general.asked == ["p"], name
+        backend.close()
+
+
+def test_put_checks_the_checksum_that_comes_back(server: RogueServer) -> None:
+    backend, general = direct(server)
+
+    def wrong(request: Request, reply: object, sock: object) -> bool:
+        sock.sendall(reply.set("x-amz-checksum-crc32c", "AAAAAA==").raw())  # type: ignore[attr-defined]
+        return True
+
+    server.fault = once(wrong)
+    assert backend.put("p", b"abc").etag == "general"
+    backend.close()
+
+
+def test_upload_part_names_its_part(server: RogueServer) -> None:
+    backend, _ = direct(server)
+    part = backend.upload_part("a b", "id+/=~", 7, b"part")
+    assert (part.number, part.size, part.checksum) == (7, 4, crc32c_base64(b"part"))
+    assert server.requests[0].path == "/bucket/a%20b?partNumber=7&uploadId=id%2B%2F%3D~"
+    backend.close()
+
+
+def test_content_type_is_sent_and_signed(server: RogueServer) -> None:
+    backend, _ = direct(server)
+    backend.put("p", b"{}", content_type="application/json")
+    headers = server.requests[0].headers
+    assert headers["content-type"] == "application/json"
+    assert "SignedHeaders=content-type;host;" in headers["authorization"]
+    backend.close()
+
+
+# -- TLS
+
+
+def test_tls_is_verified_against_the_bundle(tmp_path: object) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    bundles = {}
+    for name, ca in (("right", authority), ("wrong", stranger)):
+        bundles[name] = f"{tmp_path}/{name}.pem"
+        ca.cert_pem.write_to_path(bundles[name])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with RogueServer(context) as server:
+        server.objects["k"] = DATA
+        backend, general = direct(server, ca_bundle=bundles["right"])
+        for how in ("get", "into", "pump", "threads"):
+            for span in (SMALL, LARGE):
+                assert read(backend, how, span) == DATA[span.start : span.end]
+        for driver in ("pump", "threads"):
+            [result] = backend.put_many([PutRequest("p", DATA * 9)], max_bytes=MIB, concurrency=1, driver=driver)  # type: ignore[arg-type]
+            assert server.objects.pop("p") == DATA * 9
+        server.cut_connections()
+        assert read(backend, "pump", LARGE) == DATA[LARGE.start : LARGE.end]
+        assert not general.asked
+        backend.close()
+        seen = len(server.requests)
+        for bundle in (bundles["wrong"], None):
+            backend, general = direct(server, ca_bundle=bundle)
+            for how in ("get", "pump", "threads"):
+                assert read(backend, how, SMALL) == DATA[100:300]
+            assert "k" in general.asked
+        assert len(server.requests) == seen
+
+
+# -- the rest
+
+
+def test_events(server: RogueServer) -> None:
+    backend, _ = direct(server)
+    seen: list[events.OpEvent] = []
+    unsubscribe = events.subscribe(seen.append)
+    try:
+        backend.get("k", 0, 10)
+        list(backend.read_many([ReadRequest("k", 0, 5)], max_bytes=MIB, concurrency=1))
+        backend.put("p", b"abc")
+        server.fault = once(BAD["503"])
+        backend.get("k", 0, 10)
+    finally:
+        unsubscribe()
+    backend.get("k")
+    facts = [(e.op, e.bytes, e.status, e.engine, e.url) for e in seen]
+    assert facts == [
+        ("GET", 10, 206, "direct", "memory://rogue/k"),
+        ("GET", 5, 206, "direct", "memory://rogue/k"),
+        ("PUT", 3, 200, "direct", "memory://rogue/p"),
+        ("GET", 0, 503, "direct", "memory://rogue/k"),
+    ]
+    assert [e.error for e in seen[:3]] == [None] * 3
+    assert "not a success" in str(seen[3].error)
+    assert all(e.start <= (e.first_byte or e.end) <= e.end for e in seen)
+    backend.close()
+
+
+def test_unsigned_requests_bear_no_signature(server: RogueServer) -> None:
+    backend, _ = direct(server, unsigned=True)
+    assert backend.get("k", 0, 5)[1] == DATA[:5]
+    assert set(server.requests[0].headers) == {"host", "range"}
+    backend.close()
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_an_abandoned_iterator_leaves_nothing(server: RogueServer, driver: str) -> None:
+    backend, _ = direct(server)
+    threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
+
+    def some() -> None:
+        for i, result in enumerate(
+            backend.read_many([ReadRequest("k")] * 50, max_bytes=2 * MIB, concurrency=4, driver=driver)  # type: ignore[arg-type]
+        ):
+            assert result.data == DATA
+            if i == 2:
+                break
+
+    some()
+    backend.close()
+    gc.collect()
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("s3loader")]
+    for thread in mine:
+        thread.join(5)
+    assert not [thread for thread in mine if thread.is_alive()]
+    assert len(os.listdir("/dev/fd")) <= files + server.connections * 2 + 2  # the server's own ends
+    assert threading.active_count() <= threads + server.connections
+    assert read(backend, driver, SMALL) == DATA[100:300]
+    backend.close()
+
+
+def test_shape(server: RogueServer) -> None:
+    backend, general = direct(server)
+    assert isinstance(backend, BulkBackend)
+    assert (backend.engine, backend.url) == ("direct", general.url)
+    assert "EXAMPLE" not in repr(vars(backend))
