@@ -34,8 +34,8 @@ class Root:
     state: Literal["absent", "committed", "tombstone", "damaged"]
     etag: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """``kind step epoch attempt world time run items bytes metrics metadata refs index`` of a commit;
-    ``kind step epoch attempt nonce time`` of a tombstone."""
+    """``kind step epoch attempt was world time run items bytes metrics metadata refs index`` of a commit;
+    ``kind step epoch attempt was nonce time`` of a tombstone."""
     keys: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Id of each file -> (key, size in bytes)."""
     problem: str = ""
@@ -45,6 +45,12 @@ class Root:
     def attempt(self) -> str:
         """The attempt that was committed, or retired; empty where there is none."""
         return str(self.facts.get("attempt") or "")
+
+    @property
+    def history(self) -> list[str]:
+        """Every attempt that was ever committed at this step, as far as the root tells: by this, whoever lost the
+        answer to its commit learns that it succeeded, even if its attempt was replaced or retired since."""
+        return [*self.facts.get("was", ()), *([self.attempt] if self.attempt else ())]
 
 
 def _digest(facts: Mapping[str, Any], entries: Sequence[FileEntry]) -> str:
