@@ -220,6 +220,12 @@ class Boto3Backend:
         self.checksums = False  # it was the checksum, then
         return answer
 
+    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
+        """See `s3loader.store.probe.ChecksummedPut`."""
+        parameters = {"Key": key, "Body": body(data), "ChecksumCRC32C": checksum}
+        answer = self._client.call("put", "put_object", key, parameters, None)
+        return PutResult(key, bare_etag(answer.get("ETag")), len(data), version(answer))
+
     def delete(self, key: str) -> None:
         """See `Backend.delete`."""
         try:

@@ -1,8 +1,8 @@
 """Many reads or writes at once over any backend: results in order, a bounded number of bytes in hand.
 
-An engine with a bulk way of its own (`BulkBackend`) drives everything; a request it fails at, and
-that may be tried again, goes through the wrappers like any single request, then the engine goes on
-with the rest. Other engines are driven by threads.
+An engine with a bulk way of its own (`OutcomeBackend`) drives everything; a request it fails at,
+and that may be tried again, goes through the wrappers like any single request. Other engines are
+driven by threads.
 """
 
 from __future__ import annotations
@@ -10,24 +10,42 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from s3loader.errors import ConfigError, ObjectChangedError, RangeError, S3LoaderError
 from s3loader.store.arguments import checked_key, checked_mode, readable, writable
-from s3loader.store.base import Backend, BulkBackend, Driver, ReadResult
+from s3loader.store.base import Backend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
 from s3loader.store.limit import pace_of
 from s3loader.store.ordered import Budget, Slot, run_ordered
 from s3loader.store.prefix import prefix_of
+from s3loader.store.retry import may_retry
 from s3loader.store.wrapper import Wrapper
 from s3loader.types import ObjectMeta, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB
 
-__all__ = ["OnError", "PutFailure", "ReadFailure", "empty_read", "put_many", "read_many"]
+__all__ = ["OnError", "OutcomeBackend", "PutFailure", "ReadFailure", "empty_read", "put_many", "read_many"]
 
 OnError: TypeAlias = Literal["raise", "return"]
 _FIRST: Final = 4 * MIB
 """Bytes asked for first where an object's size is unknown: most objects fit, the rest is a second request."""
+
+
+@runtime_checkable
+class OutcomeBackend(Protocol):
+    """A backend with bulk verbs of its own in which an error takes the place of its answer."""
+
+    def read_outcomes(
+        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[ReadResult | BaseException]:
+        """As `BulkBackend.read_many`, but never raising for a single request."""
+        ...
+
+    def put_outcomes(
+        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[PutResult | BaseException]:
+        """As `BulkBackend.put_many`, but never raising for a single request."""
+        ...
 
 
 class ReadFailure(NamedTuple):
@@ -53,7 +71,7 @@ def read_many(
     if engine is not None:
         yield from _through_engine(
             source,
-            lambda batch: engine.read_many(batch, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
+            lambda batch: engine.read_outcomes(batch, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
             lambda request: _read_one(backend, request),
             _outward_read(prefix_of(backend)),
             lambda request, result: ReadResult(request, *result[1:]),
@@ -101,7 +119,7 @@ def put_many(
             continue
         yield from _through_engine(
             run,
-            lambda batch: engine.put_many(batch, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
+            lambda batch: engine.put_outcomes(batch, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
             lambda request: _put_one(backend, request),
             _outward_put(prefix),
             lambda request, result: PutResult(request.key, result.etag, result.size, result.version_id),
@@ -151,8 +169,7 @@ def _through_engine(
     pace: Callable[[], None] | None,
     errors: OnError,
 ) -> Iterator[Any]:
-    """Drive `source` through a bulk engine. Its iterator ends with its first error; what it had not
-    answered by then is kept here, and another one goes on with that.
+    """Drive `source` through a bulk engine.
 
     Args:
         run: The engine's bulk verb.
@@ -164,9 +181,9 @@ def _through_engine(
     pending: deque[Any] = deque()
     source_error: list[Exception] = []
 
-    def feed(requests: Iterable[Any]) -> Iterator[Any]:
+    def feed() -> Iterator[Any]:
         try:
-            for request in requests:
+            for request in source:
                 if pace is not None:
                     pace()
                 pending.append(request)
@@ -174,33 +191,26 @@ def _through_engine(
         except Exception as error:  # noqa: BLE001 - the caller's own, raised at its place
             source_error.append(error)
 
-    rest: Iterable[Any] = source
-    while True:
-        results = run(feed(rest))
-        try:
-            for result in results:
-                request = pending.popleft()
-                yield result if outward is None else inward(request, result)
-            break
-        except S3LoaderError as error:
-            if not pending:
-                raise
-            request, failed = pending.popleft(), error
-        finally:
-            close = getattr(results, "close", None)
-            if close is not None:
-                close()
-        outcome = _second_try(request, failed, single, failure, errors)
-        rest = itertools.chain(tuple(pending), [] if source_error else source)
-        pending.clear()
-        yield outcome
+    outcomes = run(feed())
+    try:
+        for outcome in outcomes:
+            request = pending.popleft()
+            if isinstance(outcome, BaseException):
+                yield _second_try(request, outcome, single, failure, errors)
+            else:
+                yield outcome if outward is None else inward(request, outcome)
+    finally:
+        close = getattr(outcomes, "close", None)
+        if close is not None:
+            close()
     if source_error:
         raise source_error[0]
 
 
-def _second_try(request: Any, error: S3LoaderError, single: Callable[[Any], Any], failure: Any, errors: OnError) -> Any:
+def _second_try(request: Any, error: BaseException, single: Callable[[Any], Any], failure: Any, errors: OnError) -> Any:
+    """What becomes of a request that the engine failed at."""
     try:
-        if not error.retryable:
+        if not isinstance(error, S3LoaderError) or not may_retry(error):
             raise error
         return single(request)
     except S3LoaderError as final:
@@ -222,12 +232,12 @@ def _outcomes(slots: Iterator[Slot[Any]], failure: Callable[[Any, S3LoaderError]
         slots.close()  # type: ignore[attr-defined]  # a generator: its threads end now, not when it is collected
 
 
-def _bulk_engine(backend: Backend) -> BulkBackend | None:
+def _bulk_engine(backend: Backend) -> OutcomeBackend | None:
     while isinstance(backend, Wrapper):
         if not backend.LETS_BULK_PAST:
             return None
         backend = backend.inner
-    return backend if isinstance(backend, BulkBackend) else None
+    return backend if isinstance(backend, OutcomeBackend) else None
 
 
 def _inline(driver: Driver, engine: Backend, concurrency: int) -> bool:

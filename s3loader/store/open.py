@@ -111,7 +111,7 @@ def assemble(engine: Backend, target: ObjectURL, options: StoreOptions) -> Backe
 
     Each attempt is limited and seen by itself; what retries and events see is the full key.
     """
-    backend: Backend = ObservedBackend(engine)
+    backend: Backend = engine if getattr(engine, "emits_events", False) else ObservedBackend(engine)
     if options.max_requests_per_second is not None:
         backend = LimitBackend(backend, options.max_requests_per_second)
     backend = RetryBackend(backend, max_attempts=options.max_attempts, budget=options.retry_budget)

@@ -15,6 +15,7 @@ from s3loader.store import obstore_runtime
 from s3loader.store.base import Backend
 from s3loader.store.boto3_engine import Boto3Backend
 from s3loader.store.direct import DirectBackend
+from s3loader.store.observed import ObservedBackend
 from s3loader.store.obstore_client import ObstoreClient, open_azure, open_gcs
 from s3loader.store.obstore_engine import ObstoreBackend
 from s3loader.store.obstore_s3 import ObstoreS3Backend
@@ -68,7 +69,7 @@ def open_backend(
         general = ObstoreS3Backend(url.bucket, settings, credentials=credentials, options=options)
     if chosen == "obstore":
         return _remember(general, why)
-    return _remember(DirectBackend(endpoint, credentials, general, options), why)
+    return _remember(DirectBackend(endpoint, credentials, ObservedBackend(general), options), why)
 
 
 def _choose(url: ObjectURL, settings: S3Settings, engine: str, s3_client: Any) -> tuple[str, str]:
@@ -114,6 +115,7 @@ def explain_engine(backend: Backend) -> str:
     lines = [f"engine {engine.engine}: {_why.get(engine, 'it was made directly')}"]
     general = getattr(engine, "general", None)
     if general is not None:
+        general = innermost(general)
         lines.append(f"what it does not do, and whatever fails, goes to {general.engine}")
     if isinstance(general or engine, ObstoreS3Backend):
         lines.append("listings, copies, multipart control, versions and odd keys go to boto3")

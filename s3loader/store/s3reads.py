@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from s3loader.errors import RangeError
-from s3loader.store.s3errors import Where, from_status
+from s3loader.errors import ObjectChangedError, RangeError
+from s3loader.store.s3errors import Where
 from s3loader.types import ObjectMeta
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ def bare_etag(value: str | None) -> str:
 def check_etag(told: str | None, if_match: str | None, where: Where) -> None:
     """Raise `ObjectChangedError` unless the ETag of an answer is `if_match`.
 
-    Where a server ignores If-Match (rclone does), its answer still tells.
+    Where a server ignores If-Match (rclone does), its answer still tells. The error has no status,
+    so that probing can tell such a server from one that refuses.
     """
     if if_match is not None and bare_etag(told) != bare_etag(if_match):
-        raise from_status(412, None, "its ETag is not the one asked for", Where(where.op, where.url, "read"))
+        raise ObjectChangedError("its ETag is not the one asked for", op=where.op, url=where.url)
 
 
 def read_nothing(
