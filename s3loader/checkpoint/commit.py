@@ -84,7 +84,7 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
                 return _publish(attempt, own, expected, listed)
         first = False
         found = attempt.run.read_root(attempt.step)
-        if found.state == "committed" and found.attempt == attempt.id:
+        if attempt.id in found.history:
             return found
         if (found.state, found.etag) != (expected.state, expected.etag):
             if found.state == "tombstone":
@@ -119,7 +119,7 @@ def _publish(attempt: Attempt, own: Part, expected: Root, listed: Mapping[str, t
         if key not in sizes or sizes[key][0] != file.size:
             there = f"has {sizes[key][0]} bytes" if key in sizes else "is not there"
             raise CheckpointError(f"{key} {there}, {file.size} bytes were written", url=f"{run.store.url}/{key}")
-    entries = merged.entries(run.id, sizes)
+    entries = merged.entries(run.id, sizes, expected.history)
     run.put(attempt.prefix + layout.INDEX, merged.packed, content_type="application/zstd")
     attempt.session.check_fence()
     done = run.publish(attempt.step, entries, attempt.id, expected)

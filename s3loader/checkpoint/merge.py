@@ -59,12 +59,13 @@ class Merged:
         _check_leaves(self.index)
         self.packed = zstandard.ZstdCompressor(level=3).compress(records.encode(self.index))
 
-    def entries(self, run: str, sizes: Mapping[str, tuple[int, str]]) -> list[FileEntry]:
+    def entries(self, run: str, sizes: Mapping[str, tuple[int, str]], was: Sequence[str]) -> list[FileEntry]:
         """Lines of the root.
 
         Args:
             run: Id of the run.
             sizes: Size and ETag, as the store lists them, of every part and data file by its key.
+            was: Attempts that were committed at this step before.
         """
         first, index = self.first, self.index
         prefix = layout.step_prefix(first.step) + first.attempt + "/"
@@ -81,6 +82,7 @@ class Merged:
             "step": first.step,
             "epoch": first.epoch,
             "attempt": first.attempt,
+            "was": list(was),
             "world": first.world,
             "time": first.time,
             "items": sorted(key for key, _, _ in tree.children(index.tree, "")),

@@ -28,6 +28,7 @@ from s3loader.errors import (
     StoreError,
 )
 from s3loader.exchange.commit import publish_manifest
+from s3loader.exchange.lines import encode_manifest
 from s3loader.exchange.types import FileEntry
 from s3loader.store import ObjectStore
 from s3loader.types import CommonPrefix, ObjectMeta, PutMode, Update
@@ -194,7 +195,7 @@ class Run:
             FencedError: the step was retired meanwhile.
             CommitUnknownError: whether it was written could not be found out.
         """
-        return self._write_root(step, entries, expected, lambda now: now.state == "committed" and now.attempt == attempt)
+        return self._write_root(step, entries, expected, lambda now: attempt in now.history)
 
     def retire(self, seen: Root, epoch: int) -> Root:
         """Put a tombstone in the place of what was seen (a committed root, an older tombstone, or nothing).
@@ -208,7 +209,7 @@ class Run:
             "step": seen.step,
             "epoch": epoch,
             "attempt": seen.attempt,
-            "replaces": seen.etag,
+            "was": seen.history[:-1],
             "nonce": nonce,
             "time": time.time(),
         }
@@ -237,9 +238,10 @@ class Run:
             if attempt:
                 time.sleep(min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
             try:
-                publish_manifest(self.store, layout.root_key(step), entries, mode=mode)
-                if not self.conditional:
-                    time.sleep(self.settle)
+                done = publish_manifest(self.store, layout.root_key(step), entries, mode=mode)
+                if self.conditional:
+                    return root.parse(step, encode_manifest(entries), done.etag)
+                time.sleep(self.settle)
             except (PreconditionFailedError, ObjectNotFoundError) as error:
                 last = error
             except StoreError as error:
@@ -265,7 +267,7 @@ class Run:
 
     def _lost(self, step: int, now: Root) -> Exception:
         url = f"{self.store.url}/{layout.root_key(step)}"
-        if now.state == "tombstone":
+        if now.state in ("tombstone", "absent"):
             return FencedError(f"step {step} was retired while it was written", url=url)
         return StepExistsError(f"step {step} is taken by attempt {now.attempt or '(damaged)'}", url=url)
 

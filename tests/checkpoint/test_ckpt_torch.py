@@ -77,7 +77,8 @@ def test_types_layouts_and_constants(tmp_path: Path) -> None:
     items = {
         "t": {
             "bf16": torch.randn(5).bfloat16(), "f8": torch.randn(4).to(torch.float8_e4m3fn),
-            "bool": torch.tensor([True, False]), "c64": torch.randn(3, dtype=torch.complex64), "conj": torch.randn(3, dtype=torch.complex64).conj(),
+            "bool": torch.tensor([True, False]), "c64": torch.randn(3, dtype=torch.complex64),
+            "conj": torch.randn(3, dtype=torch.complex64).conj(),
             "transposed": base.permute(2, 0, 1), "slice": base[:, 1], "zero_d": torch.tensor(3.5), "empty": torch.empty(0, 4),
             "expanded": torch.tensor([1.0]).expand(3), "parameter": torch.nn.Parameter(torch.ones(2)),
         },
