@@ -304,8 +304,10 @@ BAD: dict[str, Fault] = {
     "closed in the head": _bytes(lambda reply: reply.raw()[:20]),
     "closed before the head": _bytes(lambda reply: b""),
     "chunked": _bytes(
-        lambda reply: reply.set("Content-Length", None).set("Transfer-Encoding", "chunked").raw()
-        + b"%x\r\n%b\r\n0\r\n\r\n" % (len(reply.body), reply.body)
+        lambda reply: (
+            reply.set("Content-Length", None).set("Transfer-Encoding", "chunked").raw()
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(reply.body), reply.body)
+        )
     ),
     "chunked with a length": _changed(lambda reply: reply.set("Transfer-Encoding", "chunked")),
     "no length": _changed(lambda reply: reply.set("Content-Length", None), keep=False),
@@ -336,8 +338,6 @@ BAD_READS: dict[str, Fault] = {
     "another ETag": _changed(lambda reply: reply.set("ETag", '"another"')),
     "weak ETag": _changed(lambda reply: reply.set("ETag", "W/" + dict(reply.headers)["ETag"])),
     "no ETag": _changed(lambda reply: reply.set("ETag", None)),
-    "body of another length": _bytes(
-        lambda reply: reply.set("Content-Length", str(len(reply.body) - 1)).raw()[:-1], keep=True
-    ),
+    "body of another length": _bytes(lambda reply: reply.set("Content-Length", str(len(reply.body) - 1)).raw()[:-1], keep=True),
 }
 SLOW: dict[str, Fault] = {"silence": _silence, "stalls in the body": _stalls_in_body}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from s3loader.store.direct.head import MAX_HEAD, Head, OddAnswer, check_read, parse_head
 
 GOOD = (
-    b"HTTP/1.1 206 Partial Content\r\nServer: s\r\nETag: \"e-1\"\r\nContent-Length: 10\r\n"
+    b'HTTP/1.1 206 Partial Content\r\nServer: s\r\nETag: "e-1"\r\nContent-Length: 10\r\n'
     b"Content-Range: bytes 5-14/100\r\nx-amz-meta-a: \xc3\xbc\r\nConnection: keep-alive\r\n\r\n"
 )
 
@@ -26,7 +26,7 @@ def test_fields() -> None:
     meta = found.meta("k")
     assert (meta.key, meta.size, meta.etag, meta.last_modified, meta.metadata) == ("k", 100, "e-1", None, {"a": "ü"})
     other = parse_head(
-        head("content-LENGTH:  7 ", "Etag: W/\"x\"", "connection: Keep-Alive, CLOSE", "x-amz-checksum-crc32c: AA==")
+        head("content-LENGTH:  7 ", 'Etag: W/"x"', "connection: Keep-Alive, CLOSE", "x-amz-checksum-crc32c: AA==")
     )
     assert (other.length, other.etag, other.keep_alive, other.checksum, other.size) == (7, 'W/"x"', False, "AA==", -1)
 

@@ -32,9 +32,7 @@ def endpoint(url: str = "http://127.0.0.1:9000", style: str = "path") -> Endpoin
 def oracle(credentials: Credentials, where: Endpoint, method: str, target: str, sent: dict[str, str], now: float) -> str:
     """The Authorization header botocore would send with just these headers."""
     signer = botocore.auth.S3SigV4Auth(
-        botocore.credentials.Credentials(
-            credentials.access_key_id, credentials.secret_access_key, credentials.session_token
-        ),
+        botocore.credentials.Credentials(credentials.access_key_id, credentials.secret_access_key, credentials.session_token),
         "s3",
         where.region,
     )
