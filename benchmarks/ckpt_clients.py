@@ -248,7 +248,43 @@ class S3dlio(Client):
         return dict(torch.load(io.BytesIO(self.store.load_latest()), weights_only=True))
 
 
+class S3Loader(Client):
+    """`CheckpointManager`: a commit per save, checksums made while staging and verified while loading."""
+
+    def imports(self) -> None:
+        import s3loader.checkpoint  # noqa: F401
+
+    def connect(self) -> None:
+        from s3loader.checkpoint import CheckpointManager, LatestN
+
+        self.manager = CheckpointManager(
+            f"s3://{self.bucket}/{self.prefix}",
+            keep=LatestN(1),
+            endpoint_url=self.endpoint,
+            region="us-east-1",
+            access_key_id="benchmark-key",
+            secret_access_key="benchmark-secret",
+        )
+
+    def save(self, n: int) -> None:
+        self.manager.save(n, {"model": self.state}).result()
+
+    def load_into(self) -> None:
+        self.manager.restore(target={"model": self.state})
+
+    def load_fresh(self) -> dict[str, Any]:
+        return dict(self.manager.restore()["model"])
+
+    def stall(self, n: int) -> float:
+        start = time.perf_counter()
+        handle = self.manager.save(n, {"model": self.state})
+        stalled = time.perf_counter() - start
+        handle.result()
+        return stalled
+
+
 CLIENTS: dict[str, type[Client]] = {
+    "s3loader": S3Loader,
     "s3torchconnector": S3TorchConnector,
     "dcp": Dcp,
     "boto3": Boto3,

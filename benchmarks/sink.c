@@ -3,6 +3,7 @@
  * Thread per connection. Reads the head of a request, drops its body and answers 200 with an ETag,
  * or with the XML that CreateMultipartUpload, CompleteMultipartUpload, DeleteObjects and
  * ListObjects expect. A checksum sent as a header comes back as a header, as S3 does it.
+ * HEAD finds every key, with the ETag that every write is told.
  * GET /__stats answers with the number of requests and body bytes seen so far.
  *
  * usage: sink [PORT]
@@ -40,7 +41,7 @@ static int answer(struct stream *s, const struct request *r) {
     else if (!strcmp(r->method, "GET") && *query)
         snprintf(body, sizeof body, "<?xml version=\"1.0\"?><ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount>"
                                     "<MaxKeys>1000</MaxKeys><IsTruncated>false</IsTruncated></ListBucketResult>");
-    else if (!strcmp(r->method, "GET") || !strcmp(r->method, "HEAD"))
+    else if (!strcmp(r->method, "GET"))
         status = "404 Not Found";
     else if (!strcmp(r->method, "DELETE"))
         status = "204 No Content";
@@ -48,7 +49,7 @@ static int answer(struct stream *s, const struct request *r) {
         snprintf(extra, sizeof extra, "x-amz-checksum-crc32c: %s\r\n", checksum);
     int n = snprintf(text, sizeof text,
                      "HTTP/1.1 %s\r\nServer: sink\r\nContent-Length: %zu\r\nContent-Type: application/xml\r\n"
-                     "ETag: \"d41d8cd98f00b204e9800998ecf8427e\"\r\nLast-Modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n"
+                     "ETag: \"d41d8cd98f00b204e9800998ecf8427e-1\"\r\nLast-Modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n"
                      "x-amz-request-id: 1\r\n%s\r\n%s",
                      status, strlen(body), extra, body);
     return say(s->fd, text, (size_t)n);
