@@ -108,7 +108,26 @@ def publish_manifest(
         ObjectChangedError: mode ``Update`` and the manifest is another one by now.
         OutcomeUnknownError: the answer was lost and reading back did not settle it.
     """
-    return _put(store, key, encode_manifest(entries), mode)
+    return _put(store, key, encode_manifest(entries), settled_mode(store, key, mode))
+
+
+def settled_mode(store: ObjectStore, key: str, mode: PutMode) -> PutMode:
+    """`mode`, or on a store without conditional writes ``"overwrite"`` after a look whether the condition holds now.
+
+    Raises:
+        ObjectExistsError, ObjectChangedError: it does not.
+    """
+    if mode == "overwrite" or can_compare_and_swap(store):
+        return mode
+    try:
+        etag: str | None = store.head(key).etag
+    except ObjectNotFoundError:
+        etag = None
+    if mode == "create" and etag is not None:
+        raise ObjectExistsError("the key is taken", op="create", url=f"{store.url}/{key}")
+    if isinstance(mode, Update) and mode.etag != etag:
+        raise ObjectChangedError("its ETag is not the one given", op="replace", url=f"{store.url}/{key}")
+    return "overwrite"
 
 
 def publish_file(store: ObjectStore, key: str, file: IO[bytes], mode: PutMode) -> PutResult:

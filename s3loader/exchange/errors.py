@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from s3loader.errors import ObjectNotFoundError, S3ExchangeError
+from s3loader.errors import ClosedError, ObjectNotFoundError, S3ExchangeError
 
-__all__ = ["ExchangeObjectNotFoundError", "ManifestNotFoundError", "MissingPlaceholderError"]
+__all__ = [
+    "ExchangeObjectNotFoundError",
+    "ManifestNotFoundError",
+    "MissingPlaceholderError",
+    "WriterClosedError",
+    "WriterStateError",
+]
 
 
 class MissingPlaceholderError(S3ExchangeError):
@@ -33,3 +39,11 @@ class ManifestNotFoundError(ObjectNotFoundError, S3ExchangeError):
 
     def __init__(self, key: str = "", **facts: Any) -> None:
         super().__init__(f"Manifest not found: {key}", key=key, manifest_key=key, **facts)
+
+
+class WriterStateError(S3ExchangeError, RuntimeError):
+    """A `ManifestWriter` was not opened for what it is asked to do."""
+
+
+class WriterClosedError(WriterStateError, ClosedError):
+    """A `ManifestWriter` was used after it was closed."""

@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from s3loader.errors import InvalidManifestError
-from s3loader.exchange.types import ManifestEntry
+from s3loader.exchange.types import FileEntry, ManifestEntry
 from s3loader.types import Buffer
 
 __all__ = ["CONTENT_TYPE", "EMPTY_MANIFEST", "MAX_LINE", "encode_manifest", "iter_lines", "parse_line", "serialize_entry"]
@@ -41,6 +41,19 @@ def check_entry(entry: ManifestEntry) -> None:
         InvalidManifestError: not a mapping, no or unknown `kind`, or its key is missing.
     """
     _checked(entry, None)
+
+
+def file_entry(key: str, id: str | None, meta: Any, content_type: str | None, size: int | None, etag: str | None) -> FileEntry:
+    """A file entry with all its fields in the order s3exchange writes them."""
+    return {
+        "kind": "file",
+        "key": key,
+        "id": id,
+        "meta": meta,
+        "content_type": content_type,
+        "size_bytes": size,
+        "etag": etag,
+    }
 
 
 def parse_line(line: str | Buffer, line_number: int | None = None) -> ManifestEntry:
@@ -130,3 +143,21 @@ def iter_entries(chunks: Iterable[Buffer], *, limit: int | None = None) -> Itera
     """
     for number, line in iter_lines(chunks, limit=limit):
         yield _parse(line, number)
+
+
+def iter_members(data: Buffer) -> Iterator[FileEntry]:
+    """The entries of an internal manifest; the earliest writers left out `key`, `member_path` is always there.
+
+    Raises:
+        InvalidManifestError: with `.line_number`.
+    """
+    for number, line in iter_lines([data]):
+        try:
+            entry = _decode(line)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            entry = _parse_slowly(line, number)
+        if not isinstance(entry, dict) or entry.get("kind") != "file":
+            raise _invalid("not a file entry", number)
+        if not isinstance(entry.get("member_path"), str) or not isinstance(entry.get("key", ""), str):
+            raise _invalid("File entry without 'member_path'", number)
+        yield cast("FileEntry", entry)

@@ -13,7 +13,7 @@ frame      u64  F+1: start of each zstd frame in the archive, then the end of th
 frame_tar  u64  F+1: the same boundaries in the uncompressed tar stream
 ========== ==== =======================================================================
 
-`frame` and `frame_tar` exist only for zstd shards. The metadata holds strings: ``format``
+`frame` and `frame_tar` exist only for zstd shards with a seek table. The metadata holds strings: ``format``
 ("s3loader-shard-index"), ``version`` ("1"), ``members``, ``samples``, ``archive_size``,
 ``archive_etag``, ``compression`` ("", "gzip", "bz2", "xz" or "zstd") and, where the archive has an internal
 manifest, ``internal_manifest``: "offset,size,crc32c" of that member.
@@ -147,6 +147,11 @@ class ShardIndex:
         crc = None if self.crc32c is None else int(self.crc32c[i])
         return MemberRange(int(self.offsets[i]), int(self.sizes[i]), crc)
 
+    @property
+    def random_access(self) -> bool:
+        """Whether a member can be read without what lies before it."""
+        return self.compression is None or self.frames is not None
+
     def fetch_range(self, start: int, end: int) -> tuple[int, int]:
         """Bytes of the *archive* to fetch for bytes ``[start, end)`` of the tar stream.
 
@@ -237,8 +242,8 @@ def _check(index: ShardIndex, counts: IndexCounts) -> None:
     )
     if not same or counts.members != n or (n and counts.samples != index.samples):
         raise ShardReadError("shard index is corrupt: its arrays differ in length from its counts")
-    if (index.frames is None) != (index.compression != "zstd") or (index.frames_tar is None) != (index.frames is None):
-        raise ShardReadError("shard index is corrupt: zstd frames missing or out of place")
+    if (index.frames is not None and index.compression != "zstd") or (index.frames_tar is None) != (index.frames is None):
+        raise ShardReadError("shard index is corrupt: zstd frames out of place")
     end = index.archive_size
     if index.frames is not None and index.frames_tar is not None:
         if len(index.frames) != len(index.frames_tar) or not len(index.frames) or int(index.frames[-1]) > end:

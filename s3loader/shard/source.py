@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
@@ -10,7 +11,7 @@ from s3loader.shard.compression import decompressor
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
-__all__ = ["RangeSource", "StreamSource", "TarSource", "read_chunks"]
+__all__ = ["RangeSource", "StreamSource", "TarSource", "get_from_start", "read_chunks", "sniff_compression"]
 
 CHUNK: Final = 4 << 20
 AHEAD: Final = 4
@@ -132,27 +133,46 @@ class RangeSource(TarSource):
 
 
 class StreamSource(TarSource):
-    """A compressed tar, decompressed from its beginning in bounded memory."""
+    """A tar read from its beginning to its end in bounded memory, decompressed on the way."""
 
-    def __init__(self, store: ObjectStore, key: str, compression: str, *, etag: str | None = None) -> None:
-        self.meta, chunks = read_chunks(store, key, etag=etag)
-        self._plain = decompressor(compression, chunks)
-        self._buffer = bytearray()
-        self._start = 0
+    def __init__(
+        self, store: ObjectStore, key: str, compression: str | None, *, etag: str | None = None, chunk: int = CHUNK
+    ) -> None:
+        self.meta, chunks = read_chunks(store, key, etag=etag, chunk=chunk, ahead=AHEAD if chunk >= CHUNK else 1)
+        self._plain = chunks if compression is None else decompressor(compression, chunks)
+        self._pieces: deque[Buffer] = deque()
+        self._start = 0  # of the first piece
+        self._end = 0  # of the last
 
     def read(self, offset: int, size: int) -> Buffer:
         """See `TarSource.read`; `offset` may not lie before the last one asked for."""
-        while self._start + len(self._buffer) < offset + size:
-            skip = min(offset - self._start, len(self._buffer))
-            if skip > 0:
-                del self._buffer[:skip]
-                self._start += skip
+        end = offset + size
+        while self._pieces and self._start + len(self._pieces[0]) <= offset:
+            self._start += len(self._pieces.popleft())
+        while self._end < end:
             piece = next(self._plain, None)
             if piece is None:
                 break
-            if not self._buffer and self._start + len(piece) <= offset:
-                self._start += len(piece)
+            self._end += len(piece)
+            if self._end > offset:
+                self._pieces.append(memoryview(piece))
             else:
-                self._buffer += piece
+                self._start = self._end
         low = offset - self._start
-        return bytes(self._buffer[low : low + size])
+        if self._pieces and low + size <= len(self._pieces[0]):
+            return self._pieces[0][low : low + size]
+        return b"".join(self._pieces)[low : low + size] if self._end > offset else b""
+
+
+def sniff_compression(head: Buffer) -> str | None:
+    """Which compression the first bytes of an archive show; None: a plain tar (or nothing known)."""
+    start = bytes(head[:6])
+    if start[:2] == b"\x1f\x8b":
+        return "gzip"
+    if start[:3] == b"BZh":
+        return "bz2"
+    if start == b"\xfd7zXZ\0":
+        return "xz"
+    if start[:4] == b"\x28\xb5\x2f\xfd" or (start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
+        return "zstd"
+    return None

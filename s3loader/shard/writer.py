@@ -16,7 +16,7 @@ import numpy as np
 
 from s3loader.checksum import crc32c
 from s3loader.errors import ConfigError
-from s3loader.shard.compression import ZstdFrames, compressor, normalize_compression
+from s3loader.shard.compression import FrameTable, ZstdFrames, compressor, normalize_compression
 from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, sample_key
 from s3loader.shard.tar import check_member_path, end_of_archive, member_header, padding
 from s3loader.types import Buffer
@@ -73,6 +73,7 @@ class ShardBuilder:
         self._name_ends = array("Q")
         self._sample = ""
         self._open = 0
+        self._sealed: list[Buffer] | None = None
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -130,8 +131,13 @@ class ShardBuilder:
         return self._count([*self._pack((_PADDING[pad],)), *self._packer.boundary()])
 
     def finish(self, internal_manifest: Buffer | None) -> BuiltShard:
-        """Head, tail and index; `internal_manifest` is the content of the first member, or None for no such member."""
-        body_end = self._count(self._packer.finish())
+        """Head, tail and index; `internal_manifest` is the content of the first member, or None for no such member.
+
+        May be called again with another internal manifest, but then nothing can be added any more.
+        """
+        if self._sealed is None:
+            self._sealed = self._packer.finish()
+        body_end = self._sealed
         head_tar, internal = self._head(internal_manifest)
         shift = len(head_tar)
         head_packer = compressor(self.compression, self._level, self._frame_size)
@@ -141,19 +147,15 @@ class ShardBuilder:
         tail = b"".join([*body_end, *tail_packer.write(tail_tar), *tail_packer.finish()])
         frames = frames_tar = None
         if self.compression == "zstd":
-            table = None
+            table = FrameTable()
             for packer in (head_packer, self._packer, tail_packer):
                 assert isinstance(packer, ZstdFrames)
-                if table is None:
-                    table = packer.table
-                else:
-                    table.packed += packer.table.packed
-                    table.plain += packer.table.plain
-            assert table is not None
+                table.packed += packer.table.packed
+                table.plain += packer.table.plain
             tail += table.seek_table()
             frames = np.concatenate([[0], np.cumsum(np.array(table.packed, dtype=np.uint64))]).astype(np.uint64)
             frames_tar = np.concatenate([[0], np.cumsum(np.array(table.plain, dtype=np.uint64))]).astype(np.uint64)
-        size = len(head) + self._packed - sum(map(len, body_end)) + len(tail)
+        size = len(head) + self._packed + len(tail)
         index = ShardIndex(
             offsets=np.array(self._offsets, dtype=np.uint64) + np.uint64(shift),
             sizes=np.array(self._sizes, dtype=np.uint64),
@@ -172,8 +174,8 @@ class ShardBuilder:
 
     def _register(self, path: str, size: int) -> bytes:
         """Check a new member, note it, and return its headers."""
-        if self._open:
-            raise ConfigError(f"member {self._last_name()!r} has not ended")
+        if self._open or self._sealed is not None:
+            raise ConfigError(f"member {self._last_name()!r} has not ended" if self._open else "the shard is finished")
         check_member_path(path)
         if path == self._internal_path:
             raise ConfigError(f"member path {path!r} is the internal manifest's")

@@ -1,0 +1,215 @@
+"""One shard with its internal manifest: items in, a manifest entry out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, Final, TypeAlias, cast
+
+from s3loader.errors import ConfigError
+from s3loader.exchange.keys import virtual_key
+from s3loader.exchange.lines import serialize_entry
+from s3loader.exchange.types import FileEntry, ShardEntry, ShardItem
+from s3loader.shard.compression import normalize_compression
+from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.shard.pool import UploadPool
+from s3loader.shard.upload import ShardUpload
+from s3loader.shard.writer import ShardBuilder
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import Buffer, PutMode
+
+__all__ = ["ShardPacker", "Source", "pack_shard", "source_size"]
+
+Source: TypeAlias = Buffer | str | os.PathLike[str] | IO[bytes]
+"""Bytes, the path of a local file (`str` too), or a binary file."""
+
+_CHUNK: Final = 4 << 20
+
+
+def source_size(source: Source, size: int | None = None) -> int:
+    """Length of a source in bytes.
+
+    Raises:
+        ConfigError: a binary file that can't tell, and no `size` given.
+        FileNotFoundError: there is no such local file.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return memoryview(source).nbytes
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source).stat().st_size
+    if size is not None:
+        return size
+    try:
+        here = source.tell()
+        end = source.seek(0, os.SEEK_END)
+        source.seek(here)
+    except (AttributeError, OSError, ValueError) as error:
+        raise ConfigError("size_bytes required for BinaryIO/file-like sources") from error
+    return end - here
+
+
+class ShardPacker:
+    """Packs items into the archive `key` as they come; the upload runs along in `pool`.
+
+    Contents are never all in memory, whatever the size; names and the internal manifest are (about 200
+    bytes a member).
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        key: str,
+        *,
+        pool: UploadPool,
+        archive_format: str = "tar",
+        compression: str | None = None,
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+        mode: PutMode = "overwrite",
+    ) -> None:
+        if archive_format != "tar":
+            raise ConfigError(f"Unsupported archive format: {archive_format}")
+        self.key = key
+        self.content_bytes = 0
+        """Bytes of content added so far."""
+        self._said_compression = compression
+        self._internal_path = internal_manifest_path
+        self._builder = ShardBuilder(
+            compression=normalize_compression(compression), internal_manifest_path=internal_manifest_path
+        )
+        self._upload = ShardUpload(store, key, pool=pool, mode=mode)
+        self._lines = bytearray()
+        self._broken = False
+
+    def __len__(self) -> int:
+        return len(self._builder)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the archive in memory now."""
+        return self._upload.held
+
+    def add(
+        self,
+        member_path: str,
+        source: Source,
+        *,
+        id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        size_bytes: int | None = None,
+    ) -> int:
+        """Add one member; its content is read before this returns. Returns its size.
+
+        Raises:
+            ConfigError: an unsafe path, or a source of another length than it said.
+            S3LoaderError: an earlier part could not be uploaded.
+        """
+        if self._broken:
+            raise ConfigError(f"an earlier member of {self.key} could not be read to its end; the shard is unusable")
+        size = source_size(source, size_bytes)
+        line = self._line(member_path, id, meta, size)
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            self._upload.write(self._builder.add(member_path, memoryview(source).cast("B")))
+        elif isinstance(source, (str, os.PathLike)):
+            with open(source, "rb") as file:
+                self._add_file(member_path, file, size)
+        else:
+            self._add_file(member_path, source, size)
+        self._lines += line
+        self.content_bytes += size
+        return size
+
+    def _add_file(self, path: str, file: IO[bytes], size: int) -> None:
+        if size <= _CHUNK:
+            data = _read(file, size)
+            if len(data) != size or file.read(1):
+                raise ConfigError(f"member {path!r}: its source is not {size} bytes long")
+            self._upload.write(self._builder.add(path, data))
+            return
+        self._upload.write(self._builder.begin(path, size))
+        self._broken = True
+        left = size
+        while left and (chunk := file.read(min(_CHUNK, left))):
+            left -= len(chunk)
+            self._upload.write(self._builder.write(chunk))
+        self._upload.write(self._builder.end())
+        self._broken = False
+
+    def _line(self, path: str, id: str | None, meta: dict[str, Any] | None, size: int) -> bytes:
+        entry = {
+            "kind": "file",
+            "key": virtual_key(self.key, path),
+            "member_path": path,
+            "id": id,
+            "meta": meta,
+            "size_bytes": size,
+        }
+        return f"{serialize_entry(cast('FileEntry', entry))}\n".encode("ascii")
+
+    def finish(self) -> ShardEntry:
+        """Publish archive and index; returns the manifest entry. May run in the pool.
+
+        Raises:
+            ObjectExistsError: the archive's name was taken by somebody who makes no claims.
+        """
+        if self._broken:
+            raise ConfigError(f"a member of {self.key} could not be read to its end; the shard is not published")
+        result, index = self._upload.finish(self._builder.finish(bytes(self._lines) or b"\n"))
+        return {
+            "kind": "shard",
+            "archive_key": self.key,
+            "format": "tar",
+            "compression": self._said_compression,
+            "internal_manifest_path": self._internal_path,
+            "count": len(index),
+            "size_bytes": index.archive_size,
+            "meta": {"etag": result.etag},
+        }
+
+    def abort(self) -> None:
+        """Drop what was uploaded of it."""
+        self._upload.abort()
+
+
+def pack_shard(
+    store: ObjectStore,
+    key: str,
+    items: Iterable[ShardItem],
+    archive_format: str,
+    compression: str | None,
+    internal_manifest_path: str,
+) -> ShardEntry:
+    """One archive out of `items`, under a key that is replaced."""
+    pool = UploadPool(4)
+    packer = ShardPacker(
+        store,
+        key,
+        pool=pool,
+        archive_format=archive_format,
+        compression=compression,
+        internal_manifest_path=internal_manifest_path,
+    )
+    try:
+        for item in items:
+            packer.add(
+                item["member_path"],
+                item["source"],
+                id=item.get("id"),
+                meta=item.get("meta"),
+                size_bytes=item.get("size_bytes"),
+            )
+        return packer.finish()
+    except BaseException:
+        pool.stop()
+        packer.abort()
+        raise
+    finally:
+        pool.stop()
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """`size` bytes, or fewer at the end: a pipe may give them in pieces."""
+    data = file.read(size)
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data

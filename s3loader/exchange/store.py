@@ -1,0 +1,361 @@
+"""`S3ExchangeStore`: objects, manifests and shards under one roof (the s3exchange interface)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from s3loader.errors import ConfigError
+from s3loader.exchange import removal
+from s3loader.exchange.access import ObjectAccess
+from s3loader.exchange.iteration import KeyedObjects
+from s3loader.exchange.keys import (
+    infer_id_from_key,
+    is_manifest_key,
+    is_shard_key,
+    is_sidecar_key,
+    normalize_key,
+    resolve_template,
+)
+from s3loader.exchange.lines import file_entry
+from s3loader.exchange.local import download, download_all
+from s3loader.exchange.manifest import Manifest, write_manifest
+from s3loader.exchange.metadata import object_metadata
+from s3loader.exchange.opening import open_root
+from s3loader.exchange.packer import Source, pack_shard
+from s3loader.exchange.removal import DeletedKeys
+from s3loader.exchange.scope import ScopedStore
+from s3loader.exchange.shard import Shard, entry_of
+from s3loader.exchange.types import (
+    CompactReport,
+    DeleteReport,
+    FileEntry,
+    ManifestEntry,
+    ShardEntry,
+    ShardItem,
+    ShardSizePolicy,
+    WriteMode,
+)
+from s3loader.exchange.writer import ManifestWriter
+from s3loader.exchange.writer_config import WriterProgress
+from s3loader.shard.body import ObjectBody
+from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.store.objectstore import ObjectStore
+from s3loader.store.prefix import PrefixBackend
+from s3loader.types import PutMode
+
+__all__ = ["S3ExchangeStore"]
+
+ManifestLike: TypeAlias = str | Manifest | Iterable[ManifestEntry]
+
+
+class S3ExchangeStore:
+    """Objects, manifests and shards of one bucket or folder.
+
+    Args:
+        store: A boto3 S3 client (then give `bucket`), an `S3Settings`, an `ObjectStore`, or a URL
+            (``s3://bucket/prefix``, ``file:///folder``, ``memory://name``).
+        bucket: The bucket; default: of the settings.
+        s3_client: A boto3 S3 client, by name.
+        base_prefix: Put in front of keys made from templates (`scope`). Keys given to data calls are literal ...
+        prefix_all: ... unless this is set: then every data call works below `base_prefix`, keys in entries and listings
+            are relative to it, and templates do not add it again.
+        default_vars: Variables for key templates.
+        infer_id: Makes an entry's id from its key; default: base name without the last extension.
+        verify: Check ETags that manifests record, and CRC32C of members. Turn off to read a manifest whose objects
+            were copied by something that changes ETags.
+
+    Raises:
+        ConfigError: nothing usable was given.
+    """
+
+    def __init__(
+        self,
+        store: Any = None,
+        bucket: str | None = None,
+        *,
+        s3_client: Any = None,
+        base_prefix: str = "",
+        prefix_all: bool = False,
+        default_vars: Mapping[str, Any] | None = None,
+        infer_id: Callable[[str], str] | None = None,
+        verify: bool = True,
+    ) -> None:
+        if (store is None) == (s3_client is None):
+            raise ConfigError(
+                "give one of: a boto3 S3 client, S3Settings, an ObjectStore, or a URL",
+                hint='S3ExchangeStore(s3_client=client, bucket="b") or S3ExchangeStore("s3://b")',
+            )
+        root, self.bucket, self.s3_client = open_root(store if s3_client is None else s3_client, bucket)
+        self.base_prefix = base_prefix
+        self.prefix_all = prefix_all
+        self.default_vars = dict(default_vars or {})
+        self.infer_id = infer_id or infer_id_from_key
+        prefix = normalize_key(base_prefix)
+        if prefix_all and prefix:
+            root = ObjectStore(f"{root.url}/{prefix}", PrefixBackend(root.backend, prefix + "/"), options=root.options)
+        self.objects: ObjectStore = root
+        """The object store all data calls go to."""
+        self.access = ObjectAccess(root, verify=verify)
+        """What opens objects and members by key, and keeps indexes."""
+
+    def __repr__(self) -> str:
+        return f"S3ExchangeStore({self.objects.url!r})"
+
+    # keys
+
+    def resolve_key(self, template: str, vars: Mapping[str, Any] | None = None) -> str:
+        """The key of a template: variables filled in, normalised, below `base_prefix`.
+
+        Raises:
+            MissingPlaceholderError: a placeholder has no value; `.placeholder` says which.
+        """
+        key = resolve_template(template, vars or {}, self.default_vars)
+        return key if self.prefix_all else normalize_key(f"{self.base_prefix}/{key}")
+
+    _resolve_key = resolve_key
+
+    def scope(self, **vars: Any) -> ScopedStore:
+        """Key templates with these variables filled in."""
+        return ScopedStore(self, vars)
+
+    def is_manifest(self, key: str) -> bool:
+        """Whether the suffix says manifest (``.jsonl``)."""
+        return is_manifest_key(key)
+
+    def is_shard(self, key: str) -> bool:
+        """Whether the suffix says tar archive."""
+        return is_shard_key(key)
+
+    def get_manifest(self, key: str) -> Manifest:
+        """The manifest under `key`; of a shard's key, its internal manifest."""
+        return self.get_shard(key).get_manifest() if is_shard_key(key) else Manifest(self, key=key)
+
+    def get_shard(self, key: str) -> Shard:
+        """The shard under `key`."""
+        return Shard.from_key(self, key)
+
+    def list_keys(self, prefix: str = "", *, sidecars: bool = False) -> Iterator[str]:
+        """Keys that start with `prefix`, in order; the index side-cars of archives only with `sidecars`."""
+        return (e.key for e in self.objects.list(prefix) if sidecars or not is_sidecar_key(e.key))
+
+    # objects
+
+    def put_object(
+        self,
+        key: str,
+        data: Source,
+        *,
+        id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        content_type: str | None = None,
+    ) -> FileEntry:
+        """Store an object; its manifest entry.
+
+        Args:
+            key: Literal key.
+            data: Bytes, the path of a local file (`str` too), or a binary file.
+            id: Default: `infer_id` of the key.
+            meta: Goes into the entry only.
+            content_type: Stored with the object, too.
+        """
+        body = Path(data) if isinstance(data, str) else data
+        result = self.objects.put(key, body, content_type=content_type)
+        self.access.forget(key)
+        return file_entry(key, self.infer_id(key) if id is None else id, meta, content_type, result.size, result.etag)
+
+    def get_object(self, key: str, *, version_id: str | None = None, resolve_virtual_keys: bool = True) -> ObjectBody:
+        """A stream over an object, or over a member (``archive#member``): one ranged GET.
+
+        Raises:
+            ExchangeObjectNotFoundError: there is none; `.key`.
+            IntegrityError: the member's checksum is wrong.
+        """
+        return self.access.open(key, version_id=version_id, resolve_virtual_keys=resolve_virtual_keys)
+
+    def get_object_metadata(self, key: str) -> dict[str, Any]:
+        """What ``head_object`` of boto3 gives: raw with a boto3 client, the same shape elsewhere.
+
+        Of a virtual key: its archive's, with the member's length as ``ContentLength``.
+        """
+        return object_metadata(self, key)
+
+    head_object = get_object_metadata
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object or member. A store that can't be asked is an error, not a no."""
+        return self.access.exists(key)
+
+    def download_object(self, key: str, local_path: str | os.PathLike[str]) -> Path:
+        """Write an object or member to a local file (whole or not at all); parents are created."""
+        return download(self, key, local_path)
+
+    def download_objects(self, keys: Iterable[str], local_dir: str | os.PathLike[str]) -> dict[str, Path]:
+        """Write objects or members to a folder, each under its base name.
+
+        Raises:
+            ConfigError: two keys have the same base name; nothing was downloaded.
+        """
+        return download_all(self, keys, local_dir)
+
+    # iterating
+
+    def iter_manifest_entries(
+        self, manifest: ManifestLike, *, resolve_refs: bool = True, limit: int | None = None
+    ) -> Iterator[ManifestEntry]:
+        """The entries of a manifest: see `Manifest.iter_entries`."""
+        return self._manifest(manifest).iter_entries(resolve_refs=resolve_refs, limit=limit)
+
+    def iter_objects(
+        self, manifest: ManifestLike, *, expand_shards: bool = True, limit: int | None = None
+    ) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
+        """``(stream, entry)`` for all a manifest lists: see `Manifest.iter_objects`."""
+        return self._manifest(manifest).iter_objects(expand_shards=expand_shards, limit=limit)
+
+    def get_objects(self, manifest: ManifestLike) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
+        """As `iter_objects`."""
+        return self.iter_objects(manifest)
+
+    def iter_objects_from_keys(
+        self, keys: Iterable[str], *, limit: int | None = None, on_missing: Literal["raise", "report"] = "raise"
+    ) -> KeyedObjects:
+        """``(stream, entry)`` for keys, in the order of the keys.
+
+        Args:
+            keys: Plain and virtual keys, mixed as you like.
+            limit: At most so many streams.
+            on_missing: ``"raise"`` at the key that is missing, or ``"report"`` it in the iterator's `missing` and go on.
+        """
+        return KeyedObjects(self, keys, limit=limit, on_missing=on_missing)
+
+    def list_manifest_files(self, manifest: ManifestLike, *, include_shards: bool = True) -> Iterator[ManifestEntry]:
+        """File entries, members in place of their shards: see `Manifest.list_files`."""
+        return self._manifest(manifest).list_files(include_shards=include_shards)
+
+    def list_by_manifest_prefix(self, manifest: ManifestLike, prefix_filter: str) -> Iterator[ManifestEntry]:
+        """Entries whose key or virtual key starts with a prefix."""
+        return self._manifest(manifest).filter_by_prefix(prefix_filter)
+
+    def _manifest(self, manifest: ManifestLike) -> Manifest:
+        if isinstance(manifest, Manifest):
+            return manifest
+        if isinstance(manifest, str):
+            return self.get_manifest(manifest)
+        return Manifest(self, entries=manifest)
+
+    # manifests and shards
+
+    def write_manifest(self, key: str, entries: Iterable[ManifestEntry], *, mode: WriteMode = "overwrite") -> None:
+        """Write entries as a manifest, or append them to one as a new part (safe beside other appenders).
+
+        Raises:
+            ConfigError: an unknown mode.
+            InvalidManifestError: an entry no reader would accept, or (append) the manifest there cannot be parsed.
+        """
+        write_manifest(self, key, (entry_of(entry) for entry in entries), mode)
+
+    def put_shard_archive(
+        self,
+        archive_key: str,
+        shard_items: Iterable[ShardItem],
+        *,
+        format: str = "tar",
+        compression: str | None = "gzip",
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+    ) -> Shard:
+        """Pack items into an archive with an index; replaces what is under that key.
+
+        Returns:
+            The shard: `.entry` for a manifest, and readable as a mapping (``shard["count"]``).
+        """
+        entry = pack_shard(self.objects, archive_key, shard_items, format, compression, internal_manifest_path)
+        self.access.forget(archive_key)
+        return Shard(self, entry)
+
+    def put_sharded(
+        self, manifest_key: str, shard_entries: Iterable[ShardEntry | Shard], *, update_mode: WriteMode = "append_parts"
+    ) -> None:
+        """Write shards (entries, or what `put_shard_archive` gave) into a manifest."""
+        self.write_manifest(manifest_key, (entry_of(entry) for entry in shard_entries), mode=update_mode)
+
+    def open_manifest_writer(
+        self,
+        manifest_key: str,
+        *,
+        mode: WriteMode = "append_parts",
+        part_max_entries: int = 50_000,
+        part_max_bytes: int = 50 * 1024 * 1024,
+        shard_size: ShardSizePolicy | None = None,
+        shard_prefix: str | None = None,
+        shard_format: str = "tar",
+        shard_compression: str | None = None,
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+        publish_on_error: bool = False,
+        publish: PutMode = "overwrite",
+        max_in_flight: int = 8,
+        progress: Callable[[WriterProgress], None] | None = None,
+    ) -> ManifestWriter:
+        """A writer for a manifest, its shards and its objects: see `ManifestWriter`."""
+        return ManifestWriter(
+            self,
+            manifest_key,
+            mode=mode,
+            part_max_entries=part_max_entries,
+            part_max_bytes=part_max_bytes,
+            shard_size=shard_size,
+            shard_prefix=shard_prefix,
+            shard_format=shard_format,
+            shard_compression=shard_compression,
+            internal_manifest_path=internal_manifest_path,
+            publish_on_error=publish_on_error,
+            publish=publish,
+            max_in_flight=max_in_flight,
+            progress=progress,
+        )
+
+    def compact_manifest(
+        self,
+        src_manifest_key: str,
+        dst_manifest_key: str,
+        *,
+        resolve_refs: bool = True,
+        apply_deletes: bool = True,
+        expand_shards: bool = False,
+    ) -> CompactReport:
+        """One manifest out of one with parts: see `s3loader.exchange.compaction.compact`."""
+        return Manifest(self, key=src_manifest_key).compact(
+            dst_manifest_key, resolve_refs=resolve_refs, apply_deletes=apply_deletes, expand_shards=expand_shards
+        )
+
+    # deleting
+
+    def delete_key(self, key: str, *, dry_run: bool = False) -> DeleteReport:
+        """Delete one object; with an archive goes its index. A key that does not exist is no error."""
+        return removal.delete_key(self.objects, key, dry_run=dry_run)
+
+    def delete_prefix(
+        self,
+        prefix: str,
+        *,
+        regex: str | None = None,
+        batch_size: int = 1000,
+        allow_all: bool = False,
+        dry_run: bool = False,
+    ) -> DeletedKeys:
+        """Delete every key that starts with `prefix`: see `s3loader.exchange.removal.delete_prefix`.
+
+        `batch_size` is accepted for code written for s3exchange; batches are always of 1,000.
+        """
+        return removal.delete_prefix(self.objects, prefix, regex=regex, allow_all=allow_all, dry_run=dry_run)
+
+    def delete_manifest(
+        self, manifest: ManifestLike, *, delete_manifests: bool = True, dedupe: bool = True, dry_run: bool = False
+    ) -> DeleteReport:
+        """Delete all a manifest lists, its parts and itself: see `s3loader.exchange.removal.delete_manifest`."""
+        if isinstance(manifest, str):
+            manifest = Manifest(self, key=manifest)
+        elif not isinstance(manifest, Manifest):
+            manifest = Manifest(self, entries=manifest)
+        return manifest.delete(delete_manifests=delete_manifests, dedupe=dedupe, dry_run=dry_run)

@@ -1,0 +1,419 @@
+"""`ManifestWriter`: a manifest, its shards and its objects, written as the data comes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Final, cast
+
+from s3loader.exchange.claims import ShardNames
+from s3loader.exchange.commit import can_compare_and_swap
+from s3loader.exchange.entry_stream import EntryStream
+from s3loader.exchange.errors import WriterClosedError, WriterStateError
+from s3loader.exchange.journal import Journal
+from s3loader.exchange.keys import beside, infer_id_from_key
+from s3loader.exchange.lines import check_entry, file_entry
+from s3loader.exchange.packer import ShardPacker, Source
+from s3loader.exchange.pending import PendingEntry
+from s3loader.exchange.removal import empty_report, remove_written
+from s3loader.exchange.types import (
+    DeleteReport,
+    FileEntry,
+    ManifestEntry,
+    ManifestRefEntry,
+    ShardEntry,
+    ShardItem,
+    ShardSizePolicy,
+    WriteMode,
+)
+from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
+from s3loader.shard.compression import normalize_compression, suffix_of
+from s3loader.shard.index import INTERNAL_MANIFEST, index_key
+from s3loader.shard.pool import UploadPool
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import PutMode, PutResult
+
+if TYPE_CHECKING:
+    from s3loader.exchange.store import S3ExchangeStore
+
+__all__ = ["ManifestWriter"]
+
+_READ_AT_ONCE: Final = 8 << 20
+
+
+class ManifestWriter:
+    """Writes one manifest; use as a context manager.
+
+    Leaving it without an exception publishes the manifest; with one nothing is published (unless
+    `publish_on_error`), the exception carries a note of what was uploaded, and `abandon` removes that.
+    Uploads run in the background, up to `max_in_flight` at a time and 64 MiB; a failure is raised by the
+    next call and by `close`, and then nothing is published. Entries keep the order of the calls.
+    Memory stays bounded whatever the number of entries. One thread at a time.
+
+    Args:
+        store: An `S3ExchangeStore` or an `ObjectStore`.
+        manifest_key: Key of the manifest (the root, in append mode).
+        mode: ``"append_parts"`` writes parts beside the manifest and adds references to them to it, by compare-and-swap;
+            ``"overwrite"`` writes one manifest at `close` (also an empty one).
+        part_max_entries: Append mode: a part is full at so many entries ...
+        part_max_bytes: ... or so many bytes.
+        shard_size: When shards are full; needed for `add_to_shard`.
+        shard_prefix: Folder of the shards; default ``shards`` beside the manifest.
+        shard_format: ``"tar"``.
+        shard_compression: None, ``"gzip"``, ``"zstd"`` (keeps random access), ``"bz2"`` or ``"xz"``.
+        internal_manifest_path: Name of the first member of each shard.
+        publish_on_error: Publish what there is when left by an exception.
+        publish: Overwrite mode: how the manifest is put: ``"overwrite"``, ``"create"`` or ``Update(etag)``.
+        max_in_flight: Uploads at a time.
+        progress: Called with a `WriterProgress` in the caller's thread, as entries become final.
+    """
+
+    published: PutResult | None
+    """What `close` wrote; None before, without entries in append mode, or where reading back settled a lost answer."""
+
+    def __init__(
+        self,
+        store: S3ExchangeStore | ObjectStore,
+        manifest_key: str,
+        *,
+        mode: WriteMode = "append_parts",
+        part_max_entries: int = 50_000,
+        part_max_bytes: int = 50 * 1024 * 1024,
+        shard_size: ShardSizePolicy | None = None,
+        shard_prefix: str | None = None,
+        shard_format: str = "tar",
+        shard_compression: str | None = None,
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+        publish_on_error: bool = False,
+        publish: PutMode = "overwrite",
+        max_in_flight: int = 8,
+        progress: Callable[[WriterProgress], None] | None = None,
+    ) -> None:
+        self.config = ManifestWriterConfig(
+            mode=mode,
+            part_max_entries=part_max_entries,
+            part_max_bytes=part_max_bytes,
+            shard_size=shard_size,
+            shard_prefix=shard_prefix,
+            shard_format=shard_format,
+            shard_compression=shard_compression,
+            internal_manifest_path=internal_manifest_path,
+            publish_on_error=publish_on_error,
+            publish=publish,
+            max_in_flight=max_in_flight,
+        )
+        self.manifest_key = manifest_key
+        self.published = None
+        self._store = store if isinstance(store, ObjectStore) else store.objects
+        self._infer_id = infer_id_from_key if isinstance(store, ObjectStore) else store.infer_id
+        self._pool = UploadPool(max_in_flight)
+        self._journal = Journal()
+        report = None if progress is None else lambda: progress(self.totals())
+        self._entries = EntryStream(self._store, manifest_key, self.config, self._pool, self._journal, report)
+        suffix = suffix_of(normalize_compression(shard_compression))
+        prefix = beside(manifest_key, "shards") if shard_prefix is None else shard_prefix.strip("/")
+        self._names = ShardNames(self._store, prefix, suffix)
+        self._packer: ShardPacker | None = None
+        self._packers: list[ShardPacker] = []
+        self._shards = 0
+        self._closed = False
+        self._pid = os.getpid()
+
+    # entries
+
+    def add_entry(self, entry: ManifestEntry) -> None:
+        """Add an entry verbatim.
+
+        Raises:
+            InvalidManifestError: no reader would accept it.
+        """
+        self._check()
+        check_entry(entry)
+        self._entries.add(entry)
+
+    def add_file(
+        self,
+        key: str,
+        *,
+        id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        content_type: str | None = None,
+        size_bytes: int | None = None,
+        etag: str | None = None,
+    ) -> FileEntry:
+        """Add an object that exists already; asks nothing of the store."""
+        entry = file_entry(key, id, meta, content_type, size_bytes, etag)
+        self.add_entry(entry)
+        return entry
+
+    def add_manifest(self, key: str) -> ManifestRefEntry:
+        """Add a reference to another manifest."""
+        entry: ManifestRefEntry = {"kind": "manifest_ref", "key": key}
+        self.add_entry(entry)
+        return entry
+
+    def put_object(
+        self,
+        key: str,
+        data: Source,
+        *,
+        id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        content_type: str | None = None,
+    ) -> FileEntry:
+        """Upload an object and add it; `data` is bytes, the path of a local file, or a binary file.
+
+        The data is taken before this returns; the upload may go on. The entry returned is complete: looking
+        into it waits for the upload.
+        """
+        self._check()
+        name = self._infer_id(key) if id is None else id
+        body: Any = data
+        if isinstance(data, (bytearray, memoryview)):
+            body = bytes(data)
+        elif not isinstance(data, bytes):
+            if isinstance(data, (str, os.PathLike)):
+                with open(data, "rb") as file:
+                    return self._put_file(key, file, name, meta, content_type)
+            return self._put_file(key, data, name, meta, content_type)
+        meta = None if meta is None else {**meta}
+
+        def upload() -> FileEntry:
+            self._journal.note("object", key)
+            result = self._store.put(key, body, content_type=content_type)
+            return file_entry(key, name, meta, content_type, len(body), result.etag)
+
+        future = self._pool.submit(upload, len(body))
+        self._entries.add(future)
+        return cast("FileEntry", PendingEntry(cast("Future[dict[str, Any]]", future)))
+
+    def _put_file(self, key: str, file: IO[bytes], id: str | None, meta: Any, content_type: str | None) -> FileEntry:
+        """A file may change or vanish when the call is over: small ones are read, large ones uploaded, before it is."""
+        head = file.read(_READ_AT_ONCE + 1)
+        if len(head) <= _READ_AT_ONCE:
+            while more := file.read(_READ_AT_ONCE):  # a pipe gives less than asked for
+                head += more
+            return self.put_object(key, head, id=id, meta=meta, content_type=content_type)
+        self._journal.note("object", key)
+        with self._store.multipart(key, content_type=content_type) as upload:
+            upload.write(head)
+            while chunk := file.read(_READ_AT_ONCE):
+                upload.write(chunk)
+            size = upload.tell()
+            result = upload.close()
+        entry = file_entry(key, id, meta, content_type, size, result.etag)
+        self._entries.objects += 1
+        self._entries.bytes += size
+        self._entries.add(entry)
+        return entry
+
+    # shards
+
+    def add_shard_item(self, item: ShardItem) -> None:
+        """Add one member to the growing shard, from a `ShardItem`."""
+        self.add_to_shard(
+            item["member_path"],
+            item["source"],
+            id=item.get("id"),
+            meta=item.get("meta"),
+            size_bytes=item.get("size_bytes"),
+        )
+
+    def add_to_shard(
+        self,
+        member_path: str,
+        source: Source,
+        *,
+        id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        size_bytes: int | None = None,
+        content_type: str | None = None,
+    ) -> None:
+        """Add one member to the growing shard; when that is full its entry takes this place in the manifest.
+
+        Args:
+            member_path: Name in the archive: relative, without ``..``.
+            source: Bytes, the path of a local file, or a binary file; read before this returns.
+            id: Goes into the member's entry.
+            meta: Goes into the member's entry.
+            size_bytes: Needed for a file that cannot tell its length.
+            content_type: Goes into `meta` (a copy).
+
+        Raises:
+            WriterStateError: the writer has no `shard_size`.
+            ConfigError: an unsafe path, or a source of another length than it said.
+        """
+        self._check()
+        policy = self.config.shard_size
+        if policy is None:
+            raise WriterStateError("Shard buffering not enabled (shard_size not set)")
+        if content_type is not None:
+            meta = {**(meta or {}), "content_type": content_type}
+        packer = self._packer or self._new_packer()
+        packer.add(member_path, source, id=id, meta=meta, size_bytes=size_bytes)
+        if policy.reached(len(packer), packer.content_bytes):
+            self._end_shard()
+
+    def flush_shard(self) -> ShardEntry | None:
+        """Publish the growing shard now; its entry, or None where nothing waits."""
+        self._check()
+        future = self._end_shard()
+        if future is None:
+            return None
+        entry = future.result()
+        self._entries.drain()
+        return entry
+
+    def _new_packer(self) -> ShardPacker:
+        conditional = can_compare_and_swap(self._store)
+        key = self._names.claim()
+        self._journal.note("index", index_key(key))
+        self._packer = ShardPacker(
+            self._store,
+            key,
+            pool=self._pool,
+            archive_format=self.config.shard_format,
+            compression=self.config.shard_compression,
+            internal_manifest_path=self.config.internal_manifest_path,
+            mode="create" if conditional else "overwrite",
+        )
+        return self._packer
+
+    def _end_shard(self) -> Future[ShardEntry] | None:
+        packer, self._packer = self._packer, None
+        if packer is None:
+            return None
+        if not len(packer):
+            self._names.release(packer.key)
+            return None
+
+        def finish() -> ShardEntry:
+            self._journal.note("archive", packer.key)
+            entry = packer.finish()
+            self._packers.remove(packer)
+            return entry
+
+        self._packers.append(packer)
+        self._shards += 1
+        future = self._pool.submit(finish, packer.held)
+        self._entries.add(future)
+        return future
+
+    # the stream of entries
+
+    def _check(self) -> None:
+        if self._closed:
+            raise WriterClosedError("ManifestWriter is closed")
+        self._pool.check()
+
+    def flush_part(self) -> str | None:
+        """Upload the entries so far as a part; its key, or None in overwrite mode or without entries."""
+        self._check()
+        if self.config.mode == "overwrite":
+            return None
+        return self._entries.flush_part()
+
+    # the end
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or left by an exception."""
+        return self._closed
+
+    def stats(self) -> dict[str, Any]:
+        """What is in the buffers now (not totals), once all entries so far are final; waits for their uploads."""
+        if not self._closed:
+            self._check()
+            self._entries.drain(wait=True)
+        return {
+            "part_entries": self._entries.part_entries,
+            "part_bytes": self._entries.part_bytes,
+            "parts_uploaded": len(self._entries.parts),
+            "shard_entries": 0 if self._packer is None else len(self._packer),
+            "shard_bytes": 0 if self._packer is None else self._packer.content_bytes,
+            "shards_created": self._shards,
+            "is_closed": self._closed,
+        }
+
+    def totals(self) -> WriterProgress:
+        """Everything written so far."""
+        entries = self._entries
+        return WriterProgress(entries.entries, entries.objects, self._shards, len(entries.parts), entries.bytes)
+
+    def close(self) -> None:
+        """Finish shard and part, wait for all uploads, publish the manifest.
+
+        Raises:
+            WriterClosedError: it was closed before.
+            ConflictError, ObjectExistsError, ObjectChangedError, OutcomeUnknownError: see `append_lines` and
+                `publish_manifest`.
+            S3LoaderError: an upload failed; nothing is published.
+        """
+        if self._closed:
+            raise WriterClosedError("ManifestWriter is already closed")
+        try:
+            self._pool.check()
+            self._end_shard()
+            self.published = self._entries.publish()
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self._closed = True
+        self._pool.stop()
+        self._entries.close()
+        self._journal.close()
+
+    def __enter__(self) -> ManifestWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            if not self._closed:
+                self.close()
+            return
+        if self._closed:
+            return
+        if self.config.publish_on_error and isinstance(error, Exception):
+            try:
+                self.close()
+            except Exception as second:  # noqa: BLE001 - the caller's own exception goes first, this one becomes its note
+                error.add_note(f"s3loader: the manifest could not be published either: {second}")
+            return
+        self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Stop, drop what is half uploaded, and tell `error` what stays behind."""
+        self._closed = True
+        if self._pid != os.getpid():
+            return  # the parent's writer, which goes on there
+        self._pool.stop()
+        self._entries.close()
+        half = [*self._packers, *([self._packer] if self._packer is not None else [])]
+        for packer in half:
+            try:
+                packer.abort()
+                self._names.release(packer.key)
+            except Exception as second:  # noqa: BLE001 - cleaning up must not hide what went wrong
+                error.add_note(f"s3loader: {packer.key} could not be cleaned up: {second}")
+        if len(self._journal):
+            error.add_note(
+                f"s3loader: {self.manifest_key} was not published; written before the error: {self._journal.summary()};"
+                " writer.abandon() removes them"
+            )
+
+    def abandon(self) -> DeleteReport:
+        """Delete everything this writer uploaded: objects, archives with their indexes, parts.
+
+        For a writer that was left by an exception; one that is open is closed first, without publishing. After a
+        successful `close` there is nothing to abandon.
+        """
+        if self.published is not None or (self._closed and not len(self._journal)):
+            return empty_report()
+        if not self._closed:
+            self._give_up(WriterStateError("abandoned"))
+        report = remove_written(self._store, self._journal)
+        if not report["errors"]:
+            self._journal.clear()
+        return report

@@ -1,0 +1,51 @@
+"""Options and progress of a `ManifestWriter`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s3loader.errors import ConfigError
+from s3loader.exchange.types import ShardSizePolicy, WriteMode
+from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.types import PutMode
+
+__all__ = ["ManifestWriterConfig", "WriterProgress"]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestWriterConfig:
+    """Options of a `ManifestWriter`; see there."""
+
+    mode: WriteMode = "append_parts"
+    part_max_entries: int = 50_000
+    part_max_bytes: int = 50 * 1024 * 1024
+    shard_size: ShardSizePolicy | None = None
+    shard_prefix: str | None = None
+    shard_format: str = "tar"
+    shard_compression: str | None = None
+    internal_manifest_path: str = INTERNAL_MANIFEST
+    publish_on_error: bool = False
+    publish: PutMode = "overwrite"
+    max_in_flight: int = 8
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("overwrite", "append_parts"):
+            raise ConfigError(f"Invalid mode: {self.mode}", hint='"overwrite" or "append_parts"')
+        if self.part_max_entries < 1 or self.part_max_bytes < 1 or self.max_in_flight < 1:
+            raise ConfigError("part_max_entries, part_max_bytes and max_in_flight must be at least 1")
+        if self.publish != "overwrite" and self.mode != "overwrite":
+            raise ConfigError('publish= is for mode="overwrite": an append is always a compare-and-swap')
+
+
+@dataclass(frozen=True, slots=True)
+class WriterProgress:
+    """How far a writer is, for its `progress` callback."""
+
+    entries: int
+    """Entries whose objects are stored."""
+    objects: int
+    """Objects uploaded by `put_object`."""
+    shards: int
+    parts: int
+    bytes: int
+    """Bytes of objects and archives uploaded."""

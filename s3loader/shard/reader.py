@@ -1,0 +1,382 @@
+"""Reading members of an archive: one ranged GET each, verified; or all of them in a stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from s3loader.checksum import crc32c
+from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundError, ShardReadError
+from s3loader.shard.body import ArchiveMemberBody
+from s3loader.shard.build import index_archive
+from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, load_index
+from s3loader.shard.source import CHUNK, StreamSource, TarSource, get_from_start, read_chunks, sniff_compression
+from s3loader.shard.tar import walk
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import Buffer, ReadRequest
+
+__all__ = ["Member", "ShardReader"]
+
+AT_ONCE: Final = 16 << 20
+"""Members up to this size are fetched whole and verified before use; larger ones are streamed."""
+SPAN: Final = 8 << 20
+"""Bytes of one request when neighbouring members are read one after another."""
+GAP: Final = 64 << 10
+"""Bytes fetched in vain to save a request."""
+WINDOW: Final = 64 << 20
+"""Bytes fetched ahead of the reader."""
+
+
+class Member(NamedTuple):
+    """A member and its content."""
+
+    name: str
+    size: int
+    body: ArchiveMemberBody
+
+
+class ShardReader:
+    """The members of one archive; keep it to keep the index. Safe for several threads.
+
+    The index is read on first use from its side-car. Where there is none, or it is stale, it is made by
+    walking the archive's headers (plain tar) or reading it once (compressed), and kept in memory.
+
+    Args:
+        store: Where the archive is.
+        key: Key of the archive.
+        index: An index already at hand.
+        etag: The archive's ETag, where it is known: any other version is an `ObjectChangedError`.
+        internal_manifest_path: The member that is not a sample.
+        verify: Check every member's CRC32C where the index knows it.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        key: str,
+        *,
+        index: ShardIndex | None = None,
+        etag: str | None = None,
+        internal_manifest_path: str = INTERNAL_MANIFEST,
+        verify: bool = True,
+    ) -> None:
+        self.store = store
+        self.key = key
+        self.internal_manifest_path = internal_manifest_path
+        self._verify = verify
+        self._index = index
+        self._etag = etag or None
+        self._lock = threading.RLock()
+
+    @property
+    def url(self) -> str:
+        """Where the archive is."""
+        return f"{self.store.url.rstrip('/')}/{self.key}"
+
+    @property
+    def index(self) -> ShardIndex:
+        """The index, loaded or made on first use.
+
+        Raises:
+            ObjectNotFoundError: there is no such archive.
+            ShardReadError: the archive is damaged.
+        """
+        with self._lock:
+            if self._index is None:
+                self._index = self._side_car() or self._made()
+            return self._index
+
+    def _side_car(self) -> ShardIndex | None:
+        try:
+            return load_index(self.store, self.key, etag=self._etag)
+        except (ObjectNotFoundError, ShardReadError):
+            return None  # none, another tool's, corrupt: the archive itself is the truth
+
+    def _made(self) -> ShardIndex:
+        internal = self.internal_manifest_path
+        return index_archive(self.store, self.key, etag=self._etag, internal_manifest_path=internal, checksums=False)
+
+    def has_side_car(self) -> bool:
+        """Whether an index is at hand without reading the archive."""
+        with self._lock:
+            self._index = self._index or self._side_car()
+            return self._index is not None
+
+    # one member
+
+    def find(self, name: str) -> int:
+        """Position of the member `name`; of the last of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self.index.find(name)
+
+    def read(self, i: int) -> Buffer:
+        """Content of member `i`, verified.
+
+        Raises:
+            IntegrityError: its CRC32C is wrong, also when fetched again; says archive, member and range.
+        """
+        return self._fetch(self.index.name(i), lambda index: index.member(i))
+
+    def open(self, name: str) -> ArchiveMemberBody:
+        """A stream over the member `name`, or over the internal manifest.
+
+        Raises:
+            KeyError: there is no such member.
+        """
+        if name == self.internal_manifest_path and self.index.internal_manifest is not None:
+            return _body(self.read_internal_manifest())
+        return self.open_at(self.find(name))
+
+    def open_at(self, i: int) -> ArchiveMemberBody:
+        """A stream over member `i`."""
+        index = self.index
+        member = index.member(i)
+        if member.size > AT_ONCE:
+            return self._stream(index.name(i), member)
+        return _body(self.read(i))
+
+    def read_internal_manifest(self) -> Buffer:
+        """Content of the internal manifest; empty where the archive has none."""
+        if self.index.internal_manifest is None:
+            return b""
+        return self._fetch(self.internal_manifest_path, lambda index: index.internal_manifest or MemberRange(0, 0, None))
+
+    def _fetch(self, name: str, where: Callable[[ShardIndex], MemberRange]) -> Buffer:
+        data: Buffer = b""
+        for _ in range(2):  # a mismatch may be the way here: fetch again once
+            try:
+                member = where(self.index)
+                data = self._tar_range(member.offset, member.offset + member.size)
+            except ObjectChangedError:
+                if self._etag is not None:
+                    raise
+                self._refresh()
+                member = where(self.index)
+                data = self._tar_range(member.offset, member.offset + member.size)
+            if not self._verify or member.crc32c is None or crc32c(data) == member.crc32c:
+                return data
+        raise self._mismatch(name, member, crc32c(data))
+
+    def _mismatch(self, name: str, member: MemberRange, found: int) -> IntegrityError:
+        return IntegrityError(
+            f"CRC32C of member {name!r} (bytes {member.offset} to {member.offset + member.size} of the tar) is"
+            f" {found:08x}, should be {member.crc32c:08x}",
+            op="read",
+            url=self.url,
+            archive=self.key,
+            member=name,
+            range=(member.offset, member.offset + member.size),
+        )
+
+    def _refresh(self) -> None:
+        """The archive is not the one the index was made for: take the newer side-car, or make an index."""
+        with self._lock:
+            old = self._index
+            fresh = self._side_car()
+            self._index = fresh if fresh is not None and old is not None and fresh.etag != old.etag else self._made()
+
+    def _tar_range(self, start: int, end: int) -> Buffer:
+        index = self.index
+        if start == end:
+            return b""
+        if index.random_access:
+            low, high = index.fetch_range(start, end)
+            _, data = self.store.backend.get(self.key, low, high, if_match=index.etag or None)
+            return self._decode(index, data, low, start, end)
+        source = StreamSource(self.store, self.key, index.compression, etag=index.etag or None)
+        data = source.read(start, end - start)
+        if len(data) < end - start:
+            raise ShardReadError(f"{index.compression} stream ends before byte {end}", op="read", url=self.url)
+        return data
+
+    def _decode(self, index: ShardIndex, data: Buffer, low: int, start: int, end: int) -> Buffer:
+        """Bytes ``[start, end)`` of the tar stream out of archive bytes that begin at `low`."""
+        if index.frames is None or index.frames_tar is None:
+            if len(data) < end - low:
+                raise ShardReadError(f"the archive ends before byte {end}", op="read", url=self.url)
+            return memoryview(data)[start - low : end - low]
+        return unpack_frames(index, data, low, start, end, self.url)
+
+    def _stream(self, name: str, member: MemberRange) -> ArchiveMemberBody:
+        """A large member, piece by piece."""
+        return ArchiveMemberBody(self._checked(name, member, self._pieces(member)), size=member.size)
+
+    def _pieces(self, member: MemberRange) -> Iterator[Buffer]:
+        index = self.index
+        end = member.offset + member.size
+        if index.compression is None:
+            _, chunks = read_chunks(self.store, self.key, start=member.offset, end=end, etag=index.etag or None)
+            yield from chunks
+            return
+        if index.random_access:
+            for low in range(member.offset, end, SPAN):
+                yield self._tar_range(low, min(low + SPAN, end))
+            return
+        source = StreamSource(self.store, self.key, index.compression, etag=index.etag or None)
+        for low in range(member.offset, end, 1 << 20):
+            yield source.read(low, min(1 << 20, end - low))
+
+    def _checked(self, name: str, member: MemberRange, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+        """Hand `pieces` on one late, so that the last is given only if the whole is right."""
+        crc = size = 0
+        held: Buffer | None = None
+        for piece in pieces:
+            if held is not None:
+                yield held
+            held = piece
+            crc = crc32c(piece, crc)
+            size += len(piece)
+        if size != member.size:
+            raise ShardReadError(f"member {name!r} ends after {size} of {member.size} bytes", op="read", url=self.url)
+        if self._verify and member.crc32c is not None and crc != member.crc32c:
+            raise self._mismatch(name, member, crc)
+        if held is not None:
+            yield held
+
+    def peek_internal_manifest(self) -> Buffer:
+        """The internal manifest without making an index: only the first member is looked at."""
+        if self.has_side_car():
+            return self.read_internal_manifest()
+        source = self._stream_source(self._etag, chunk=256 << 10)
+        first = next(walk(source.read), None)
+        if first is None or first.kind != "file" or first.name != self.internal_manifest_path:
+            return b""
+        return b"".join(_source_pieces(source, first.offset, first.size))
+
+    def _stream_source(self, etag: str | None, *, chunk: int = CHUNK) -> StreamSource:
+        meta, head = get_from_start(self.store, self.key, 0, 512, etag=etag)
+        return StreamSource(self.store, self.key, sniff_compression(head), etag=meta.etag or None, chunk=chunk)
+
+    # many members
+
+    def iter_members(self, positions: Sequence[int] | None = None) -> Iterator[Member]:
+        """Members with their content, in the order of `positions` (default: all, in archive order).
+
+        Neighbours come in one request, the next requests are under way meanwhile, memory is bounded. A
+        large member's body must be read before the next member is asked for where the archive has no
+        side-car or no random access.
+
+        Raises:
+            IntegrityError, ShardReadError, ObjectChangedError: at the member concerned.
+        """
+        if positions is None and (not self.has_side_car() or not self.index.random_access):
+            yield from self._iter_stream()
+            return
+        index = self.index
+        wanted = range(len(index)) if positions is None else positions
+        if not index.random_access:
+            for i in wanted:
+                yield Member(index.name(i), index.member(i).size, self.open_at(i))
+            return
+        yield from self._iter_spans(index, wanted)
+
+    def _iter_spans(self, index: ShardIndex, wanted: Sequence[int]) -> Iterator[Member]:
+        groups = list(_runs(index, wanted))
+        requests = (
+            ReadRequest(self.key, *index.fetch_range(low, high), if_match=index.etag or None, tag=(low, high))
+            for _, low, high in groups
+            if low < high
+        )
+        answers = self.store.read_many(requests, max_bytes=WINDOW)
+        for members, low, high in groups:
+            if low == high:  # one large member, or empty ones
+                for i in members:
+                    yield Member(index.name(i), index.member(i).size, self.open_at(i))
+                continue
+            answer = next(answers)
+            plain = memoryview(self._decode(index, answer.data, answer.request.start, low, high))
+            for i in members:
+                member = index.member(i)
+                data: Buffer = plain[member.offset - low : member.offset - low + member.size]
+                if self._verify and member.crc32c is not None and crc32c(data) != member.crc32c:
+                    data = self.read(i)  # once more, alone; raises if it is the archive
+                yield Member(index.name(i), member.size, _body(data))
+
+    def _iter_stream(self) -> Iterator[Member]:
+        """All members of an archive without random access, in one pass."""
+        index = self._index
+        pin = index.etag or None if index is not None else self._etag
+        source = self._stream_source(pin)
+        position = 0
+        for member in walk(source.read):
+            if member.kind != "file" or member.name == self.internal_manifest_path:
+                continue
+            known = index.crc32c if index is not None else None
+            extent = MemberRange(member.offset, member.size, None if known is None else int(known[position]))
+            position += 1
+            pieces = self._checked(member.name, extent, _source_pieces(source, member.offset, member.size))
+            if member.size <= AT_ONCE:
+                yield Member(member.name, member.size, _body(b"".join(pieces)))
+            else:
+                yield Member(member.name, member.size, ArchiveMemberBody(pieces, size=member.size))
+
+
+def _body(data: Buffer) -> ArchiveMemberBody:
+    return ArchiveMemberBody(iter([data] if len(data) else []), size=len(data))
+
+
+def _source_pieces(source: TarSource, offset: int, size: int) -> Iterator[Buffer]:
+    for low in range(offset, offset + size, 1 << 20):
+        yield source.read(low, min(1 << 20, offset + size - low))
+
+
+def _runs(index: ShardIndex, wanted: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
+    """Cut `wanted` into runs of one request each: ``(members, low, high)`` in tar bytes.
+
+    ``low == high`` marks members to be opened one by one (large or empty).
+    """
+    offsets, sizes = index.offsets, index.sizes
+    run: list[int] = []
+    low = high = 0
+    for i in wanted:
+        start, size = int(offsets[i]), int(sizes[i])
+        if size == 0 or size > AT_ONCE:
+            if run:
+                yield run, low, high
+                run = []
+            yield [i], 0, 0
+            continue
+        joins = run and 0 <= start - high <= GAP and start + size - low <= SPAN
+        if not joins:
+            if run:
+                yield run, low, high
+            run, low = [], start
+        run.append(i)
+        high = start + size
+    if run:
+        yield run, low, high
+
+
+def unpack_frames(index: ShardIndex, data: Buffer, low: int, start: int, end: int, url: str) -> Buffer:
+    """Bytes ``[start, end)`` of the tar stream out of whole zstd frames that begin at archive byte `low`.
+
+    Raises:
+        ShardReadError: a frame is damaged or holds another number of bytes than the index says.
+    """
+    import numpy as np
+    import zstandard
+
+    assert index.frames is not None
+    assert index.frames_tar is not None
+    first = int(np.searchsorted(index.frames, low, side="right")) - 1
+    view = memoryview(data)
+    plain = []
+    at = first
+    while int(index.frames_tar[at]) < end:
+        lo, hi = int(index.frames[at]) - low, int(index.frames[at + 1]) - low
+        size = int(index.frames_tar[at + 1]) - int(index.frames_tar[at])
+        try:
+            piece = zstandard.ZstdDecompressor().decompress(view[lo:hi], max_output_size=size)
+        except zstandard.ZstdError as error:
+            raise ShardReadError(f"zstd frame {at} is damaged: {error}", op="read", url=url) from error
+        if len(piece) != size:
+            raise ShardReadError(f"zstd frame {at} holds {len(piece)} bytes, the index says {size}", op="read", url=url)
+        plain.append(piece)
+        at += 1
+    base = int(index.frames_tar[first])
+    joined = plain[0] if len(plain) == 1 else b"".join(plain)
+    return memoryview(joined)[start - base : end - base]

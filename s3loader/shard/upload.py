@@ -1,0 +1,124 @@
+"""A shard uploaded while it is built, its first part last.
+
+Parts of a multipart upload are put together by number, whatever the order they arrive in. Part 1 will
+hold the internal manifest, whose length is known last: its other bytes wait in memory (one part),
+all later parts go out as they fill up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Final
+
+from s3loader.errors import S3LoaderError
+from s3loader.shard.index import ShardIndex, index_key
+from s3loader.shard.pool import UploadPool
+from s3loader.shard.writer import BuiltShard
+from s3loader.store.multipart import part_size_of
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import Buffer, PartResult, PutMode, PutResult
+
+__all__ = ["ShardUpload"]
+
+TAR_TYPE: Final = "application/x-tar"
+INDEX_TYPE: Final = "application/octet-stream"
+_CONTENT_TYPES: Final = {None: TAR_TYPE, "gzip": "application/gzip", "zstd": "application/zstd"}
+
+
+class ShardUpload:
+    """Takes the body of one archive, then its head and tail; makes the archive and its index side-car.
+
+    Args:
+        store: Where to.
+        key: Key of the archive.
+        mode: ``"create"`` never replaces an archive.
+        pool: Where parts are uploaded.
+        part_size: Bytes of a part; doubled every 1,000 parts. Smaller archives are one put.
+    """
+
+    def __init__(
+        self, store: ObjectStore, key: str, *, pool: UploadPool, mode: PutMode = "overwrite", part_size: int | None = None
+    ) -> None:
+        self.key = key
+        self._store = store
+        self._mode: PutMode = mode
+        self._pool = pool
+        self._part_size = part_size or store.options.part_size
+        self._first = bytearray()
+        self._part: bytearray | None = None
+        self._upload_id: str | None = None
+        self._parts: list[Future[PartResult]] = []
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory now, those in the pool not counted."""
+        return len(self._first) + (len(self._part) if self._part is not None else 0)
+
+    def write(self, pieces: Iterable[Buffer]) -> None:
+        """The next bytes of the body; waits while the pool is full.
+
+        Raises:
+            S3LoaderError: an earlier part could not be uploaded.
+        """
+        for piece in pieces:
+            if self._part is not None:
+                self._part += piece
+            else:
+                self._first += piece
+        if self._part is None:
+            if len(self._first) < 2 * self._part_size:  # so that all parts but the last are large enough
+                return
+            self._upload_id = self._store.backend.create_multipart(self.key, content_type=TAR_TYPE)
+            self._part = self._first[self._part_size :]
+            del self._first[self._part_size :]
+        while len(self._part) >= (size := part_size_of(len(self._parts) + 2, self._part_size)):
+            if len(self._part) < 2 * size:
+                self._send(self._part)
+                self._part = bytearray()
+            else:
+                self._send(self._part[:size])
+                del self._part[:size]
+
+    def _send(self, data: Buffer) -> None:
+        upload_id = self._upload_id
+        assert upload_id is not None
+        number = len(self._parts) + 2
+        upload = self._store.backend.upload_part
+        self._parts.append(self._pool.submit(lambda: upload(self.key, upload_id, number, data), len(data)))
+
+    def finish(self, built: BuiltShard) -> tuple[PutResult, ShardIndex]:
+        """Publish the archive, then its index. May run in the pool; after a failure call `abort`.
+
+        Raises:
+            ObjectExistsError: mode ``"create"`` and the key was taken meanwhile.
+            S3LoaderError: something could not be uploaded.
+        """
+        result = self._publish(built)
+        index = replace(built.index, etag=result.etag)
+        self._store.put(index_key(self.key), index.to_bytes(), content_type=INDEX_TYPE)
+        return result, index
+
+    def _publish(self, built: BuiltShard) -> PutResult:
+        backend = self._store.backend
+        if self._upload_id is None or self._part is None:
+            whole = b"".join((built.head, self._first, built.tail))
+            content_type = _CONTENT_TYPES.get(built.index.compression, TAR_TYPE)
+            return backend.put(self.key, whole, mode=self._mode, content_type=content_type)
+        first = b"".join((built.head, self._first))
+        last = b"".join((self._part, built.tail))
+        parts = [backend.upload_part(self.key, self._upload_id, 1, first)]
+        parts += [future.result() for future in self._parts]
+        parts.append(backend.upload_part(self.key, self._upload_id, len(parts) + 1, last))
+        size = len(first) + len(last) + sum(part.size for part in parts[1:-1])
+        if size != built.index.archive_size:
+            raise S3LoaderError(f"uploaded {size} bytes of a shard of {built.index.archive_size}", url=self.key)
+        result = backend.complete_multipart(self.key, self._upload_id, parts, mode=self._mode)
+        return replace(result, size=size)
+
+    def abort(self) -> None:
+        """Drop what was uploaded of an archive that will not be finished."""
+        if self._upload_id is not None:
+            self._store.backend.abort_multipart(self.key, self._upload_id)
+            self._upload_id = None
