@@ -126,9 +126,13 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def started(binary: Path) -> Iterator[int]:
-    """Run one of our C servers (sink, s3server); yields its port."""
-    process = subprocess.Popen([str(binary)], stdout=subprocess.PIPE)
+def started(binary: Path, *, reserve_mib: int = 0) -> Iterator[int]:
+    """Run one of our C servers (sink, s3server); yields its port.
+
+    `reserve_mib`: memory that s3server touches beforehand, so that no client pays for its page faults.
+    """
+    argv = [str(binary), "0", str(reserve_mib)] if reserve_mib else [str(binary)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         yield int(process.stdout.readline())

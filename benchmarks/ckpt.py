@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         peers, why = _peers.python(_peers.GET)
         with tempfile.TemporaryDirectory(prefix="s3loader-bench-") as folder:
             (program,) = _servers.build(Path(folder), "s3server")
-            with _servers.started(program) as port:
+            with _servers.started(program, reserve_mib=args.size * 5 // 2) as port:
                 for turn in range(args.visits):
                     for name in chosen[turn % len(chosen) :] + chosen[: turn % len(chosen)]:
                         print(f"[{time.monotonic() - began:4.0f} s] {name}", file=sys.stderr, flush=True)

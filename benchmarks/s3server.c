@@ -8,7 +8,7 @@
  * keys that begin so; PUT /__delay/MICROSECONDS makes every later request wait that long first, as a
  * distant store does.
  *
- * usage: s3server [PORT]
+ * usage: s3server [PORT [MIB]]      MIB of memory are touched before it says its port
  */
 #define _GNU_SOURCE
 #include "http.h"
@@ -640,4 +640,14 @@ static void *serve(void *argument) {
     return NULL;
 }
 
-int main(int argc, char **argv) { return listen_forever(argc > 1 ? atoi(argv[1]) : 0, serve); }
+static void reserve(size_t count) {
+    char **pieces = malloc(count * sizeof *pieces);
+    for (size_t i = 0; i < count; i++) memset(pieces[i] = take_piece(), 1, PIECE);
+    for (size_t i = 0; i < count; i++) give_piece(pieces[i]);
+    free(pieces);
+}
+
+int main(int argc, char **argv) {
+    if (argc > 2) reserve(strtoul(argv[2], NULL, 10));
+    return listen_forever(argc > 1 ? atoi(argv[1]) : 0, serve);
+}
