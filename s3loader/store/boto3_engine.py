@@ -8,10 +8,7 @@ damaged bytes are not stored and the ETag of a single put stays the MD5.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -26,12 +23,14 @@ from s3loader.errors import (
 )
 from s3loader.store.boto3_client import BotoClient
 from s3loader.store.boto3_copy import copy_parts
+from s3loader.store.boto3_delete import delete_many
 from s3loader.store.boto3_shapes import (
     body,
     body_range,
     conditions,
     described,
     listed,
+    md5_base64,
     meta_of,
     read_body,
     refuses_checksums,
@@ -54,13 +53,10 @@ from s3loader.units import MIB
 
 __all__ = ["Boto3Backend"]
 
-_DELETE_BATCH: Final = 1000
 _ONE_COPY: Final = 5 << 30
 """The most bytes of one CopyObject."""
 _THROUGH: Final = 64 * MIB
 """A conditional copy up to this size goes through this process."""
-# characters that an XML 1.0 document cannot hold, so that DeleteObjects cannot name the key
-_NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\r")
 
 
 class Boto3Backend:
@@ -214,17 +210,25 @@ class Boto3Backend:
                 if not refuses_checksums(error):
                     raise
         if self._client.given is None:  # a user's client adds the checksum of its own choice
-            digest = hashlib.md5(data, usedforsecurity=False).digest()
-            parameters = {**parameters, "ContentMD5": base64.b64encode(digest).decode("ascii")}
+            parameters = {**parameters, "ContentMD5": md5_base64(data)}
         answer = self._client.call(verb, operation, key, parameters, condition)
         self.checksums = False  # it was the checksum, then
         return answer
 
     def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
-        """See `s3loader.store.probe.ChecksummedPut`."""
-        parameters = {"Key": key, "Body": body(data), "ChecksumCRC32C": checksum}
-        answer = self._client.call("put", "put_object", key, parameters, None)
-        return PutResult(key, bare_etag(answer.get("ETag")), len(data), version(answer))
+        """Put, telling the server that the CRC32C of `data` is `checksum` (base64), right or wrong.
+
+        Where it refuses CRC32C, a Content-MD5 that is right or wrong takes its place, as in `put`.
+        """
+        Boto3Backend.put(self, key, data)  # finds out which
+        wrong = checksum != crc32c_base64(data)
+        parameters: dict[str, Any] = {"Key": key, "Body": body(data)}
+        if self.checksums:
+            parameters["ChecksumCRC32C"] = checksum
+        else:
+            parameters["ContentMD5"] = md5_base64(checksum.encode() if wrong else data)
+        answer = self._client.call("put", "put_object", key, parameters)
+        return PutResult(key, bare_etag(answer.get("ETag")), len(parameters["Body"]), version(answer))
 
     def delete(self, key: str) -> None:
         """See `Backend.delete`."""
@@ -237,36 +241,7 @@ class Boto3Backend:
 
     def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
         """See `Backend.delete_many`: 1000 keys a request; one by one where the server has no DeleteObjects."""
-        failures: list[DeleteFailure] = []
-        plain = [key for key in dict.fromkeys(keys) if not _NOT_XML.search(key)]
-        single = [key for key in dict.fromkeys(keys) if _NOT_XML.search(key)]
-        for at in range(0, len(plain), _DELETE_BATCH):
-            batch = plain[at : at + _DELETE_BATCH]
-            try:
-                failures += self._delete_batch(batch)
-            except StoreError as error:
-                if error.status not in (400, 405, 501):
-                    raise
-                single += batch
-        for key in single:
-            try:
-                self.delete(key)
-            except BucketNotFoundError:
-                raise
-            except StoreError as error:
-                failures.append(DeleteFailure(key, error))
-        return failures
-
-    def _delete_batch(self, keys: Sequence[str]) -> list[DeleteFailure]:
-        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        answer = self._client.call("delete", "delete_objects", "", {"Delete": wanted})
-        failures = []
-        for entry in answer.get("Errors") or ():
-            key = entry.get("Key", "")
-            error = from_status(None, entry.get("Code"), entry.get("Message") or "", Where("delete", self._client.at(key)))
-            if not isinstance(error, ObjectNotFoundError):
-                failures.append(DeleteFailure(key, error))
-        return failures
+        return delete_many(self._client, keys, self.delete)
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
         """See `Backend.copy`. Over 5 GiB it goes part by part.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import re
 from collections.abc import Mapping
@@ -12,7 +14,18 @@ from s3loader.store.s3errors import Where
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import Buffer, ObjectMeta, PutMode, Update
 
-__all__ = ["body", "body_range", "conditions", "described", "listed", "meta_of", "read_body", "refuses_checksums", "version"]
+__all__ = [
+    "body",
+    "body_range",
+    "conditions",
+    "described",
+    "listed",
+    "md5_base64",
+    "meta_of",
+    "read_body",
+    "refuses_checksums",
+    "version",
+]
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -84,6 +97,11 @@ def refuses_checksums(error: StoreError) -> bool:
 def body(data: Buffer) -> bytes | bytearray:
     """What boto3 takes for `data`: it knows no memoryview."""
     return data if isinstance(data, (bytes, bytearray)) else bytes(data)
+
+
+def md5_base64(data: Buffer) -> str:
+    """The MD5 of `data` as a Content-MD5 header holds it."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode("ascii")
 
 
 def described(content_type: str | None, metadata: Mapping[str, str] | None) -> dict[str, Any]:

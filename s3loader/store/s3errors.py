@@ -176,7 +176,8 @@ def from_status(
         retryable = True  # once fresh credentials are there
     if kind is ObjectChangedError and status == 404:
         hint = "the object that was to be replaced is gone"
-    return kind(
+    seconds = headers.get("retry-after", "")
+    error = kind(
         clean(message) or _default_message(status, kind),
         op=where.op,
         url=where.url,
@@ -186,6 +187,9 @@ def from_status(
         retryable=retryable,
         hint=hint,
     )
+    if seconds.isdecimal():
+        error.details["retry_after"] = float(seconds)
+    return error
 
 
 def _kind(status: int | None, code: str | None, where: Where, headers: Mapping[str, str]) -> type[S3LoaderError]:
