@@ -159,3 +159,7 @@ class MixtureOrder:
             until = np.where(unit.length > 0, self._position(d, np.maximum(ends, 1) - 1) + 1, 0)
             parts.append((where, Units(unit.start + self._base[d], unit.length, until)))
         return join_units(parts, len(positions))
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """See `Order`: of all datasets together."""
+        return sum(self._orders[d].open_samples(own) for d, own_epoch, _, own in self._split(positions, 0) if own_epoch == 0)

@@ -69,6 +69,10 @@ class Order(Protocol):
         """What to fetch for `positions`, whose samples are `samples`."""
         ...
 
+    def open_samples(self, positions: Int64Array) -> int:
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks."""
+        ...
+
 
 class SequentialOrder:
     """``shuffle="none"``: as stored."""
@@ -87,6 +91,10 @@ class SequentialOrder:
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
         """See `Order`."""
         return no_units(len(positions))
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """See `Order`."""
+        return 0
 
 
 class FullOrder:
@@ -107,6 +115,10 @@ class FullOrder:
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
         """See `Order`."""
         return no_units(len(positions))
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """See `Order`."""
+        return 0
 
 
 class ShardOrder:
@@ -147,6 +159,10 @@ class ShardOrder:
         """See `Order`."""
         return no_units(len(positions))
 
+    def open_samples(self, positions: Int64Array) -> int:
+        """See `Order`."""
+        return 0
+
 
 class BlockOrder:
     """``shuffle="block"``: permuted blocks dealt to lanes, lanes taken in turn, windows of a lane shuffled.
@@ -185,13 +201,8 @@ class BlockOrder:
     def _shuffle_in_windows(self, lane: Int64Array, offset: Int64Array, epoch: int, *, inverse: bool) -> Int64Array:
         number, start, end = self.window_span(lane, offset)
         keys = derive_each(derive(self.spec.seed, epoch, _WINDOWS), lane, number)
-        sizes, inner = end - start, offset - start
-        out = np.empty_like(offset)
         step = unpermute if inverse else permute
-        for size in np.unique(sizes):  # few: the first windows', the full ones', the last ones'
-            here = np.flatnonzero(sizes == size)
-            out[here] = step(inner[here], int(size), keys[here])
-        return start + out
+        return start + step(offset - start, end - start, keys)
 
     def _lane_to_sample(self, lane: Int64Array, offset: Int64Array, epoch: int) -> Int64Array:
         m = self.spec.block
@@ -285,6 +296,11 @@ class BlockOrder:
         m = self.spec.block
         block = Units(samples[here] // m * m, np.full(here.size, m), self.position_in_lane(lane, last) + 1)
         return join_units([(here, block)], len(positions))
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """See `Order`: a window of each lane."""
+        lanes, _ = self.lane_of(positions[positions < self.lane_samples])
+        return len(np.unique(lanes)) * self.spec.window * self.spec.block
 
 
 def make_order(counts: Int64Array, spec: OrderSpec) -> Order:

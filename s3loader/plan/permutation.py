@@ -63,40 +63,70 @@ def derive_each(key: int, *columns: Int64Array) -> UInt64Array:
     return out
 
 
-def _network(values: UInt64Array, bits: int, keys: Any, order: range) -> UInt64Array:
-    """Run the rounds in `order` on `values` < 2**bits; even rounds change the high half, odd ones the low half."""
-    low_bits = bits // 2
-    low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << (bits - low_bits)) - 1)
-    low, high = values & low_mask, values >> _U[low_bits]
+def _network(values: UInt64Array, low_bits: Any, high_bits: Any, keys: Any, order: range) -> UInt64Array:
+    """Run the rounds in `order`: even ones change the high half of each value, odd ones the low half."""
+    low_mask, high_mask = (_U[1] << low_bits) - _U[1], (_U[1] << high_bits) - _U[1]
+    low, high = values & low_mask, values >> low_bits
     for i in order:
         salt = np.uint64(((i + 1) * _GOLDEN) & _MASK)
         if i % 2 == 0:
             high ^= _mix_in_place(low + (keys + salt)) & high_mask
         else:
             low ^= _mix_in_place(high + (keys + salt)) & low_mask
-    return (high << _U[low_bits]) | low
+    out: UInt64Array = (high << low_bits) | low
+    return out
 
 
-def _walk(values: Int64Array, size: int, keys: int | UInt64Array, order: range) -> Int64Array:
+def _halves(size: int) -> tuple[int, int]:
+    """Bits of the low and the high half for a domain of `size`."""
+    bits = max(MIN_BITS, (size - 1).bit_length())
+    return bits // 2, bits - bits // 2
+
+
+def _walk(values: Int64Array, size: int | Int64Array, keys: int | UInt64Array, order: range) -> Int64Array:
+    if not isinstance(size, int):
+        distinct, which = np.unique(size, return_inverse=True)
+        if len(distinct) != 1:
+            return _walk_mixed(values, size, keys, order, np.array([_halves(int(n)) for n in distinct], dtype=np.uint64)[which])
+        size = int(distinct[0])
     if size <= 1:
         return np.zeros_like(values)
-    bits = max(MIN_BITS, (size - 1).bit_length())
+    low, high = (_U[bits] for bits in _halves(size))
     # A 1-element array, since numpy scalars warn where arrays wrap around.
     shared = np.array([keys], dtype=np.uint64) if isinstance(keys, int) else None
-    out = _network(values.astype(np.uint64), bits, keys if shared is None else shared, order)
+    each: Any = keys
+    out = _network(values.astype(np.uint64), low, high, each if shared is None else shared, order)
     outside = np.flatnonzero(out >= size)
     while outside.size:
-        again = _network(out[outside], bits, keys[outside] if shared is None else shared, order)  # type: ignore[index]  # an array here
+        again = _network(out[outside], low, high, each[outside] if shared is None else shared, order)
         out[outside] = again
         outside = outside[again >= size]
     return out.astype(np.int64)
 
 
-def permute(values: Int64Array, size: int, keys: int | UInt64Array) -> Int64Array:
-    """Images of `values` (int64 in ``[0, size)``) under the bijection of `keys`, one key or one per value."""
+def _walk_mixed(values: Int64Array, sizes: Int64Array, keys: Any, order: range, halves: UInt64Array) -> Int64Array:
+    """The same with a size and a key per value: one pass for all of them."""
+    out = values.astype(np.uint64)
+    limits = sizes.astype(np.uint64)
+    outside = np.arange(len(out))
+    while outside.size:
+        again = _network(out[outside], halves[outside, 0], halves[outside, 1], keys[outside], order)
+        out[outside] = again
+        outside = outside[again >= limits[outside]]
+    return out.astype(np.int64)
+
+
+def permute(values: Int64Array, size: int | Int64Array, keys: int | UInt64Array) -> Int64Array:
+    """Images of `values` under the bijection of `keys`.
+
+    Args:
+        values: int64 in ``[0, size)``.
+        size: One for all, or one per value (then `keys` too).
+        keys: One for all, or one per value.
+    """
     return _walk(values, size, keys, range(ROUNDS))
 
 
-def unpermute(values: Int64Array, size: int, keys: int | UInt64Array) -> Int64Array:
+def unpermute(values: Int64Array, size: int | Int64Array, keys: int | UInt64Array) -> Int64Array:
     """The inverse of `permute`."""
     return _walk(values, size, keys, range(ROUNDS - 1, -1, -1))

@@ -62,7 +62,7 @@ def test_lengths_and_accounting(epoch):
     assert set(samples.tolist()) == set(range(130))
     assert make_mix(sizes, weights=[1, 1], length="first").size < 62
     plan = make_mix(sizes, weights=[3, 1], length=50)
-    dataset, samples = datasets_of(plan, sizes, epoch)
+    _, samples = datasets_of(plan, sizes, epoch)
     assert len(samples) == 50
     # The big dataset goes on where the last epoch stopped: three epochs of 50 * 3/4 see it whole, once.
     seen = [s for e in range(2) for d, s in zip(*datasets_of(plan, sizes, e), strict=True) if d == 0]
@@ -82,8 +82,7 @@ def test_positions_of_finds_the_first_occurrence(epoch, a, b):
 def test_ranks_and_workers_slice_a_mixture_too():
     plan = make_mix([90, 41], weights=[2, 1])
     expected = plan.samples_at(np.arange(plan.size, dtype=np.int64), 2).tolist()
-    got = [b.tolist() for b in plan.batches(2, Topology(), 7)]
-    assert sum(got, []) == expected
+    assert [s for b in plan.batches(2, Topology(), 7) for s in b.tolist()] == expected
     parts = [s for r in range(3) for w in range(2) for b in plan.batches(2, Topology(r, 3, w, 2), 5) for s in b.tolist()]
     assert sorted(parts) == sorted(expected)
 

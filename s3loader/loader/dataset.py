@@ -1,0 +1,299 @@
+"""A dataset as the loader sees it: parts (shards, runs of loose objects) with samples laid end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+
+from s3loader.errors import ObjectNotFoundError, PlanError, S3LoaderError, ShardReadError, StateMismatchError
+from s3loader.loader.layout import Layout, LayoutCache, LooseRun, Shard
+from s3loader.loader.options import LoaderOptions
+from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
+from s3loader.plan.permutation import Int64Array
+from s3loader.shard.index import ShardIndex, index_key, is_foreign, load_index, sample_key
+from s3loader.store.bulk import ReadFailure
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import ReadRequest
+from s3loader.units import MIB
+
+__all__ = ["Dataset", "Group"]
+
+Group: TypeAlias = Literal["webdataset"] | None
+"""None: each member (or object) is a sample. ``"webdataset"``: neighbours whose names agree up to the
+first dot of the base name are one sample, a dict by extension."""
+
+_LAYOUT_BYTES: Final = 64 * MIB
+
+
+class Dataset:
+    """Where the samples are. Made by `s3loader.loader.open_dataset` and its siblings; immutable, picklable, safe after fork.
+
+    Args:
+        store: Where all parts are.
+        parts: Shards and runs of loose objects, in order.
+        group: See `Group`.
+        selected: For a filtered dataset: the samples kept of each part, by number.
+        name: For messages.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        parts: Sequence[Shard | LooseRun],
+        *,
+        group: Group = None,
+        selected: Sequence[Int64Array] | None = None,
+        name: str = "",
+    ) -> None:
+        self.store = store
+        self.parts = parts
+        self.group: Group = group
+        self.selected = selected
+        self.name = name or store.url
+        counts = [part.samples for part in parts] if selected is None else [len(kept) for kept in selected]
+        self.catalog = Catalog(np.array(counts, dtype=np.int64), self._total_bytes(), self._digest())
+        self.starts = np.cumsum(self.catalog.counts) - self.catalog.counts
+        self._drop_layouts()
+
+    def _drop_layouts(self) -> None:
+        self._pid = os.getpid()
+        self._layouts = LayoutCache(_LAYOUT_BYTES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_layouts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._drop_layouts()
+
+    def __len__(self) -> int:
+        return self.catalog.samples
+
+    def _total_bytes(self) -> int:
+        if self.selected is not None:
+            kept = sum(len(numbers) for numbers in self.selected)
+            return int(self._bytes_of_all() * kept / max(1, sum(part.samples for part in self.parts)))
+        return self._bytes_of_all()
+
+    def _bytes_of_all(self) -> int:
+        return sum(part.size if isinstance(part, Shard) else int(np.maximum(part.sizes, 0).sum()) for part in self.parts)
+
+    def _digest(self) -> str:
+        hasher = hashlib.sha256(repr(self.group).encode())
+        for part in self.parts:
+            if isinstance(part, Shard):
+                hasher.update(f"\0{part.key}\0{part.samples}\0{part.etag}\0{part.size}\n".encode("utf-8", "surrogateescape"))
+            else:
+                rows = zip(part.keys, part.sizes.tolist(), part.etags, strict=True)
+                for key, size, etag in rows:
+                    hasher.update(f"\1{key}\0{size}\0{etag}\n".encode("utf-8", "surrogateescape"))
+                hasher.update(part.first.tobytes())
+        for numbers in self.selected or ():
+            hasher.update(b"\2" + numbers.tobytes())
+        return hasher.hexdigest()[:32]
+
+    # -- layouts -----------------------------------------------------------------------------
+
+    def layouts(self, parts: Iterable[int]) -> dict[int, Layout | S3LoaderError]:
+        """The layouts of `parts`, those of shards read from their side-cars, several at a time.
+
+        A part whose index cannot be had has the error in place of the layout: its samples fail when
+        their turn comes, not earlier.
+        """
+        if os.getpid() != self._pid:
+            self._drop_layouts()
+        found: dict[int, Layout | S3LoaderError] = {}
+        missing: list[int] = []
+        for number in dict.fromkeys(parts):
+            layout = self._layouts.get(number)
+            if layout is not None:
+                found[number] = layout
+            elif isinstance(part := self.parts[number], LooseRun):
+                found[number] = self._keep(number, self._select(number, Layout.of_loose(part)))
+            else:
+                missing.append(number)
+        if missing:
+            found |= self._load(missing)
+        return found
+
+    def layout(self, part: int) -> Layout:
+        """The layout of one part.
+
+        Raises:
+            ShardReadError: its index is missing, corrupt, or made for another version.
+            StoreError: it cannot be read.
+        """
+        layout = self.layouts([part])[part]
+        if isinstance(layout, S3LoaderError):
+            raise layout
+        return layout
+
+    def _keep(self, number: int, layout: Layout) -> Layout:
+        self._layouts.put(number, layout)
+        return layout
+
+    def _select(self, number: int, layout: Layout) -> Layout:
+        return layout if self.selected is None else layout.select(self.selected[number])
+
+    def _load(self, missing: Sequence[int]) -> dict[int, Layout | S3LoaderError]:
+        found: dict[int, Layout | S3LoaderError] = {}
+        shards = [part for number in missing if isinstance(part := self.parts[number], Shard)]
+        requests = (ReadRequest(index_key(shard.key), tag=number) for number, shard in zip(missing, shards, strict=True))
+        for shard, answer in zip(shards, self.store.read_many(requests, errors="return"), strict=True):
+            number = answer.request.tag
+            try:
+                if isinstance(answer, ReadFailure):
+                    raise answer.error
+                data = bytes(answer.data)  # a view would keep a pooled buffer lent for as long as the layout is cached
+                index = load_index(self.store, shard.key) if is_foreign(data) else ShardIndex.from_bytes(data)
+                found[number] = self._keep(number, self._check(number, shard, index))
+            except S3LoaderError as error:
+                found[number] = self._explain(shard, error)
+        return found
+
+    def _check(self, number: int, shard: Shard, index: ShardIndex) -> Layout:
+        if shard.etag and index.etag and index.etag != shard.etag:
+            raise ShardReadError(f"the index was made for ETag {index.etag!r}, the dataset has {shard.etag!r}")
+        if index.compression not in (None, "zstd"):
+            raise ShardReadError(
+                f"{index.compression} shards cannot be read at random", hint="write shards plain or with zstd; convert these"
+            )
+        layout = Layout.of_shard(shard, index, grouped=self.group is not None)
+        if len(layout.first) - 1 != shard.samples:
+            raise ShardReadError(f"the index has {len(layout.first) - 1} samples, the dataset expects {shard.samples}")
+        return self._select(number, layout)
+
+    def _explain(self, shard: Shard, error: S3LoaderError) -> S3LoaderError:
+        url = f"{self.store.url}/{index_key(shard.key)}"
+        if isinstance(error, ObjectNotFoundError):
+            return ShardReadError(
+                "the shard has no index", op="read", url=url, hint="s3loader.shard.build_index makes one beside it"
+            )
+        if isinstance(error, ShardReadError) and error.url is None:
+            return ShardReadError(error.message, op="read", url=url, hint=error.hint)
+        return error
+
+    # -- names -------------------------------------------------------------------------------
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(part, number in it) of a sample.
+
+        Raises:
+            PlanError: there is no such sample.
+        """
+        if not 0 <= sample < len(self):
+            raise PlanError(f"sample {sample} of {len(self)} does not exist")
+        part = int(np.searchsorted(self.starts + self.catalog.counts, sample, side="right"))
+        return part, sample - int(self.starts[part])
+
+    def names(self, samples: Int64Array) -> list[str]:
+        """Name of the first member of each sample (the key of a loose object); empty where the index cannot be had."""
+        parts = np.searchsorted(self.starts + self.catalog.counts, samples, side="right")
+        layouts = self.layouts(np.unique(parts).tolist())
+        out = []
+        for part, number in zip(parts.tolist(), (samples - self.starts[parts]).tolist(), strict=True):
+            layout = layouts[part]
+            out.append("" if isinstance(layout, S3LoaderError) else layout.name(int(layout.first[number])))
+        return out
+
+    def sample_key(self, layout: Layout, member: int) -> str:
+        """Key of the sample whose first member is `member`: ``archive#name``, or the key of a loose object."""
+        name = layout.name(member)
+        if self.group is not None:
+            name = sample_key(name)
+        return name if layout.loose else f"{layout.key(member)}#{name}"
+
+    def find(self, key: str) -> int:
+        """Number of the sample with this key (see `sample_key`), or of the one that has a member of this name.
+
+        Raises:
+            PlanError: there is none.
+        """
+        archive, mark, name = key.partition("#")
+        for number, part in enumerate(self.parts):
+            if isinstance(part, LooseRun):
+                wanted = [i for i, other in enumerate(part.keys) if key in (other, sample_key(other))]
+                members = [i for i in wanted if self.group is not None or part.keys[i] == key]
+            elif mark and part.key == archive:
+                members = self._members(self.layout(number), name)
+            else:
+                continue
+            if members:
+                layout = self.layout(number)
+                at = int(np.searchsorted(layout.first, members[0], side="right")) - 1
+                if 0 <= at < len(layout.first) - 1:
+                    return int(self.starts[number]) + at
+        raise PlanError(f"no sample is called {key!r}")
+
+    def _members(self, layout: Layout, name: str) -> list[int]:
+        names = [layout.name(i) for i in range(int(layout.first[-1]))]
+        exact = [i for i, other in enumerate(names) if other == name]
+        return exact or [i for i, other in enumerate(names) if self.group is not None and sample_key(other) == name]
+
+    # -- plans -------------------------------------------------------------------------------
+
+    def choose(self, options: LoaderOptions, world_size: int) -> Mapping[str, Any]:
+        """The order spec of a new run, as a state stores it."""
+        return self._choose(self.catalog, options, world_size, 0).as_dict()
+
+    @staticmethod
+    def _choose(catalog: Catalog, options: LoaderOptions, world_size: int, salt: int) -> OrderSpec:
+        given: Mapping[str, Any] = {}
+        if isinstance(options.order, OrderSpec):
+            return options.order
+        if options.order is not None:
+            given = options.order
+        try:
+            return choose_spec(
+                catalog.samples,
+                catalog.total_bytes,
+                batch_size=options.batch_size,
+                world_size=world_size,
+                shuffle=options.shuffle,
+                seed=options.seed + salt,
+                **given,
+            )
+        except TypeError as error:
+            raise PlanError(f"order: {error}", hint="its entries are block, lanes, chunk, window and run") from error
+
+    def plan(self, spec: Mapping[str, Any], *, skip: Sequence[tuple[int, int, int]] = (), exclude: Sequence[int] = ()) -> Plan:
+        """The plan that `spec` describes over this data.
+
+        Raises:
+            StateMismatchError: the spec is not one of such a dataset.
+        """
+        return plan_for(self.catalog, OrderSpec.from_dict(spec), skip=skip, exclude=exclude)
+
+    def check_spec(self, spec: Mapping[str, Any], options: LoaderOptions) -> None:
+        """Refuse a state's spec that contradicts what the options say outright.
+
+        Raises:
+            StateMismatchError: naming each entry that differs.
+        """
+        self._check_spec(spec, options, 0)
+
+    @staticmethod
+    def _check_spec(spec: Mapping[str, Any], options: LoaderOptions, salt: int) -> None:
+        expected: dict[str, Any] = {"shuffle": options.shuffle}
+        if isinstance(options.order, OrderSpec):
+            expected = options.order.as_dict()
+        else:
+            if options.shuffle != "none":
+                expected["seed"] = (options.seed + salt) % (1 << 64)
+            if options.shuffle == "block":
+                expected |= options.order or {}
+        differs = [
+            f"{name} ({spec.get(name)!r} in the state, {value!r} here)"
+            for name, value in expected.items()
+            if spec.get(name) != value
+        ]
+        if differs:
+            raise StateMismatchError(
+                f"the state belongs to another sequence; what differs: {', '.join(differs)}",
+                hint="restore these options, or give allow_changed=True to go on with the new ones at the same count",
+                differs=differs,
+            )

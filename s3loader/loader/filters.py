@@ -1,0 +1,77 @@
+"""Filters: which samples of a dataset are kept, decided from manifest entries before anything is ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from s3loader.errors import ShardReadError
+from s3loader.exchange.lines import iter_entries
+from s3loader.exchange.types import ManifestEntry
+from s3loader.loader.dataset import Dataset
+from s3loader.loader.layout import Layout, LooseRun
+from s3loader.plan.permutation import Int64Array
+from s3loader.shard.index import sample_key
+
+__all__ = ["Filter", "filtered"]
+
+Filter = Callable[[Mapping[str, Any]], bool]
+"""Called with the manifest entry of each sample (``key id meta size_bytes ...``); it stays where True comes back.
+Of a grouped sample: ``key`` is the sample's, ``meta`` has the entries of all members, ``members`` their entries."""
+
+
+def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -> Dataset:
+    """`dataset` with only the samples that `keep` accepts.
+
+    Args:
+        dataset: Not filtered yet.
+        keep: See `Filter`.
+        entries: The manifest's entries, in order.
+
+    Raises:
+        ShardReadError: a shard has no internal manifest to filter by.
+    """
+    loose = {entry["key"]: entry for entry in entries if entry["kind"] == "file"}
+    selected = []
+    for number, part in enumerate(dataset.parts):
+        layout = dataset.layout(number)
+        if isinstance(part, LooseRun):
+            found: Mapping[str, Any] = loose
+        else:
+            found = _internal(dataset, layout)
+        selected.append(_kept(dataset, layout, found, keep))
+    return Dataset(dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name)
+
+
+def _internal(dataset: Dataset, layout: Layout) -> dict[str, Any]:
+    """Entries of a shard's internal manifest by member name."""
+    index = layout.index
+    assert index is not None
+    url = f"{dataset.store.url}/{layout.key(0)}"
+    if index.internal_manifest is None or index.compression is not None:
+        raise ShardReadError("the shard has no internal manifest to filter by", op="read", url=url)
+    start, size, _ = index.internal_manifest
+    text = dataset.store.get_range(layout.key(0), start, start + size, if_match=layout.etag or None)
+    entries = cast("Iterable[dict[str, Any]]", iter_entries([text]))
+    return {entry["member_path"]: entry for entry in entries if "member_path" in entry}
+
+
+def _kept(dataset: Dataset, layout: Layout, entries: Mapping[str, Any], keep: Filter) -> Int64Array:
+    first = layout.first.tolist()
+    kept = []
+    for number in range(len(first) - 1):
+        names = [layout.name(member) for member in range(first[number], first[number + 1])]
+        members = [entries.get(name) or {"key": name} for name in names]
+        if keep(_merged(names[0], members) if dataset.group is not None else members[0]):
+            kept.append(number)
+    return np.array(kept, dtype=np.int64)
+
+
+def _merged(name: str, members: list[Any]) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+    for member in members:
+        meta |= member.get("meta") or {}
+    sizes = [member.get("size_bytes") or 0 for member in members]
+    return {"key": sample_key(name), "id": members[0].get("id"), "meta": meta, "size_bytes": sum(sizes), "members": members}

@@ -1,0 +1,326 @@
+"""`Loader`: batches of a dataset in one exactly resumable order, without any framework."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from s3loader.loader.collate import make_collate
+from s3loader.loader.dataset import Dataset
+from s3loader.loader.fetch import Fetcher
+from s3loader.loader.options import LoaderOptions
+from s3loader.loader.pieces import Slots, cut_into_pieces
+from s3loader.loader.run import Run
+from s3loader.loader.samples import Place, Quarantined, SampleWork, place_of
+from s3loader.loader.stats import LoaderStats
+from s3loader.plan import Plan, PlanState, Schedule, Topology
+from s3loader.plan.permutation import Int64Array
+from s3loader.units import MIB, parse_size
+
+__all__ = ["Batch", "Loader", "read_samples"]
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """One batch and where it comes from."""
+
+    data: Any
+    """What `collate` made of the samples."""
+    step: int
+    """Number of the batch since the iteration began, the same on every rank."""
+    epoch: int
+    positions: Int64Array
+    """Place of each sample in the global sequence (before bad ones were skipped or replaced)."""
+    samples: Int64Array
+    """Number of each sample in the dataset."""
+    consumed: int
+    """Positions of the epoch that all ranks together have consumed with this step."""
+    _dataset: Dataset = field(repr=False)
+
+    def places(self) -> list[Place]:
+        """Key, shard, offset and length of each sample."""
+        pairs = zip(self.samples.tolist(), self.positions.tolist(), strict=True)
+        return [place_of(self._dataset, sample, position, self.epoch) for sample, position in pairs]
+
+
+def read_samples(dataset: Dataset, samples: Int64Array, *, verify: bool = True, stats: LoaderStats | None = None) -> list[Any]:
+    """Any samples by number, in the order given (they may repeat): neighbours are fetched together.
+
+    Returns:
+        memoryviews or dicts, or `Failed` in place of a sample that could not be read.
+    """
+    alone, which = np.unique(samples, return_inverse=True)
+    found = Slots(len(alone))
+    parts = np.searchsorted(dataset.starts + dataset.catalog.counts, alone, side="right")
+    layouts = dataset.layouts(np.unique(parts).tolist())
+    edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)] if len(parts) else []
+    pieces = [
+        piece
+        for low, high in itertools.pairwise(edges)
+        for piece in cut_into_pieces(
+            layouts[int(parts[low])],
+            alone[low:high] - dataset.starts[parts[low]],
+            found,
+            low,
+            max_gap=MIB // 4,
+            max_size=8 * MIB,
+        )
+    ]
+    fetcher = Fetcher(
+        dataset.store,
+        grouped=dataset.group is not None,
+        verify=verify,
+        max_bytes=64 * MIB,
+        driver="auto",
+        concurrency=None,
+        stats=stats if stats is not None else LoaderStats(),
+    )
+    for _ in fetcher.run(pieces):
+        pass
+    return [found.take(slot) for slot in which.tolist()]
+
+
+class Loader:
+    """Iterates over batches; each `iter` is one epoch, and the next one begins where that ended.
+
+    The order of samples is a pure function of data, options and epoch; ranks and workers only slice it. `state_dict` says how
+    far it was delivered. After `load_state_dict`, also on another number of ranks or workers or with another batch size, the
+    next iteration delivers exactly what was left of that epoch.
+
+    Args:
+        dataset: What `open_dataset` and its siblings return.
+        rank: This process among those that train together. Each gets other batches.
+        world_size: How many there are.
+        worker: This worker among those that prepare batches for this rank; it makes every `workers`-th step from `worker` on.
+        workers: How many there are.
+        epoch: The first epoch.
+        options: See `LoaderOptions`; `batch_size` is required.
+
+    Raises:
+        ConfigError: an option is unusable.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        worker: int = 0,
+        workers: int = 1,
+        epoch: int = 0,
+        **options: Any,
+    ) -> None:
+        self.dataset = dataset
+        self.options = LoaderOptions.of(options)
+        self.topology = Topology(rank, world_size, worker, workers)
+        self.stats = LoaderStats()
+        self.quarantine: list[Quarantined] = []
+        """Samples that were skipped or replaced, in the order met by this process."""
+        self._epoch = epoch
+        self._consumed = 0
+        self._resume: int | None = None
+        """Where the next iteration starts, after `load_state_dict`."""
+        self._done = False
+        self._plan: Plan | None = None
+
+    # -- the plan ----------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The order of samples; made when first needed."""
+        if self._plan is None:
+            spec = self.dataset.choose(self.options, self.topology.world_size)
+            stride = self.options.batch_size * self.topology.world_size
+            skip = tuple((self._epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
+            exclude = tuple(sorted({self.dataset.find(key) for key in self.options.exclude}))
+            self._plan = self.dataset.plan(spec, skip=skip, exclude=exclude)
+        return self._plan
+
+    def schedule(self, consumed: int = 0) -> Schedule:
+        """How the current epoch, from `consumed` on, is cut into batches."""
+        options = self.options
+        return self.plan.schedule(
+            self._epoch, options.batch_size, world_size=self.topology.world_size, tail=options.tail, consumed=consumed
+        )
+
+    def __len__(self) -> int:
+        """Batches that the next (or running) iteration gives this rank and worker."""
+        return len(self.schedule(self._resume or 0).worker_steps(self.topology))
+
+    # -- epochs and state --------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the running iteration, or of the last one."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; a loaded position in that epoch is kept."""
+        if epoch != self._epoch:
+            self._epoch, self._consumed, self._resume = epoch, 0, None
+        elif self._done:
+            self._consumed, self._resume = 0, None
+        self._done = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence stands after the last batch delivered: the same on every rank."""
+        return self.plan.state(self._epoch, self._consumed).as_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
+        """Go on from `state` in the next iteration.
+
+        Args:
+            state: What `state_dict` returned, in whatever run.
+            allow_changed: Accept a state of other data or options: epoch and count are kept, the order is this loader's.
+
+        Raises:
+            StateMismatchError: the state belongs to other data, seed or options; `.differs` names which.
+        """
+        loaded = PlanState.from_dict(state)
+        plan = self._plan_of(loaded, allow_changed)
+        self._plan = plan
+        self._epoch = loaded.epoch
+        self._consumed = self._resume = min(loaded.consumed, plan.size)
+        self._done = False
+
+    def _plan_of(self, state: PlanState, allow_changed: bool) -> Plan:
+        if allow_changed:
+            fresh = self.dataset.plan(self.plan.spec, skip=state.skip, exclude=())
+            return fresh if fresh.digest != state.plan_digest else self._same_plan(state)
+        return self._same_plan(state)
+
+    def _same_plan(self, state: PlanState) -> Plan:
+        self.dataset.check_spec(state.spec, self.options)
+        plan = self.dataset.plan(state.spec)
+        plan.check(state)
+        skip, exclude = (*state.skip, *self.plan.skip), (*state.exclude, *self.plan.exclude)
+        return self.dataset.plan(state.spec, skip=tuple(dict.fromkeys(skip)), exclude=tuple(sorted({*exclude})))
+
+    # -- iteration ---------------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        """Fix epoch and start of an iteration."""
+        if self._resume is None and self._done:
+            self._epoch += 1
+        consumed, self._resume, self._done = self._resume or 0, None, False
+        self._consumed = consumed
+        return consumed
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.iter_batches()
+        try:
+            for batch in batches:
+                yield batch.data
+        finally:
+            batches.close()
+
+    def iter_batches(self) -> Generator[Batch, None, None]:
+        """As iterating over the loader, with the origin of each batch."""
+        consumed = self._begin()
+        if consumed and not self.schedule(consumed).steps(self.topology.rank):
+            # The state was taken behind the last batch: what is next is the next epoch.
+            self._epoch += 1
+            consumed = self._consumed = 0
+        plan, epoch, schedule = self.plan, self._epoch, self.schedule(consumed)
+        gaps = plan.gaps(epoch)
+        run = self._run(schedule, epoch)
+        work = SampleWork(self.dataset, self.options, epoch, self._read, self.stats, self.quarantine)
+        collate = make_collate(self.options.collate)
+        stats, clock = self.stats, time.perf_counter
+        begun = clock()
+        raws = iter(run)
+        try:
+            for raw in raws:
+                samples = work.finish(raw)
+                after = int(gaps.expand(np.array([schedule.consumed_after(raw.step + 1)], dtype=np.int64))[0])
+                if samples or not len(raw.samples):
+                    data = self._collated(collate, samples)
+                    stats.samples += len(samples)
+                    stats.batches += 1
+                    if stats.first_batch is None:
+                        stats.first_batch = clock() - begun
+                    given = clock()
+                    self._consumed = after
+                    yield Batch(data, raw.step, epoch, raw.positions, raw.samples, after, self.dataset)
+                    stats.consumer += clock() - given
+                else:
+                    self._consumed = after
+            self._consumed = plan.size
+            self._done = True
+        finally:
+            raws.close()
+            work.close()
+
+    def _collated(self, collate: Callable[[list[Any]], Any] | None, samples: list[Any]) -> Any:
+        if collate is None:
+            return samples
+        begun = time.perf_counter()
+        data = collate(samples)
+        self.stats.decode += time.perf_counter() - begun
+        return data
+
+    def _run(self, schedule: Schedule, epoch: int) -> Run:
+        options = self.options
+        return Run(
+            self.dataset,
+            self.plan,
+            epoch,
+            schedule,
+            self.plan.gaps(epoch),
+            self.topology,
+            memory_limit=parse_size(options.memory_limit),
+            prefetch=parse_size(options.prefetch),
+            driver=options.driver,
+            concurrency=options.concurrency,
+            verify=options.verify,
+            stats=self.stats,
+        )
+
+    def _read(self, samples: Int64Array) -> list[Any]:
+        return read_samples(self.dataset, samples, verify=self.options.verify, stats=self.stats)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._batches_async()
+
+    async def _batches_async(self) -> AsyncIterator[Any]:
+        """The same batches, each prepared in a thread, so that the event loop goes on."""
+        import asyncio
+
+        batches = iter(self)
+        end = object()
+        try:
+            while (batch := await asyncio.to_thread(next, batches, end)) is not end:
+                yield batch
+        finally:
+            await asyncio.to_thread(batches.close)  # type: ignore[attr-defined]  # a generator
+
+    # -- provenance --------------------------------------------------------------------------
+
+    def where(self, position: int, *, epoch: int | None = None) -> Place:
+        """What stands at a position of the sequence, without running anything.
+
+        Raises:
+            PlanError: there is no such position.
+        """
+        epoch = self._epoch if epoch is None else epoch
+        place = self.plan.where(position, epoch)
+        return place_of(self.dataset, place.sample, position, epoch)
+
+    def find(self, key: str, *, epoch: int | None = None) -> tuple[int, int]:
+        """(step, rank) at which the sample with this key comes in an epoch begun by this loader; (-1, -1) if never.
+
+        Raises:
+            PlanError: there is no such sample.
+        """
+        epoch = self._epoch if epoch is None else epoch
+        options = self.options
+        place = self.plan.find(
+            self.dataset.find(key), epoch, batch_size=options.batch_size, world_size=self.topology.world_size, tail=options.tail
+        )
+        return (-1, -1) if place is None else (place.step, place.rank)

@@ -1,0 +1,95 @@
+"""Everything a loader can be told, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from s3loader.errors import ConfigError
+from s3loader.loader.collate import Collate, make_collate
+from s3loader.loader.decode import Decode, make_decoder
+from s3loader.plan import OrderSpec, Shuffle, Tail
+from s3loader.store.base import Driver
+from s3loader.units import parse_size
+
+__all__ = ["LoaderOptions", "OnError"]
+
+OnError: TypeAlias = Literal["raise", "skip", "replace"]
+"""What a sample that cannot be read, verified, decoded or transformed does. ``"raise"``: the error reaches you when its turn
+comes. ``"skip"``: the batch is shorter. ``"replace"``: another sample, fixed by seed, epoch and position, takes its
+place, so that all ranks stay in step. What was left out stands in `Loader.quarantine`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """How samples are ordered, fetched, decoded and batched.
+
+    Raises:
+        ConfigError: an option is unusable.
+    """
+
+    batch_size: int
+    """Samples per batch and rank."""
+    shuffle: Shuffle = "block"
+    seed: int = 0
+    """Any integer; taken modulo 2**64."""
+    order: OrderSpec | Mapping[str, Any] | None = None
+    """The whole spec of the order, or some of its numbers (``block lanes chunk window run``); the rest is chosen to fit the
+    data, `batch_size` and `world_size`."""
+    tail: Tail = "short"
+    decode: Decode = None
+    transform: Callable[[Any], Any] | None = None
+    """Called with each decoded sample."""
+    collate: Collate = None
+    on_error: OnError = "raise"
+    verify: bool = True
+    """Check the CRC32C of every member that has one."""
+    memory_limit: int | str = "512MiB"
+    """Bytes of samples in this process: being fetched, waiting, and in open blocks."""
+    prefetch: int | str = "64MiB"
+    """Of these, at most so many fetched ahead."""
+    driver: Driver = "auto"
+    """``"threads"`` fetch beside your code; ``"pump"`` fetches while you wait, for processes that do nothing else."""
+    concurrency: int | None = None
+    """Requests at a time; default: the store's."""
+    decode_threads: int = 0
+    """Threads that decode and transform, for functions that release the GIL; 0: the calling thread."""
+    cache_dir: str | None = None
+    """Keep fetched ranges in this folder, shared by all processes of the node."""
+    cache_limit: int | str = "16GiB"
+    """Most bytes in `cache_dir`; what was not used for longest goes first."""
+    skip_steps: Sequence[tuple[int, int]] = ()
+    """``(first, end)`` steps that are left out of the loader's first epoch, in its own batch and world size."""
+    exclude: Sequence[str] = ()
+    """Keys of samples to leave out."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number from 1, not {self.batch_size!r}")
+        for name, allowed in (("shuffle", Shuffle), ("tail", Tail), ("on_error", OnError), ("driver", Driver)):
+            if getattr(self, name) not in get_args(allowed):
+                choices = ", ".join(f'"{choice}"' for choice in get_args(allowed))
+                raise ConfigError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if self.decode_threads < 0:
+            raise ConfigError(f"decode_threads cannot be negative: {self.decode_threads}")
+        for name in ("memory_limit", "prefetch", "cache_limit"):
+            parse_size(getattr(self, name))
+        make_decoder(self.decode)
+        make_collate(self.collate)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> LoaderOptions:
+        """From keyword arguments.
+
+        Raises:
+            ConfigError: an option is unknown or unusable.
+        """
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ConfigError(
+                f"unknown option: {', '.join(sorted(unknown))}", hint=f"use {', '.join(field.name for field in fields(cls))}"
+            )
+        if "batch_size" not in values:
+            raise ConfigError("batch_size is missing", hint="give the samples per batch and rank")
+        return cls(**values)

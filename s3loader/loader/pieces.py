@@ -1,0 +1,148 @@
+"""From samples to byte ranges: what to ask a store for, so that all wanted members can be cut from it. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from s3loader.errors import S3LoaderError
+from s3loader.loader.layout import Layout
+from s3loader.plan.permutation import Int64Array
+from s3loader.types import ReadRequest
+
+__all__ = ["Block", "Piece", "cut_into_pieces"]
+
+
+class Slots:
+    """Where fetched samples wait, as where their bytes are: three parallel lists.
+
+    No object is made per sample before it is handed out: tens of thousands of waiting memoryviews or dicts would
+    keep the garbage collector busy.
+
+    Attributes:
+        source: A memoryview, something with `build`, `Failed`, or None while the sample is not here.
+        starts: First byte in a memoryview; for `build`, its argument.
+        ends: End in a memoryview; for `build`, the bytes of the sample's members.
+        left: How many are not here yet.
+    """
+
+    __slots__ = ("ends", "left", "source", "starts")
+
+    def __init__(self, length: int) -> None:
+        self.source: list[Any] = [None] * length
+        self.starts: list[int] = [0] * length
+        self.ends: list[int] = [0] * length
+        self.left = length
+
+    def put(self, at: int, source: list[Any], starts: list[int], ends: list[int]) -> None:
+        """Fill the slots from `at` on."""
+        stop = at + len(source)
+        self.source[at:stop] = source
+        self.starts[at:stop] = starts
+        self.ends[at:stop] = ends
+        self.left -= len(source)
+
+    def take(self, i: int) -> Any:
+        """The sample in slot `i`."""
+        source = self.source[i]
+        if type(source) is memoryview:
+            return source[self.starts[i] : self.ends[i]]
+        return source.build(self.starts[i]) if hasattr(source, "build") else source
+
+
+class Block(Slots):
+    """Neighbouring samples that are fetched together and used over a stretch of positions."""
+
+    __slots__ = ("start", "until")
+
+    def __init__(self, start: int, length: int, until: int) -> None:
+        super().__init__(length)
+        self.start = start
+        self.until = until
+        """No position from here on needs it."""
+
+
+class Piece:
+    """Some samples of one part of a dataset that are cut from one range (or from one loose object each member).
+
+    Attributes:
+        numbers: Their numbers in the part, rising.
+        target: Where they go.
+        at: Slot of the first of them.
+        start: First byte of the range, in the (uncompressed) tar stream.
+        end: Its end.
+        error: Set where nothing can be fetched: every sample fails with it.
+    """
+
+    __slots__ = ("at", "end", "error", "layout", "numbers", "start", "target")
+
+    def __init__(
+        self,
+        layout: Layout | None,
+        numbers: Int64Array,
+        target: Slots,
+        at: int,
+        start: int = 0,
+        end: int = 0,
+        error: S3LoaderError | None = None,
+    ) -> None:
+        self.layout = layout
+        self.numbers = numbers
+        self.target = target
+        self.at = at
+        self.start = start
+        self.end = end
+        self.error = error
+
+    def requests(self) -> list[ReadRequest]:
+        """What to read; nothing for empty members."""
+        layout = self.layout
+        if layout is None:
+            return []
+        if layout.index is None:
+            members = self.members().tolist()
+            return [ReadRequest(layout.key(i), 0, None, layout.etag_of(i)) for i in members if layout.sizes[i] != 0]
+        if self.start == self.end:
+            return []
+        start, end = layout.index.fetch_range(self.start, self.end)
+        return [ReadRequest(layout.key(0), start, end, layout.etag or None)]
+
+    def members(self) -> Int64Array:
+        """Members of all samples, in order."""
+        assert self.layout is not None
+        first = self.layout.first
+        low, high = first[self.numbers], first[self.numbers + 1]
+        if len(low) == high[-1] - low[0]:  # one each, and neighbours
+            return np.arange(int(low[0]), int(high[-1]), dtype=np.int64)
+        lengths = high - low
+        ends = np.cumsum(lengths)
+        members: Int64Array = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(low - (ends - lengths), lengths)
+        return members
+
+
+def cut_into_pieces(
+    layout: Layout | S3LoaderError, numbers: Int64Array, target: Slots, at: int, *, max_gap: int, max_size: int
+) -> Iterator[Piece]:
+    """Pieces for rising `numbers` of one part: neighbours within `max_gap` bytes together, up to `max_size` bytes.
+
+    A piece holds whole samples, so nothing is ever joined from two answers; a sample larger than
+    `max_size` is a piece of its own. The samples go to the slots of `target` from `at` on.
+    """
+    if isinstance(layout, S3LoaderError):
+        yield Piece(None, numbers, target, at, error=layout)
+        return
+    if layout.loose:
+        for i in range(len(numbers)):
+            yield Piece(layout, numbers[i : i + 1], target, at + i)
+        return
+    first, last = layout.first[numbers], layout.first[numbers + 1] - 1
+    starts, ends = layout.offsets[first], layout.offsets[last] + layout.sizes[last]
+    breaks = np.flatnonzero(starts[1:] - ends[:-1] > max_gap) + 1
+    i = 0
+    for stop in (*breaks.tolist(), len(numbers)):
+        while i < stop:
+            j = max(i + 1, i + int(np.searchsorted(ends[i:stop], starts[i] + max_size, side="right")))
+            yield Piece(layout, numbers[i:j], target, at + i, int(starts[i]), int(ends[j - 1]))
+            i = j

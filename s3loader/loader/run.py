@@ -1,0 +1,304 @@
+"""One iteration by one worker: positions are planned ahead, pieces fetched ahead, batches given in order."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from s3loader.errors import WorkerError
+from s3loader.loader.dataset import Dataset
+from s3loader.loader.fetch import Fetcher
+from s3loader.loader.pieces import Block, Piece, Slots, cut_into_pieces
+from s3loader.loader.stats import LoaderStats
+from s3loader.plan import Gaps, Plan, Schedule, Topology
+from s3loader.plan.order import Units
+from s3loader.plan.permutation import Int64Array
+from s3loader.store.base import Driver
+from s3loader.units import KIB, MIB
+
+__all__ = ["Budget", "RawBatch", "Run"]
+
+_SLAB_POSITIONS: Final = 8192
+_CHUNK_POSITIONS: Final = 4096
+_CHUNK_BYTES: Final = 8 * MIB
+_FIRST_PIECE: Final = 512 * KIB
+_LARGEST_PIECE: Final = 8 * MIB
+_MAX_GAP: Final = 256 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How `memory_limit` is divided, and what follows for the way of fetching."""
+
+    whole_blocks: bool
+    """Fetch whole blocks and keep them while their windows last; else only the samples of a look-ahead."""
+    resident: int
+    """Bytes kept between batches, by average size."""
+    in_flight: int
+    """Bytes fetched or being fetched, not yet taken."""
+    look_ahead: int
+    """Bytes planned at a time where blocks are not kept."""
+
+    @classmethod
+    def divide(cls, memory_limit: int, open_bytes: int, prefetch: int) -> Budget:
+        """Blocks are kept where all that are open at a time fill at most 70 % of the limit."""
+        if open_bytes and open_bytes <= 0.7 * memory_limit:
+            return cls(True, open_bytes, max(1, min(prefetch, memory_limit - open_bytes)), _CHUNK_BYTES)
+        third = max(1, memory_limit // 3)
+        return cls(False, third, min(prefetch, third), third)
+
+
+class RawBatch(NamedTuple):
+    """One batch before decoding: parallel to each other."""
+
+    step: int
+    positions: Int64Array
+    samples: Int64Array
+    items: list[Any]
+    """memoryviews, dicts of memoryviews, or `Failed`."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Some steps planned together."""
+
+    steps: range
+    lengths: Int64Array
+    positions: Int64Array
+    samples: Int64Array
+    starts: Int64Array
+    """First sample of each sample's block, -1 where it comes by itself."""
+    slots: Int64Array
+    """Slot of each sample in its block, or in `alone`."""
+    alone: Slots
+    blocks: dict[int, Block] = field(default_factory=dict)
+
+
+class _Slab(NamedTuple):
+    """What comes at many steps; all but `steps` and `ends` are parallel."""
+
+    steps: range
+    ends: Int64Array
+    """End of each step's positions, after a 0."""
+    positions: Int64Array
+    samples: Int64Array
+    units: Units | None
+
+
+class _Wanted(NamedTuple):
+    samples: Int64Array
+    """Rising."""
+    first_use: Int64Array
+    """Index in the chunk at which each is first needed."""
+    target: Slots
+
+
+_END: Final = object()
+_NO_SLOTS: Final = Slots(0)
+
+
+class Run:
+    """The batches of one worker of one rank, from where `schedule` starts."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        epoch: int,
+        schedule: Schedule,
+        gaps: Gaps,
+        topology: Topology,
+        *,
+        memory_limit: int,
+        prefetch: int,
+        driver: Driver,
+        concurrency: int | None,
+        verify: bool,
+        stats: LoaderStats,
+    ) -> None:
+        self._dataset = dataset
+        self._plan = plan
+        self._epoch = epoch
+        self._schedule = schedule
+        self._gaps = gaps
+        self._topology = topology
+        self._stats = stats
+        self._average = max(1, plan.total_bytes // max(1, plan.samples))
+        self.budget = Budget.divide(memory_limit, self._open_bytes(), prefetch)
+        self._fetcher = Fetcher(
+            dataset.store,
+            grouped=dataset.group is not None,
+            verify=verify,
+            max_bytes=self.budget.in_flight,
+            driver=driver,
+            concurrency=concurrency,
+            stats=stats,
+        )
+        self._chunks: deque[_Chunk] = deque()
+        self._open: dict[int, Block] = {}
+        self._piece_size = _FIRST_PIECE
+
+    def _open_bytes(self) -> int:
+        """Bytes of the blocks that are open side by side for this worker; 0 where the order has no blocks."""
+        steps = self._schedule.worker_steps(self._topology)
+        some = self._schedule.positions(self._topology.rank, steps[:4096])[0][: 1 << 20]
+        return self._plan.order.open_samples(self._gaps.expand(some)) * self._average
+
+    # -- planning (drawn by the fetcher) -----------------------------------------------------
+
+    def _pieces(self) -> Iterator[Piece]:
+        steps = self._schedule.worker_steps(self._topology)
+        most = max(1, self._positions_ahead() // self._schedule.batch_size)
+        some = 1
+        for slab in self._slabs(steps):
+            at = 0
+            while at < len(slab.steps):
+                begun = time.perf_counter()
+                pieces = self._plan_chunk(slab, at, min(at + some, len(slab.steps)))
+                self._stats.plan += time.perf_counter() - begun
+                yield from pieces
+                at += some
+                some = min(most, 2 * some)
+                self._piece_size = min(_LARGEST_PIECE, 2 * self._piece_size)
+
+    def _slabs(self, steps: range) -> Iterator[_Slab]:
+        """Which samples come, thousands of positions at a time; the first few soon."""
+        at, some = 0, 1
+        most = max(1, _SLAB_POSITIONS // self._schedule.batch_size)
+        while at < len(steps):
+            begun = time.perf_counter()
+            part = steps[at : at + some]
+            kept, lengths = self._schedule.positions(self._topology.rank, part)
+            positions = self._gaps.expand(kept)
+            samples = self._plan.samples_at(positions, self._epoch)
+            units = self._plan.units(positions, samples, self._epoch) if self.budget.whole_blocks else None
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            slab = _Slab(part, ends, positions, samples, units)
+            self._stats.plan += time.perf_counter() - begun
+            yield slab
+            at += some
+            some = min(most, 4 * some)
+
+    def _positions_ahead(self) -> int:
+        return min(_CHUNK_POSITIONS, self.budget.look_ahead // self._average)
+
+    def _plan_chunk(self, slab: _Slab, low: int, high: int) -> list[Piece]:
+        """Plan steps `low` to `high` of a slab; what they need and no earlier ones have asked for, in order of first use."""
+        here = slice(int(slab.ends[low]), int(slab.ends[high]))
+        samples = slab.samples[here]
+        none = np.full(len(samples), -1, dtype=np.int64)
+        chunk = _Chunk(
+            slab.steps[low:high], np.diff(slab.ends[low : high + 1]), slab.positions[here], samples, none, none, _NO_SLOTS
+        )
+        wanted: list[_Wanted] = []
+        if slab.units is not None:
+            wanted += self._open_blocks(chunk, Units(*(column[here] for column in slab.units)))
+        where = np.flatnonzero(chunk.starts < 0)
+        if len(where):
+            alone, first, which = np.unique(samples[where], return_index=True, return_inverse=True)
+            chunk.alone = Slots(len(alone))
+            chunk.slots = chunk.slots.copy()
+            chunk.slots[where] = which
+            wanted.append(_Wanted(alone, where[first], chunk.alone))
+        pieces = self._cut(wanted)
+        self._chunks.append(chunk)
+        return pieces
+
+    def _open_blocks(self, chunk: _Chunk, units: Units) -> list[_Wanted]:
+        """Note which block each sample comes from; open those that are not, in order of first use."""
+        # Padding goes back to the start of the epoch, whose blocks are closed.
+        inside = (units.length > 0) & (np.maximum.accumulate(chunk.positions) == chunk.positions)
+        if not inside.any():
+            return []
+        now = int(chunk.positions[0])
+        self._open = {start: block for start, block in self._open.items() if block.until > now}
+        chunk.starts = np.where(inside, units.start, -1)
+        chunk.slots = chunk.samples - chunk.starts
+        new = []
+        for i in np.sort(np.unique(chunk.starts, return_index=True)[1]).tolist():
+            start, length, until = int(chunk.starts[i]), int(units.length[i]), int(units.until[i])
+            if start < 0:
+                continue
+            block = self._open.get(start)
+            if block is None:
+                block = self._open[start] = Block(start, length, until)
+                numbers = np.arange(start, start + length, dtype=np.int64)
+                new.append(_Wanted(numbers, np.full(length, i, dtype=np.int64), block))
+            block.until = max(block.until, until)
+            chunk.blocks[start] = block
+        return new
+
+    def _cut(self, wanted: list[_Wanted]) -> list[Piece]:
+        located = [self._plan.locate(want.samples) for want in wanted]
+        layouts = self._dataset.layouts(int(part) for parts, _ in located for part in np.unique(parts))
+        keyed = [
+            (int(want.first_use[piece.at : piece.at + len(piece.numbers)].min()), piece)
+            for want, (parts, numbers) in zip(wanted, located, strict=True)
+            for piece in self._cut_one(want, parts, numbers, layouts)
+        ]
+        keyed.sort(key=lambda pair: pair[0])
+        return [piece for _, piece in keyed]
+
+    def _cut_one(self, want: _Wanted, parts: Int64Array, numbers: Int64Array, layouts: Mapping[int, Any]) -> Iterator[Piece]:
+        edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
+        for low, high in itertools.pairwise(edges):
+            layout = layouts[int(parts[low])]
+            yield from cut_into_pieces(layout, numbers[low:high], want.target, low, max_gap=_MAX_GAP, max_size=self._piece_size)
+
+    # -- delivery ----------------------------------------------------------------------------
+
+    def __iter__(self) -> Generator[RawBatch, None, None]:
+        arrivals = self._fetcher.run(self._pieces())
+        try:
+            while True:
+                while not self._chunks:
+                    if next(arrivals, _END) is _END and not self._chunks:
+                        return
+                yield from self._batches(self._chunks.popleft(), arrivals)
+        finally:
+            arrivals.close()
+
+    def _batches(self, chunk: _Chunk, arrivals: Iterator[None]) -> Iterator[RawBatch]:
+        at = 0
+        for step, length in zip(chunk.steps, chunk.lengths.tolist(), strict=True):
+            here = slice(at, at + length)
+            items = self._collect(chunk, chunk.starts[here].tolist(), chunk.slots[here].tolist(), arrivals)
+            yield RawBatch(step, chunk.positions[here], chunk.samples[here], items)
+            at += length
+
+    def _collect(self, chunk: _Chunk, starts: list[int], slots: list[int], arrivals: Iterator[None]) -> list[Any]:
+        blocks, alone = chunk.blocks, chunk.alone
+        for start in set(starts):
+            if start >= 0:
+                block = blocks[start]
+                while block.left:
+                    _advance(arrivals)
+        items: list[Any] = []
+        add = items.append
+        used = 0
+        for start, slot in zip(starts, slots, strict=True):
+            place: Slots = blocks[start] if start >= 0 else alone
+            source = place.source[slot]
+            while source is None:
+                _advance(arrivals)
+                source = place.source[slot]
+            if type(source) is memoryview:  # the usual case of `Slots.take`, without the call
+                start, end = place.starts[slot], place.ends[slot]
+                add(source[start:end])
+                used += end - start
+            else:
+                add(place.take(slot))
+                used += place.ends[slot]
+        self._stats.bytes_used += used
+        return items
+
+
+def _advance(arrivals: Iterator[None]) -> None:
+    if next(arrivals, _END) is _END:
+        raise WorkerError("the fetcher ended before it delivered all samples")  # a defect of ours, never silent
