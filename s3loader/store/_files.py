@@ -175,6 +175,8 @@ def locked(folder: bytes, *, exclusive: bool) -> Iterator[None]:
                         "this file system has no locks", hint="conditional updates need flock; use another folder"
                     ) from error
         try:
+            if not os.path.samestat(os.stat(folder), os.fstat(fd)) and stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "the folder was replaced", os.fsdecode(folder))
             yield
         finally:
             # Explicitly: a child forked meanwhile holds a copy of the descriptor, and with it the lock.
@@ -211,14 +213,26 @@ class TempFile:
         while view:
             view = view[os.write(self.fd, view) :]
 
-    def finish(self, attributes: Mapping[str, object]) -> os.stat_result:
-        """Attach `attributes`, make the content durable; returns its final status."""
+    def finish(self, attributes: Mapping[str, object], *, must_keep: bool) -> os.stat_result:
+        """Attach `attributes`, make the content durable; returns its final status.
+
+        Raises:
+            UnsupportedOperationError: `must_keep`, and the file system keeps no attributes.
+        """
         if attributes:
-            write_attributes(self.fd, attributes)
-        now = time.time_ns()  # the kernel's own stamp is coarse: two replacements could share it
-        os.utime(self.fd, ns=(now, now))
+            try:
+                write_attributes(self.fd, attributes)
+            except UnsupportedOperationError:
+                if must_keep:
+                    raise
+        self.stamp()
         os.fsync(self.fd)
         return os.fstat(self.fd)
+
+    def stamp(self) -> None:
+        """Give it a time of its own: the kernel's stamp is coarse, two replacements could share it."""
+        now = time.time_ns()
+        os.utime(self.fd, ns=(now, now))
 
     def link(self, target: bytes) -> None:
         """Give the file the name `target`.

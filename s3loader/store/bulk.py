@@ -8,6 +8,8 @@ driven by threads.
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -29,6 +31,11 @@ __all__ = ["OnError", "OutcomeBackend", "PutFailure", "ReadFailure", "empty_read
 OnError: TypeAlias = Literal["raise", "return"]
 _FIRST: Final = 4 * MIB
 """Bytes asked for first where an object's size is unknown: most objects fit, the rest is a second request."""
+_SLOW: Final = 0.001
+_SLOW_BYTE: Final = 2e-9
+"""Seconds, and seconds per byte, above which a file came from a slow disk or the network."""
+_PATIENCE: Final = 4
+"""Slow reads after which threads take over."""
 
 
 @runtime_checkable
@@ -79,27 +86,40 @@ def read_many(
             pace_of(backend),
             errors,
         )
-    elif _inline(driver, backend, concurrency):
+    else:
+        yield from _read_here_or_there(backend, source, max_bytes, concurrency, driver, errors)
+
+
+def _read_here_or_there(
+    backend: Backend, source: Iterator[ReadRequest], max_bytes: int, concurrency: int, driver: Driver, errors: OnError
+) -> Iterator[ReadResult | ReadFailure]:
+    """In this thread while that is faster (memory, files in the page cache), else by threads."""
+    if _here(driver, backend, concurrency):
+        patience = _PATIENCE if driver == "auto" and concurrency > 1 else math.inf
         for request in source:
+            start = time.perf_counter()
             try:
                 result = _read_one(backend, request)
             except S3LoaderError as error:
                 if errors == "raise":
                     raise
                 yield ReadFailure(request, error)
-            else:
-                yield result
-    else:
-        first = max(64 * KIB, min(_FIRST, max_bytes // concurrency))
-        slots = run_ordered(
-            source,
-            lambda slot, budget: _read_slot(backend, slot, budget),
-            lambda request: _cost_of(request, first),
-            max_bytes=max_bytes,
-            concurrency=concurrency,
-            name="s3loader-read",
-        )
-        yield from _outcomes(slots, ReadFailure, errors)
+                continue
+            if time.perf_counter() - start > _SLOW + len(result.data) * _SLOW_BYTE:
+                patience -= 1
+            yield result
+            if patience <= 0:
+                break
+    first = max(64 * KIB, min(_FIRST, max_bytes // concurrency))
+    slots = run_ordered(
+        source,
+        lambda slot, budget: _read_slot(backend, slot, budget),
+        lambda request: _cost_of(request, first),
+        max_bytes=max_bytes,
+        concurrency=concurrency,
+        name="s3loader-read",
+    )
+    yield from _outcomes(slots, ReadFailure, errors)
 
 
 def put_many(
@@ -137,7 +157,7 @@ def _put_by_threads(
     driver: Driver,
     errors: OnError,
 ) -> Iterator[Any]:
-    if _inline(driver, backend, concurrency):
+    if driver == "pump" or concurrency == 1 or (driver == "auto" and backend.engine == "memory"):
         for request in source:
             try:
                 result = _put_one(backend, request)
@@ -240,9 +260,9 @@ def _bulk_engine(backend: Backend) -> OutcomeBackend | None:
     return backend if isinstance(backend, OutcomeBackend) else None
 
 
-def _inline(driver: Driver, engine: Backend, concurrency: int) -> bool:
-    """Whether threads would only cost: there is nothing to wait for in memory."""
-    return driver == "pump" or concurrency == 1 or (driver == "auto" and engine.engine == "memory")
+def _here(driver: Driver, engine: Backend, concurrency: int) -> bool:
+    """Whether threads would cost more than they save, as far as known beforehand."""
+    return driver == "pump" or concurrency == 1 or (driver == "auto" and engine.engine in ("memory", "file"))
 
 
 # one request

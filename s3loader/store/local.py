@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
-import json
 import os
-import secrets
-import shutil
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from s3loader.errors import (
     AccessDeniedError,
-    ConfigError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -33,10 +27,13 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import _files
-from s3loader.store._files import RESERVED, Guard, TempFile
+from s3loader.store._files import Guard, TempFile
+from s3loader.store._uploads import Uploads
 from s3loader.store._walk import walk
 from s3loader.store.arguments import check_crc32c
+from s3loader.store.buffers import shared_pool
 from s3loader.store.listing import key_bytes, roll_up
+from s3loader.store.settle import WRITE_ID
 from s3loader.types import (
     Buffer,
     CommonPrefix,
@@ -47,11 +44,13 @@ from s3loader.types import (
     PutResult,
     Update,
 )
+from s3loader.units import KIB
 
 __all__ = ["LocalBackend"]
 
-_UPLOADS: Final = RESERVED + b"uploads"
 _PLACE_TRIES: Final = 16
+_POOLED: Final = 64 * KIB
+"""Bytes from which fresh memory would cost more than reading into some that was used before."""
 
 
 class LocalBackend:
@@ -69,6 +68,7 @@ class LocalBackend:
         self.url = "file://" + (self.path if self.path != "/" else "")
         self._root = os.path.realpath(os.fsencode(self.path))
         self._inside = self._root.rstrip(b"/") + b"/"
+        self._uploads = Uploads(self._inside)
 
     def __reduce__(self) -> tuple[type[LocalBackend], tuple[str]]:
         return LocalBackend, (self.path,)
@@ -84,48 +84,42 @@ class LocalBackend:
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
         """See `Backend.get`."""
-        with Guard("get", f"{self.url}/{key}", self._root), self._opened(key, version_id) as fd:
+        with Guard("get", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
             status = self._checked(fd, if_match)
             size = status.st_size
             if start > size or (start == size and end is not None and end > start):
                 raise RangeError(f"it has {size} bytes, asked for [{start}, {end})")
-            stop = size if end is None else min(end, size)
-            data = _read(fd, start, max(0, stop - start))
+            data = _read(fd, start, max(0, (size if end is None else min(end, size)) - start))
             self._unchanged(fd, status)
             return self._meta(key, fd, status), data
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
         """See `Backend.read_into`."""
-        with Guard("read", f"{self.url}/{key}", self._root), self._opened(key) as fd:
+        with Guard("read", f"{self.url}/{key}", self._root), _Open(self._open(key)) as fd:
             status = self._checked(fd, if_match)
             stop = start + len(buffer)
             if stop > status.st_size:
                 raise RangeError(f"it has {status.st_size} bytes, asked for [{start}, {stop})")
-            done = 0
-            while done < len(buffer):
-                got = os.preadv(fd, [buffer[done:]], start + done)
-                if not got:
-                    raise TruncatedError(f"it ended at {start + done} of {status.st_size} bytes while it was read")
-                done += got
+            _fill(fd, start, buffer)
             self._unchanged(fd, status)
             return self._meta(key, fd, status)
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
         """See `Backend.head`."""
-        with Guard("head", f"{self.url}/{key}", self._root), self._opened(key, version_id) as fd:
+        with Guard("head", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
             return self._meta(key, fd, self._checked(fd, None))
 
-    @contextlib.contextmanager
-    def _opened(self, key: str, version_id: str | None = None) -> Iterator[int]:
+    def _open(self, key: str, version_id: str | None = None) -> int:
         if version_id is not None:
             raise UnsupportedOperationError("a local store keeps no versions")
         path = self._inside + _files.relative_path(key)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in the folder must not hang us
         try:
             self._confine(os.readlink(b"/proc/self/fd/%d" % fd) if _HAS_PROC else os.path.realpath(path))
-            yield fd
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def _confine(self, real: bytes) -> None:
         if not real.startswith(self._inside) and real != self._root:
@@ -195,11 +189,12 @@ class LocalBackend:
         temp = self._temporary(folder)
         try:
             write(temp)
-            status = temp.finish(attributes)
+            status = temp.finish(attributes, must_keep=_holds_data(attributes))
             self._place(temp, path, mode)
         finally:
             temp.close()
-        _files.sync_folder(folder)
+        with contextlib.suppress(FileNotFoundError):  # deleted by somebody by now, folder and all
+            _files.sync_folder(folder)
         return PutResult(key, _files.etag_of(status), status.st_size)
 
     def _temporary(self, folder: bytes) -> TempFile:
@@ -255,14 +250,15 @@ class LocalBackend:
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
         """See `Backend.copy`."""
-        with Guard("copy", f"{self.url}/{source}", self._root), self._opened(source) as fd:
+        with Guard("copy", f"{self.url}/{source}", self._root), _Open(self._open(source)) as fd:
             status = self._checked(fd, None)
 
             def write(temp: TempFile) -> None:
                 _files.copy_bytes(fd, temp.fd)
                 self._unchanged(fd, status)
 
-            return self._publish(target, write, mode, _files.read_attributes(fd))
+            with Guard("copy", f"{self.url}/{target}", self._root):
+                return self._publish(target, write, mode, _files.read_attributes(fd))
 
     def delete(self, key: str) -> None:
         """See `Backend.delete`. Folders left empty go too."""
@@ -305,92 +301,38 @@ class LocalBackend:
             entries = walk(self._root, key_bytes(prefix), key_bytes(start_after))
             yield from roll_up((e for e in entries if isinstance(e, ObjectMeta)), prefix, delimiter, start_after)
 
-    # multipart: parts are files of a hidden folder, joined at completion
+    # multipart: see _uploads
 
     def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
         """See `Backend.create_multipart`."""
         with Guard("create upload", f"{self.url}/{key}", self._root):
             _files.relative_path(key)
-            upload_id = secrets.token_hex(16)
-            folder = self._upload_folder(upload_id)
-            _files.make_parents(folder)
-            about = {"key": key, "initiated": time.time(), "attributes": _attributes(content_type, metadata)}
-            with open(os.path.join(folder, b"upload.json"), "w") as file:
-                json.dump(about, file)
-            return upload_id
-
-    def _upload_folder(self, upload_id: str) -> bytes:
-        if not (len(upload_id) == 32 and all(c in "0123456789abcdef" for c in upload_id)):
-            raise ObjectNotFoundError("no such multipart upload", code="NoSuchUpload")
-        return os.path.join(self._inside + _UPLOADS, upload_id.encode())
-
-    def _upload(self, key: str, upload_id: str) -> tuple[bytes, dict[str, object]]:
-        folder = self._upload_folder(upload_id)
-        try:
-            with open(os.path.join(folder, b"upload.json")) as file:
-                about = json.load(file)
-        except (FileNotFoundError, ValueError):
-            about = {}
-        if about.get("key") != key:
-            raise ObjectNotFoundError("no such multipart upload", code="NoSuchUpload")
-        return folder, about["attributes"]
+            return self._uploads.create(key, _attributes(content_type, metadata))
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
         """See `Backend.upload_part`."""
         with Guard("upload part", f"{self.url}/{key}", self._root):
-            folder, _ = self._upload(key, upload_id)
-            if number < 1:
-                raise ConfigError(f"parts are numbered from 1 up, not {number}")
-            temp = TempFile(folder)
-            try:
-                temp.write(data)
-                now = time.time_ns()
-                os.utime(temp.fd, ns=(now, now))
-                temp.replace(os.path.join(folder, b"%05d" % number))
-                status = os.fstat(temp.fd)
-            finally:
-                temp.close()
-            return PartResult(number, _files.etag_of(status), status.st_size)
+            return self._uploads.add_part(key, upload_id, number, data)
 
     def complete_multipart(
         self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
     ) -> PutResult:
         """See `Backend.complete_multipart`."""
         with Guard("complete upload", f"{self.url}/{key}", self._root):
-            folder, attributes = self._upload(key, upload_id)
-
-            def write(temp: TempFile) -> None:
-                last = 0
-                for part in parts:
-                    _append_part(temp, folder, part, last)
-                    last = part.number
-
-            result = self._publish(key, write, mode, attributes)
-            shutil.rmtree(folder, ignore_errors=True)
+            attributes = self._uploads.attributes(key, upload_id)
+            result = self._publish(key, lambda temp: self._uploads.join(temp, upload_id, parts), mode, attributes)
+            self._uploads.drop(key, upload_id)
             return result
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """See `Backend.abort_multipart`."""
         with Guard("abort upload", f"{self.url}/{key}", self._root):
-            try:
-                folder, _ = self._upload(key, upload_id)
-            except ObjectNotFoundError:
-                return
-            shutil.rmtree(folder, ignore_errors=True)
+            self._uploads.drop(key, upload_id)
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
         """See `Backend.list_multipart`."""
-        found: list[tuple[str, str, float | None]] = []
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self._inside + _UPLOADS):
-                with (
-                    contextlib.suppress(FileNotFoundError, ValueError),
-                    open(os.path.join(self._inside + _UPLOADS, name, b"upload.json")) as file,
-                ):
-                    about = json.load(file)
-                    if about["key"].startswith(prefix):
-                        found.append((about["key"], name.decode(), about["initiated"]))
-        return iter(sorted(found))
+        with Guard("list uploads", f"{self.url}/{prefix}", self._root):
+            return iter(self._uploads.open_ones(prefix))
 
     def close(self) -> None:
         """See `Backend.close`; nothing is kept open."""
@@ -408,33 +350,41 @@ def _attributes(content_type: str | None, metadata: Mapping[str, str] | None) ->
     return kept
 
 
-def _read(fd: int, start: int, length: int) -> bytes:
-    data = os.pread(fd, length, start)
-    if len(data) == length:
-        return data
-    pieces = [data]  # one call gives at most 2 GiB
-    done = len(data)
-    while done < length:
-        data = os.pread(fd, length - done, start + done)
-        if not data:
+def _holds_data(attributes: Mapping[str, object]) -> bool:
+    """Whether losing them would lose something of the caller's (a write id is ours, and not needed here)."""
+    metadata = attributes.get("metadata")
+    return isinstance(metadata, dict) and bool(metadata.keys() - {WRITE_ID})
+
+
+class _Open:
+    """Closes a descriptor at the end of a with block; cheaper than `contextlib` makes it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *about: object) -> None:
+        os.close(self.fd)
+
+
+def _read(fd: int, start: int, length: int) -> Buffer:
+    if length < _POOLED:
+        data = os.pread(fd, length, start)
+        if len(data) == length:
+            return data
+    view = shared_pool().lease(length)[:length]
+    _fill(fd, start, view)
+    return view
+
+
+def _fill(fd: int, start: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], start + done)
+        if not got:
             raise TruncatedError(f"it ended at byte {start + done} while it was read")
-        pieces.append(data)
-        done += len(data)
-    return b"".join(pieces)
-
-
-def _append_part(temp: TempFile, folder: bytes, part: PartResult, previous: int) -> None:
-    try:
-        fd = os.open(os.path.join(folder, b"%05d" % part.number), os.O_RDONLY)
-    except FileNotFoundError:
-        raise StoreError(f"part {part.number} was not uploaded", code="InvalidPart") from None
-    try:
-        if part.number <= previous or _files.etag_of(os.fstat(fd)) != part.etag:
-            raise StoreError(f"part {part.number} is not the one uploaded, or out of order", code="InvalidPart")
-        _files.copy_bytes(fd, temp.fd)
-    except OSError as error:
-        if error.errno == errno.EBADF:
-            raise StoreError("the upload was closed meanwhile") from error
-        raise
-    finally:
-        os.close(fd)
+        done += got

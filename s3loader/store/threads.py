@@ -28,7 +28,7 @@ def pause(seconds: float) -> None:
 
 
 class Crew:
-    """At most `size` daemon threads, started as jobs come.
+    """At most `size` daemon threads, one more with each job until there are so many.
 
     A job must not raise. `stop` drops jobs not begun; it waits a moment for those that run, which
     then end by themselves (a request on the wire cannot be called back, only left alone).
@@ -40,12 +40,11 @@ class Crew:
         self.stopping = threading.Event()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._idle = threading.Semaphore(0)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in one of the threads; jobs begin in the order given."""
         self._jobs.put(job)
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self.size:
+        if len(self._threads) < self.size:
             thread = threading.Thread(target=self._work, name=f"{self.name}-{len(self._threads)}", daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -55,7 +54,6 @@ class Crew:
         while (job := self._jobs.get()) is not None and not self.stopping.is_set():
             job()
             del job  # holds buffers
-            self._idle.release()
 
     def stop(self, wait: float = 0.5) -> bool:
         """End the threads; whether all of them ended within `wait` seconds."""
