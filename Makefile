@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy --strict, pyright
 	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "run: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/mypy
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(PY)
 
 format: $(VENV)/.installed-dev  ## put every file into the house format
 	@$(BIN)/ruff format --quiet $(SOURCES)

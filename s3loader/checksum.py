@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from s3loader.types import Buffer
 
@@ -24,7 +24,7 @@ def crc32c(data: Buffer, previous: int = 0) -> int:
     if _update is None:
         from awscrt.checksums import crc32c as update
 
-        _update = update
+        _update = cast("Callable[[Any, int], int]", update)
     return _update(data, previous)
 
 

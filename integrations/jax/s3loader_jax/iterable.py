@@ -1,0 +1,175 @@
+"""`S3JaxIterable`: batches as numpy arrays, or as global `jax.Array`s of any `NamedSharding`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from s3loader.errors import ConfigError
+from s3loader.loader import Batch, Dataset, Loader, LoaderStats, open_dataset
+from s3loader.loader import from_manifest as manifest_dataset
+from s3loader.loader import from_objects as objects_dataset
+from s3loader.loader import from_prefix as prefix_dataset
+from s3loader.loader import from_webdataset as webdataset_dataset
+from s3loader_jax.sharding import process_slice, shard_batch
+
+__all__ = ["S3JaxIterable"]
+
+
+class S3JaxIterable:
+    """Iterates over batches of samples; each `iter` is one epoch, and the next one begins where that ended.
+
+    The order is that of the torch and TensorFlow adapters, sample for sample, and the state of one loads in the others.
+
+    Args:
+        dataset: A dataset (`s3loader.loader`), or the URL of a manifest, prefix, shard or WebDataset pattern.
+        batch_size: Samples per batch and rank. With a `sharding` the global batch is ``batch_size * world_size``.
+        sharding: Lay numeric arrays out as global `jax.Array`s, axis 0 being the batch. Ranks are read off it: processes
+            whose devices hold the same rows load the same samples. None: numpy arrays, nothing is put on a device.
+        rank: Default without a `sharding`: `jax.process_index`, read when an iteration begins.
+        world_size: Default without a `sharding`: `jax.process_count`.
+        tail: ``"drop"`` (the default here: one batch shape, one compilation), ``"pad"`` or ``"short"``; see
+            `s3loader.LoaderOptions`. A `sharding` needs one of the first two.
+        device_prefetch: Batches on the devices or on their way, the one you compute on included; 2 is double buffering.
+            Only with a `sharding`.
+        collate: ``"fixed"`` (the default here), ``"ragged"`` or a function; see `s3loader.LoaderOptions`.
+        options: Everything else of `s3loader.LoaderOptions`: ``shuffle seed decode transform on_error memory_limit ...``. As
+            in other libraries ``shuffle=True`` means ``"block"``, ``False`` means ``"none"``.
+
+    Raises:
+        ConfigError: an option is unusable.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | str | Iterable[str],
+        *,
+        batch_size: int,
+        sharding: Sharding | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        device_prefetch: int = 2,
+        **options: Any,
+    ) -> None:
+        if sharding is not None and (rank is not None or world_size is not None):
+            raise ConfigError("rank and world_size are read off the sharding", hint="give either of the two")
+        if device_prefetch < 1:
+            raise ConfigError(f"device_prefetch must be at least 1, not {device_prefetch}")
+        options = {"tail": "drop", "collate": "fixed", **options}
+        if isinstance(options.get("shuffle"), bool):
+            options["shuffle"] = "block" if options["shuffle"] else "none"
+        if sharding is not None and options["tail"] == "short":
+            raise ConfigError(
+                'tail="short" gives ranks unequal batches, which no global array can hold', hint='use "drop" or "pad"'
+            )
+        self.dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+        self._sharding = sharding
+        self._device_prefetch = device_prefetch
+        self._ranks = (rank, world_size)
+        self._options = {"batch_size": batch_size, **options}
+        self._made: tuple[tuple[int, int], Loader] | None = None
+        self._delivered: tuple[int, int] | None = None
+        """(epoch, positions consumed) of the last batch given out."""
+
+    @classmethod
+    def from_manifest(cls, url: str, *, group: Any = None, where: Any = None, **options: Any) -> S3JaxIterable:
+        """The samples of a manifest; see `s3loader.loader.from_manifest`."""
+        return cls(manifest_dataset(url, group=group, where=where), **options)
+
+    @classmethod
+    def from_prefix(cls, url: str, *, group: Any = None, **options: Any) -> S3JaxIterable:
+        """One sample for each object below `url`."""
+        return cls(prefix_dataset(url, group=group), **options)
+
+    @classmethod
+    def from_objects(cls, urls: Iterable[str], *, group: Any = None, **options: Any) -> S3JaxIterable:
+        """One sample for each of `urls`."""
+        return cls(objects_dataset(urls, group=group), **options)
+
+    @classmethod
+    def from_webdataset(cls, urls: str | Iterable[str], *, group: Any = "webdataset", **options: Any) -> S3JaxIterable:
+        """Tar files by brace pattern or list; they are indexed on first use."""
+        return cls(webdataset_dataset(urls, group=group), **options)
+
+    @property
+    def loader(self) -> Loader:
+        """The engine behind, for `plan`, `stats`, `where`, `find` and `explain`."""
+        place = self._place()
+        if self._made is None or self._made[0] != place:
+            before = self._made[1] if self._made is not None else None
+            loader = Loader(self.dataset, rank=place[0], world_size=place[1], **self._options)
+            if before is not None:  # the processes changed between two iterations: go on where they stood
+                loader.load_state_dict(before.state_dict())
+            self._made = (place, loader)
+        return self._made[1]
+
+    def _place(self) -> tuple[int, int]:
+        if self._sharding is not None:
+            return process_slice(self._sharding)
+        rank, world_size = self._ranks
+        return (
+            jax.process_index() if rank is None else rank,
+            jax.process_count() if world_size is None else world_size,
+        )
+
+    @property
+    def stats(self) -> LoaderStats:
+        """What was read, and who waited for whom."""
+        return self.loader.stats
+
+    def __len__(self) -> int:
+        """Batches in the next (or running) iteration."""
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.loader.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence stands after the last batch *given out*; what waits on the devices does not count."""
+        loader = self.loader
+        if self._delivered is None:
+            return loader.state_dict()
+        return loader.plan.state(*self._delivered).as_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
+        """Go on from `state` in the next iteration, on any number of processes and with any batch size.
+
+        Raises:
+            StateMismatchError: the state belongs to other data, seed or options.
+        """
+        self.loader.load_state_dict(state, allow_changed=allow_changed)
+        self._delivered = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.iter_batches():
+            yield batch.data
+
+    def iter_batches(self) -> Iterator[Batch]:
+        """As iterating, with the origin of each batch."""
+        loader = self.loader
+        batches = loader.iter_batches()
+        waiting: deque[Batch] = deque()
+        self._delivered = None
+        finished = False
+        try:
+            while not finished or waiting:
+                while not finished and len(waiting) < (self._device_prefetch if self._sharding is not None else 1):
+                    batch = next(batches, None)
+                    if batch is None:
+                        finished = True
+                        break
+                    if self._sharding is not None:
+                        batch.data = shard_batch(batch.data, self._sharding, loader.topology.world_size)
+                    waiting.append(batch)
+                if waiting:
+                    batch = waiting.popleft()
+                    self._delivered = (batch.epoch, batch.consumed)
+                    yield batch
+            self._delivered = None  # the epoch is over: the loader's own state says so
+        finally:
+            batches.close()

@@ -1,0 +1,174 @@
+"""`make_tf_dataset` and `S3TFLoader`: a `tf.data.Dataset` fed by the loader, one Python call a batch, static specs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from s3loader.errors import ConfigError, PlanError
+from s3loader.loader import Dataset, Loader, LoaderStats, open_dataset
+from s3loader_tensorflow.specs import spec_of, to_tensorflow
+
+__all__ = ["S3TFLoader", "make_tf_dataset"]
+
+
+class S3TFLoader:
+    """Makes `tf.data.Dataset`s of one exactly resumable order, and knows its state.
+
+    tf.data prefetches, so only the training loop knows how many batches were trained on. It tells `state_dict`
+    (``fit`` does it through `S3StateCallback`). The order is that of the torch and JAX adapters, sample for sample.
+
+    Args:
+        source: A dataset (`s3loader.loader`), or the URL of a manifest, prefix, shard or WebDataset pattern.
+        batch_size: Samples per batch and rank.
+        output_signature: Specs of a batch; None reads one sample and derives them.
+        rank: This process among those that train together.
+        world_size: How many there are.
+        options: Everything else of `s3loader.LoaderOptions`. Here `collate` is ``"fixed"`` unless given, and samples that are
+            bytes become one `tf.string` tensor per batch. As in other libraries ``shuffle=True`` means ``"block"``.
+
+    Raises:
+        ConfigError: an option is unusable, or TensorFlow has no type for a batch.
+    """
+
+    def __init__(
+        self,
+        source: Dataset | str | Iterable[str],
+        *,
+        batch_size: int,
+        output_signature: Any = None,
+        rank: int = 0,
+        world_size: int = 1,
+        group: Any = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(options.get("shuffle"), bool):
+            options["shuffle"] = "block" if options["shuffle"] else "none"
+        dataset = source if isinstance(source, Dataset) else open_dataset(source, group=group)
+        options.setdefault("collate", _collate)
+        self.loader = Loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        self._signature = output_signature
+        self._given: list[tuple[int, int]] = []
+        """(epoch, positions consumed) behind each batch handed to tf.data since the state began."""
+        self._base = self._position()
+
+    def _position(self) -> tuple[int, int]:
+        state = self.loader.state_dict()
+        return state["epoch"], state["consumed"]
+
+    @property
+    def stats(self) -> LoaderStats:
+        """What was read, and who waited for whom."""
+        return self.loader.stats
+
+    @property
+    def element_spec(self) -> Any:
+        """Static specs of a batch; the batch axis is fixed where `tail` is ``"drop"`` or ``"pad"``."""
+        if self._signature is None:
+            options = self.loader.options
+            rows = None if options.tail == "short" else options.batch_size
+            self._signature = spec_of(self._one_sample(), rows)
+        return self._signature
+
+    def _one_sample(self) -> Any:
+        """A batch of one sample, made as all others are."""
+        options = self.loader.options
+        probe = Loader(
+            self.loader.dataset, batch_size=1, decode=options.decode, transform=options.transform,
+            collate=options.collate, on_error=options.on_error, shuffle="none", prefetch="1MiB",
+        )  # fmt: skip
+        batches = probe.iter_batches()
+        first = next(batches, None)
+        batches.close()
+        if first is None:
+            raise ConfigError("the dataset is empty, so its specs cannot be read off it", hint="give output_signature=")
+        return to_tensorflow(first.data)
+
+    def dataset(self, *, known_length: bool = True) -> tf.data.Dataset:
+        """A dataset of batches. Each pass over it is one epoch, and the next pass (or ``repeat``) is the next epoch.
+
+        Args:
+            known_length: Tell TensorFlow how many batches a pass has, as ``fit`` wants it. The rest of a resumed epoch is
+                shorter than the epochs after it, so then the dataset serves one pass; make the next one after it.
+                False: any number of passes of unknown length.
+        """
+        length = len(self.loader) if known_length else None
+        partial = bool(self.loader.state_dict()["consumed"]) and length is not None
+        passes = iter([True]) if partial else None
+
+        def batches() -> Iterator[Any]:
+            if passes is not None and not next(passes, False):
+                raise PlanError(
+                    "this dataset was the rest of a resumed epoch, and that is over",
+                    hint="call dataset() again for the next epoch, or make it with known_length=False",
+                )
+            return self._batches()
+
+        made = tf.data.Dataset.from_generator(batches, output_signature=self.element_spec)
+        if length is not None:
+            made = made.apply(tf.data.experimental.assert_cardinality(length))
+        return made.prefetch(tf.data.AUTOTUNE)
+
+    def _batches(self) -> Iterator[Any]:
+        for batch in self.loader.iter_batches():
+            self._given.append((batch.epoch, batch.consumed))
+            yield to_tensorflow(batch.data)
+
+    def __len__(self) -> int:
+        """Batches in the next pass."""
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.loader.set_epoch(epoch)
+        self._given, self._base = [], self._position()
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Where the sequence stands after `batches` batches, counted since this loader was made, loaded or given an epoch.
+
+        Raises:
+            PlanError: so many batches were never handed out.
+        """
+        if not 0 <= batches <= len(self._given):
+            raise PlanError(f"{batches} batches were not handed out; {len(self._given)} were")
+        epoch, consumed = self._given[batches - 1] if batches else self._base
+        return self.loader.plan.state(epoch, consumed).as_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
+        """Go on from `state` in the next pass; make the dataset (`dataset`) after this.
+
+        Raises:
+            StateMismatchError: the state belongs to other data, seed or options.
+        """
+        self.loader.load_state_dict(state, allow_changed=allow_changed)
+        self._given, self._base = [], self._position()
+
+
+def make_tf_dataset(
+    source: Dataset | str | Iterable[str], *, batch_size: int = 1, map_fn: Any = None, **options: Any
+) -> tf.data.Dataset:
+    """A `tf.data.Dataset` of batches in a shuffled, verified order; see `S3TFLoader` for the options and for resuming.
+
+    Args:
+        source: As for `S3TFLoader`.
+        batch_size: Samples per batch and rank.
+        map_fn: Applied with ``Dataset.map(map_fn, num_parallel_calls=AUTOTUNE)``.
+        options: As for `S3TFLoader`.
+    """
+    made = S3TFLoader(source, batch_size=batch_size, **options).dataset()
+    return made if map_fn is None else made.map(map_fn, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _collate(samples: list[Any]) -> Any:
+    """Columns of samples: arrays and numbers stacked, bytes and strings as lists (one `tf.string` each)."""
+    head = samples[0]
+    if isinstance(head, Mapping):
+        return {name: _collate([sample[name] for sample in samples]) for name in head}
+    if isinstance(head, tuple):
+        return tuple(_collate(list(column)) for column in zip(*samples, strict=True))
+    if isinstance(head, (str, bytes, bytearray, memoryview)):
+        return samples
+    return np.stack(samples) if isinstance(head, np.ndarray) else np.asarray(samples)

@@ -1,0 +1,151 @@
+"""JAX on the loader: numpy batches, global arrays, several processes, exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from s3loader.errors import ConfigError
+from s3loader.loader import Loader, open_dataset
+from s3loader.store import open_store
+
+jax = pytest.importorskip("jax")
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402 - after the framework
+
+from s3loader.jax import S3JaxIterable  # noqa: E402 - after the framework
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """50 objects; object i holds 8 bytes of value i."""
+    store = open_store(str(tmp_path))
+    for i in range(50):
+        store.put(f"data/{i:03d}", bytes([i]) * 8)
+    return f"file://{tmp_path}/data/"
+
+
+def vector(data: memoryview) -> np.ndarray:
+    return np.frombuffer(data, np.uint8).astype(np.float32)
+
+
+def numbers(batches: object) -> list[int]:
+    return [int(row[0]) for batch in batches for row in np.asarray(batch)]  # type: ignore[attr-defined]
+
+
+def test_numpy_batches_in_the_loaders_own_order(url: str) -> None:
+    made = S3JaxIterable.from_prefix(url, batch_size=4, transform=vector, seed=5)
+    ours = Loader(open_dataset(url), batch_size=4, transform=vector, tail="drop", seed=5, collate="fixed")
+    assert len(made) == 12
+    first = next(iter(made))
+    assert isinstance(first, np.ndarray)
+    assert first.shape == (4, 8)
+    assert numbers(made) == numbers(ours)
+
+
+def test_state_counts_what_was_given_out_not_what_waits_on_the_devices(url: str) -> None:
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    options = {"batch_size": 4, "transform": vector, "seed": 3}
+    whole = numbers(S3JaxIterable(url, **options))
+    made = S3JaxIterable(url, sharding=sharding, device_prefetch=4, **options)
+    batches = iter(made)
+    seen = [next(batches) for _ in range(5)]
+    assert all(isinstance(batch, jax.Array) and batch.sharding == sharding for batch in seen)
+    again = S3JaxIterable(url, batch_size=2, transform=vector, seed=3)
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert numbers(seen) + numbers(again)[: 4 * 7] == whole
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_every_iteration_is_the_next_epoch(url: str) -> None:
+    made = S3JaxIterable(url, batch_size=5, transform=vector)
+    first, second = numbers(made), numbers(made)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    made.set_epoch(0)
+    assert numbers(made) == first
+
+
+def test_bad_input(url: str) -> None:
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    with pytest.raises(ConfigError, match="rank"):
+        S3JaxIterable(url, batch_size=1, sharding=sharding, rank=0)
+    with pytest.raises(ConfigError, match="short"):
+        S3JaxIterable(url, batch_size=1, sharding=sharding, tail="short")
+    with pytest.raises(ConfigError, match="device_prefetch"):
+        S3JaxIterable(url, batch_size=1, device_prefetch=0)
+    with pytest.raises(ConfigError, match="batch_size"):
+        len(S3JaxIterable(url, batch_size=0))
+
+
+CHILD = """
+import sys, json
+import numpy as np
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+port, rank, url, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+from s3loader.jax import S3JaxIterable
+from s3loader_jax.sharding import process_slice
+vector = lambda data: np.frombuffer(data, np.uint8).astype(np.float32)
+devices = np.array(jax.devices())
+rows = NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data"))
+local = {}
+made = S3JaxIterable(url, batch_size=3, sharding=rows, transform=vector, seed=9)
+batches = iter(made)
+local["given"] = [int(s.data[i, 0]) for _ in range(4) for s in next(batches).addressable_shards for i in range(s.data.shape[0])]
+local["place"] = process_slice(rows)
+local["state"] = made.state_dict()
+batch = next(batches)
+local["global_shape"] = batch.shape
+model = NamedSharding(Mesh(devices.reshape(1, -1), ("data", "model")), PartitionSpec("data", "model"))
+local["model_place"] = process_slice(model)
+plain = S3JaxIterable(url, batch_size=3, transform=vector, seed=9)
+local["plain"] = [int(row[0]) for _, batch in zip(range(4), plain) for row in batch]
+json.dump(local, open(f"{out}/{rank}.json", "w"))
+batches.close()
+"""
+
+
+def test_two_processes_share_one_sequence(url: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-c", CHILD, str(port)]
+    children = [subprocess.Popen([*command, str(rank), url, str(tmp_path)], env=env) for rank in range(2)]
+    try:
+        assert [child.wait(timeout=120) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [zero["place"], one["place"]] == [[0, 2], [1, 2]]
+    assert [zero["model_place"], one["model_place"]] == [[0, 1], [0, 1]]  # model axis only: the same rows on both
+    assert zero["state"] == one["state"]
+    assert zero["global_shape"] == [6, 8]
+    assert zero["given"] == zero["plain"]
+    assert one["given"] == one["plain"]
+    single = S3JaxIterable(
+        url,
+        batch_size=6,
+        transform=vector,
+        seed=9,
+        order={k: v for k, v in zero["state"]["spec"].items() if k in ("block", "lanes", "chunk", "window", "run")},
+    )
+    together = [row for step in range(4) for part in (zero["given"], one["given"]) for row in part[3 * step : 3 * step + 3]]
+    assert numbers(single)[:24] == together
+
+
+def test_missing_jax_is_one_sentence() -> None:
+    code = "import sys; sys.modules['jax'] = None; import s3loader.jax"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].endswith("pip install 's3loader[jax]'")
