@@ -71,9 +71,16 @@ def part_key(manifest_key: str) -> str:
     return beside(manifest_key, f"manifests/part-{now}-{uuid.uuid4().hex[:8]}.jsonl")
 
 
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    """Closed with its last reference: a writer left by an exception keeps some until it is forgotten."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def new_spool() -> IO[bytes]:
-    """A temporary file that stays in memory while it is small; whoever asks for it closes it."""
-    return cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=IN_MEMORY))
+    """A temporary file that stays in memory while it is small."""
+    return cast("IO[bytes]", _Spool(max_size=IN_MEMORY))
 
 
 def put_part(store: ObjectStore, manifest_key: str, data: Buffer | IO[bytes]) -> str:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from s3loader.errors import ConfigError
 from s3loader.exchange.errors import MissingPlaceholderError
 from s3loader.shard.compression import infer_archive_format
 
 __all__ = ["infer_id_from_key", "is_manifest_key", "is_shard_key", "normalize_key", "resolve_template", "split_virtual_key"]
 
 _SLASHES: Final = re.compile("/+")
-_PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER: Final = re.compile(r"\{\{|\}\}|\{(\w+)\}|[{}]")
 
 
 def normalize_key(key: str) -> str:
@@ -24,17 +25,25 @@ def normalize_key(key: str) -> str:
 def resolve_template(template: str, variables: Mapping[str, Any], default_vars: Mapping[str, Any] | None = None) -> str:
     """`template` with each ``{name}`` replaced by the value of that variable, then normalised.
 
-    Only plain names are placeholders: no attributes, no indices, no format specs; other braces stay as
-    they are. Values are put in as text and are not looked at again.
+    Only plain names are placeholders: no attributes, no indices, no format specs. ``{{`` and ``}}`` are braces.
+    Values are put in as text and are not looked at again.
 
     Raises:
         MissingPlaceholderError: a name is in neither mapping.
-        ValueError: a value would leave the folder the template puts it in: it has a ``..`` component,
-            or holds ``#`` (which separates archive and member) or a control character.
+        ConfigError: a brace that belongs to no placeholder, or a value that would leave the folder the template
+            puts it in: it has a ``..`` component, or holds ``#`` (which separates archive and member) or a
+            control character.
     """
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
+        if name is None:
+            if len(match.group()) == 2:
+                return match.group()[0]
+            raise ConfigError(
+                f"only plain placeholders like {{name}} are allowed in a key template: {template!r}",
+                hint="write {{ and }} for braces",
+            )
         for source in (variables, default_vars or {}):
             if name in source:
                 return _checked_value(name, str(source[name]))
@@ -45,7 +54,7 @@ def resolve_template(template: str, variables: Mapping[str, Any], default_vars: 
 
 def _checked_value(name: str, text: str) -> str:
     if "#" in text or ".." in text.split("/") or any(ord(char) < 32 or ord(char) == 127 for char in text):
-        raise ValueError(f"variable {name!r} has a value that cannot be part of a key: {text!r}")
+        raise ConfigError(f"variable {name!r} has a value that cannot be part of a key: {text!r}")
     return text
 
 

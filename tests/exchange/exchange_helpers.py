@@ -1,0 +1,71 @@
+"""What several exchange tests need: stores that count, spoil or refuse."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from s3loader.store.base import Backend
+from s3loader.store.objectstore import ObjectStore
+from s3loader.store.wrapper import Wrapper
+from s3loader.types import Buffer, ObjectMeta, PutMode, PutResult
+
+
+class Watched(Wrapper):
+    """Notes reads and writes; lets a test spoil them."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        self.lock = threading.Lock()
+        self.reads: list[tuple[str, int]] = []
+        """``(key, bytes)`` of every GET."""
+        self.puts: list[str] = []
+        self.on_put: Callable[[str, Buffer, PutMode], None] | None = None
+        self.on_get: Callable[[str, bytes], bytes] | None = None
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        meta, data = self.inner.get(key, start, end, if_match=if_match, version_id=version_id)
+        if self.on_get is not None:
+            data = self.on_get(key, bytes(data))
+        with self.lock:
+            self.reads.append((key, len(data)))
+        return meta, data
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        if self.on_put is not None:
+            self.on_put(key, data, mode)
+        with self.lock:
+            self.puts.append(key)
+        return self.inner.put(key, data, mode=mode, content_type=content_type, metadata=metadata)
+
+    def bytes_of(self, key: str) -> int:
+        return sum(size for name, size in self.reads if name == key)
+
+    def clear(self) -> None:
+        self.reads.clear()
+        self.puts.clear()
+
+
+def watched(store: ObjectStore) -> tuple[ObjectStore, Watched]:
+    """`store` with a watcher around it; capabilities asked beforehand, so that the probe is not seen."""
+    backend = Watched(store.backend)
+    seen = ObjectStore(store.url, backend, options=store.options)
+    seen.capabilities()
+    backend.clear()
+    return seen, backend
+
+
+def files(*keys: str) -> list[Any]:
+    """File entries with nothing but a key."""
+    return [{"kind": "file", "key": key} for key in keys]
