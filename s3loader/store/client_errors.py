@@ -77,7 +77,7 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         error, (boto.ParamValidationError, boto.NoRegionError, boto.InvalidRegionError, boto.InvalidS3AddressingStyleError)
     ):
         return made(ConfigError, f"boto3 refuses the request: {error}")
-    if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError)):
+    if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError, TimeoutError)):
         connecting = isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError))
         return made(
             StoreTimeoutError,
@@ -94,7 +94,7 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
     if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead)):
         return made(TruncatedError, "the body ended early", retryable=True)
-    if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError, TimeoutError)):
+    if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError)):
         return made(StoreConnectionError, f"the connection broke ({name})")
     if isinstance(error, boto.BotoCoreError) and "ResponseParserError" in name:
         return made(UnavailableError, "the answer is not S3's", "does the endpoint speak S3?")
@@ -148,7 +148,7 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
         return made(UnsupportedOperationError, "the store cannot do this")
     if "inner: BareRedirect" in debug:
         return from_status(301, "PermanentRedirect", "", where)
-    if "invalid peer certificate" in debug:
+    if "error: InvalidCertificate(" in debug:
         return made(StoreConnectionError, "the store's certificate is not trusted", _CA_HINT, retryable=False)
     if "Timeout" in kinds:
         return made(StoreTimeoutError, "no answer in time")
