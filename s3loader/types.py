@@ -64,7 +64,12 @@ class ObjectURL:
             known = ", ".join(f"{name}://" for name in SCHEMES)
             raise ConfigError(f"unknown scheme {scheme}:// in {text!r}", hint=f"use one of {known}")
         if scheme == "file":
-            path = unquote(urlsplit(text.replace("#", "%23").replace("?", "%3F")).path)
+            parts = urlsplit(text.replace("#", "%23").replace("?", "%3F"))
+            if parts.netloc not in ("", "localhost"):
+                raise ConfigError(
+                    f"{text!r} names a host, {parts.netloc!r}", hint="write file:///absolute/path, or a path without file://"
+                )
+            path = unquote(parts.path)
             return cls("file", "", posixpath.normpath(path) if path else "/")
         bucket, _, key = rest.partition("/")
         if not bucket and scheme != "memory":

@@ -63,7 +63,7 @@ def test_urls(text: str, scheme: str, bucket: str, key: str) -> None:
     assert ObjectURL.parse(text) == ObjectURL(scheme, bucket, key)
 
 
-@pytest.mark.parametrize("text", ["ftp://host/x", "s3://", "s3:///key", ""])
+@pytest.mark.parametrize("text", ["ftp://host/x", "s3://", "s3:///key", "", "file://./relative", "file://host/x"])
 def test_bad_urls(text: str) -> None:
     with pytest.raises(errors.ConfigError) as caught:
         ObjectURL.parse(text)
