@@ -7,9 +7,11 @@ one conditional write. The protocol is described in docs/commit-protocol.md.
 from s3loader.checkpoint.checkpoint import Checkpoint, TensorSlice
 from s3loader.checkpoint.gc import GCReport
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
+from s3loader.checkpoint.leaves import Shard
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.options import CheckpointOptions
 from s3loader.checkpoint.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
+from s3loader.checkpoint.tree import PerRank
 
 __all__ = [
     "BestN",
@@ -20,9 +22,11 @@ __all__ = [
     "GCReport",
     "KeepPolicy",
     "LatestN",
+    "PerRank",
     "Progress",
     "SaveHandle",
     "SaveResult",
+    "Shard",
     "StepInfo",
     "TensorSlice",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from s3loader.checkpoint import layout, tree
@@ -149,9 +149,22 @@ class Checkpoint:
         return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify)
 
     def restore(
-        self, target: Any = None, *, items: Sequence[str] | None = None, verify: bool = True, fresh: Any = None
+        self,
+        target: Any = None,
+        *,
+        items: Sequence[str] | None = None,
+        verify: bool = True,
+        rank: int = 0,
+        fresh: Callable[[str, str, tuple[int, ...]], Target] | None = None,
     ) -> dict[str, Any]:
         """The items, or those named; into `target` where it has something of that name.
+
+        Args:
+            target: See `CheckpointManager.restore`.
+            items: Names of the items to restore.
+            verify: Compare checksums.
+            rank: Whose part of a `PerRank`.
+            fresh: Makes the target of a leaf that `target` lacks, from its kind, type and shape.
 
         Returns:
             A dict of the items. What `target` has is filled in place and returned itself.
@@ -172,7 +185,7 @@ class Checkpoint:
             node = {**node, "of": {key: child for key, child in node["of"].items() if key in picked}}
         else:
             node = {**node, "of": [pair for pair in node["of"] if pair[0] in picked]}
-        work = Restoration(node, self._chunks, target, fresh=fresh)
+        work = Restoration(node, self._chunks, target, rank=rank, fresh=fresh)
         self._read(work.wanted, verify=verify)
         result: dict[str, Any] = dict(work.value())
         return result

@@ -91,6 +91,7 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
                 raise FencedError(f"step {attempt.step} was retired while it was written")
             raise StepExistsError(f"step {attempt.step} is taken by attempt {found.attempt or '(damaged)'}")
         if time.monotonic() > end or abandoned():
+            attempt.session.check_fence()
             raise IncompleteCheckpointError(
                 f"step {attempt.step} was not committed within {attempt.deadline:.0f} s: "
                 + (f"ranks {missing} have not finished" if missing else "no rank published it"),

@@ -22,6 +22,7 @@ __all__ = [
     "Framework",
     "LeafAdapter",
     "Piece",
+    "Shard",
     "Source",
     "Target",
     "adapter_for",
@@ -123,6 +124,52 @@ def _bytes_view(array: Any) -> memoryview:
     return memoryview(array.reshape(-1).view("u1")) if array.size else memoryview(b"")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """A box of a larger array that this rank holds: saved as that part of it, restored as that part of it.
+
+    The ranks' boxes must tile the whole array exactly.
+    """
+
+    array: Any
+    """A `numpy.ndarray`."""
+    offset: tuple[int, ...]
+    """Where the box begins in the whole array."""
+    shape: tuple[int, ...]
+    """Of the whole array."""
+
+    def __post_init__(self) -> None:
+        boxes = zip(self.offset, self.array.shape, self.shape, strict=False)
+        if not len(self.offset) == len(self.shape) == self.array.ndim or any(o < 0 or o + n > w for o, n, w in boxes):
+            raise CheckpointError(f"a box of {self.array.shape} at {self.offset} does not lie in an array of {self.shape}")
+
+
+class _Shard:
+    """`Shard`: one box of an array whose other boxes other ranks hold."""
+
+    kind = "numpy"
+
+    def source(self, value: Shard) -> Source:
+        inner = NUMPY.source(value.array)
+        pieces = [piece._replace(offset=tuple(value.offset)) for piece in inner.pieces]
+        return Source(self.kind, inner.dtype, tuple(value.shape), pieces, sharded=True)
+
+    def into(self, value: Shard) -> Target | None:
+        inner = NUMPY.into(value.array)
+        if inner is None:
+            return None
+        pieces = [piece._replace(offset=tuple(value.offset)) for piece in inner.pieces]
+
+        def finish() -> Shard:
+            inner.finish()
+            return value
+
+        return Target(inner.dtype, tuple(value.shape), pieces, finish, True)
+
+    def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
+        return NUMPY.fresh(dtype, shape)
+
+
 class _Numpy:
     """`numpy.ndarray` and numpy's scalars (restored as arrays of no dimension)."""
 
@@ -198,6 +245,7 @@ class _Bytes:
 
 NUMPY: Final[LeafAdapter] = _Numpy()
 BYTES: Final[LeafAdapter] = _Bytes()
+_SHARD: Final[LeafAdapter] = _Shard()
 
 _PACKAGES: Final = {"torch": "torch", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "keras": "tensorflow"}
 """Package a class comes from -> the integration that knows it."""
@@ -234,6 +282,8 @@ def adapter_for(value: Any) -> LeafAdapter | None:
     """How `value` is saved as a leaf; None where it is none."""
     if isinstance(value, bytes | bytearray | memoryview):
         return BYTES
+    if isinstance(value, Shard):
+        return _SHARD
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         return NUMPY

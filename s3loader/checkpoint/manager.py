@@ -208,11 +208,11 @@ class CheckpointManager:
             if step is None:
                 raise CheckpointNotFoundError("there was no checkpoint when this job began", url=self.store.url)
         if step is not None:
-            return self.open(step).restore(target, items=items, verify=verify)
+            return self.open(step).restore(target, items=items, verify=verify, rank=self._rank)
         damage: Exception | None = None
         for root in self.run.newest_first():
             try:
-                return Checkpoint(self.run, root).restore(target, items=items, verify=verify)
+                return Checkpoint(self.run, root).restore(target, items=items, verify=verify, rank=self._rank)
             except (IntegrityError, FormatError, CheckpointError) as error:
                 if on_corruption != "previous" and not isinstance(error, CheckpointNotFoundError):
                     raise

@@ -153,6 +153,13 @@ def _merge(one: Any, other: Any, name: str, rank: int) -> Any:
         if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
             merged = {key: _merge(left[key], right[key], tree.child_name(name, key), rank) for key in left}
             return {**one, "of": merged}
+        if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            return {
+                **one,
+                "of": [_merge(a, b, tree.child_name(name, i), rank) for i, (a, b) in enumerate(zip(left, right, strict=True))],
+            }
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [_merge(a, b, tree.child_name(name, i), rank) for i, (a, b) in enumerate(zip(one, other, strict=True))]
     raise CheckpointError(
         f"{_first_difference(one, other, name)!r} is not the same on rank 0 and rank {rank}",
         hint="wrap what differs between ranks in PerRank(...)",

@@ -29,6 +29,8 @@ class CheckpointOptions:
         concurrency: Parts uploaded at a time.
         overlap: A save while another is under way: ``"queue"`` it behind the other, or ``"refuse"`` it.
         incremental: Refer to the newest step for tensors that have not changed, instead of writing them again.
+        check_replicas: Where several ranks hold the same tensor, one writes it and the others send its checksum, so that ranks
+            that have drifted apart are an error. It costs the others one pass over the tensor.
         deadline: Seconds that a rank waits for the others before its save fails.
         grace: Seconds after which an attempt that nobody touches is garbage.
         settle: Seconds between the write and the read-back of a root, on stores that ignore conditional writes.
@@ -43,6 +45,7 @@ class CheckpointOptions:
     concurrency: int
     overlap: Overlap
     incremental: bool
+    check_replicas: bool
     deadline: float
     grace: float
     settle: float
@@ -56,6 +59,7 @@ class CheckpointOptions:
         concurrency: int = 8,
         overlap: Overlap = "queue",
         incremental: bool = False,
+        check_replicas: bool = True,
         deadline: float | str = "10m",
         grace: float | str = "1d",
         settle: float | str = 0.5,
@@ -75,6 +79,7 @@ class CheckpointOptions:
         set_(self, "concurrency", concurrency)
         set_(self, "overlap", overlap)
         set_(self, "incremental", incremental)
+        set_(self, "check_replicas", check_replicas)
         set_(self, "deadline", parse_duration(deadline))
         set_(self, "grace", parse_duration(grace))
         set_(self, "settle", parse_duration(settle))

@@ -92,7 +92,7 @@ class Chunk(msgspec.Struct, kw_only=True, omit_defaults=True):
     box: list[int] | None = None
     """Shape of the box; None: the whole tensor."""
     hash: bytes = b""
-    """CRC64NVME, 8 little-endian bytes; with the CRC32Cs it identifies the content. Only in incremental saves."""
+    """Recognises the content (see `hashing`); empty where nobody will ask."""
 
 
 class Part(msgspec.Struct, kw_only=True, omit_defaults=True):

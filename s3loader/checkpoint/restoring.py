@@ -24,7 +24,7 @@ class Restoration:
         chunks: Chunks of every tensor by its name.
         target: What to restore into; a tree of the same shape, where any part may be missing (restored anew),
             an array (filled in place where it can be) or an object with state.
-        name: Path to `node`.
+        rank: Whose part of a `PerRank` to restore.
         fresh: Makes the target of a leaf by its kind, type and shape; default: as it was saved.
     """
 
@@ -34,16 +34,16 @@ class Restoration:
         chunks: Mapping[str, Sequence[Chunk]],
         target: Any = None,
         *,
-        name: str = "",
+        rank: int = 0,
         fresh: Callable[[str, str, tuple[int, ...]], Target] | None = None,
     ) -> None:
-        self._node, self._chunks, self._target, self._name = node, chunks, target, name
+        self._node, self._chunks, self._target, self._rank = node, chunks, target, rank
         self._fresh = fresh or (lambda kind, dtype, shape: adapter_of_kind(kind).fresh(dtype, shape))
         self._values: dict[str, Any] = {}
         self._in_place: dict[str, bool] = {}
         self._states: dict[str, Any] = {}
         self._targets: list[tuple[Sequence[Chunk], Target, Callable[[Any], None]]] = []
-        self._collect(node, target if target is not None else _MISSING, name)
+        self._collect(node, target if target is not None else _MISSING, "")
 
     @property
     def wanted(self) -> Iterable[tuple[Sequence[Chunk], Target, Callable[[Any], None]]]:
@@ -52,7 +52,7 @@ class Restoration:
 
     def value(self) -> Any:
         """The restored tree; objects of the target with their state loaded."""
-        return self._build(self._node, self._target if self._target is not None else _MISSING, self._name)
+        return self._build(self._node, self._target if self._target is not None else _MISSING, "")
 
     # what to read
 
@@ -62,9 +62,16 @@ class Restoration:
             return
         if not isinstance(node, dict | list):
             return
+        if _per_rank(node):
+            self._collect_own(node, target, name)
+            return
         inside = self._inside(target, name)
         for key, inner, child in tree.children(node, name):
             self._collect(child, _child(inside, key), inner)
+
+    def _collect_own(self, node: Any, target: Any, name: str) -> None:
+        inner, own = tree.own_node(node, name, self._rank)
+        self._collect(own, target.value if isinstance(target, tree.PerRank) else target, inner)
 
     def _leaf(self, kind: str, target: Any, name: str) -> None:
         chunks = self._chunks.get(name)
@@ -106,9 +113,12 @@ class Restoration:
     def _build(self, node: Any, target: Any, name: str) -> Any:
         if isinstance(node, dict) and node.get("$") == "leaf":
             return self._values[name]
+        if _per_rank(node):
+            inner, own = tree.own_node(node, name, self._rank)
+            return self._build(own, target.value if isinstance(target, tree.PerRank) else target, inner)
         inside = self._states.get(name, target)
         if inside is _MISSING or not isinstance(node, dict | list):
-            value = tree.decode(node, self._values.__getitem__, name)
+            value = tree.decode(node, self._values.__getitem__, name, self._rank)
         else:
             value = self._filled(node, inside, name)
         if name in self._states:
@@ -125,7 +135,7 @@ class Restoration:
         if dataclasses.is_dataclass(target) and not isinstance(target, type):
             return dataclasses.replace(target, **built)
         if not built:
-            return tree.decode(node, self._values.__getitem__, name)
+            return tree.decode(node, self._values.__getitem__, name, self._rank)
         return _rebuilt(node, name, by_name)
 
     def _load(self, target: Any, state: Any, node: Any, name: str) -> None:
@@ -149,6 +159,10 @@ def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
     else:
         shallow = {**node, "of": [marks] * len(node["of"])}
     return tree.decode(shallow, children.__getitem__, name)
+
+
+def _per_rank(node: Any) -> bool:
+    return isinstance(node, dict) and node.get("$") == "per_rank"
 
 
 def _is_container(target: Any) -> bool:

@@ -27,8 +27,7 @@ from s3loader.errors import (
     StepExistsError,
     StoreError,
 )
-from s3loader.exchange.commit import publish_manifest
-from s3loader.exchange.lines import encode_manifest
+from s3loader.exchange.lines import CONTENT_TYPE, encode_manifest
 from s3loader.exchange.types import FileEntry
 from s3loader.store import ObjectStore
 from s3loader.types import CommonPrefix, ObjectMeta, PutMode, Update
@@ -230,6 +229,7 @@ class Run:
         return self._write_root(seen.step, entries, seen, lambda now: now.facts.get("nonce") == nonce)
 
     def _write_root(self, step: int, entries: Sequence[FileEntry], expected: Root, ours: Any) -> Root:
+        data = encode_manifest(entries)
         mode: PutMode = "overwrite"
         if self.conditional:
             mode = Update(expected.etag) if expected.etag else "create"
@@ -238,9 +238,9 @@ class Run:
             if attempt:
                 time.sleep(min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
             try:
-                done = publish_manifest(self.store, layout.root_key(step), entries, mode=mode)
+                done = self.store.put(layout.root_key(step), data, mode=mode, content_type=CONTENT_TYPE)
                 if self.conditional:
-                    return root.parse(step, encode_manifest(entries), done.etag)
+                    return root.parse(step, data, done.etag)
                 time.sleep(self.settle)
             except (PreconditionFailedError, ObjectNotFoundError) as error:
                 last = error

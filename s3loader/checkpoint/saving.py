@@ -13,7 +13,8 @@ from s3loader.checkpoint.commit import Attempt, expect_free, publish_or_wait
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
 from s3loader.checkpoint.leaves import LeafAdapter
 from s3loader.checkpoint.options import CheckpointOptions, OnExists
-from s3loader.checkpoint.records import Intent, Part
+from s3loader.checkpoint.records import Chunk, Intent, Part
+from s3loader.checkpoint.replicas import owned, replica
 from s3loader.checkpoint.session import Session
 from s3loader.checkpoint.staging import BufferPool, FilePlan, SavedPiece, plan_files, stage
 from s3loader.checkpoint.upload import Upload
@@ -31,6 +32,8 @@ class SavePlan:
     bytes: int
     metrics: dict[str, Any]
     metadata: dict[str, Any]
+    replicas: list[Chunk]
+    """Tensors that other ranks write."""
 
 
 def plan_save(
@@ -43,16 +46,22 @@ def plan_save(
     """
     if not isinstance(items, Mapping) or not all(isinstance(key, str) and key for key in items):
         raise UnsupportedStateError("items must be a dict with names as keys", path="")
-    pieces: list[SavedPiece] = []
+    own: list[SavedPiece] = []
+    shared: list[SavedPiece] = []
 
-    def add(name: str, adapter: LeafAdapter, value: Any) -> None:
+    def add(name: str, adapter: LeafAdapter, value: Any, per_rank: bool) -> None:
         source = adapter.source(value)
-        pieces.extend(SavedPiece(name, source.dtype, source.shape, piece) for piece in source.pieces)
+        pieces = [SavedPiece(name, source.dtype, source.shape, piece) for piece in source.pieces]
+        (own if per_rank or source.sharded or attempt.world == 1 else shared).extend(pieces)
 
-    nodes = tree.encode(dict(items), add)
+    nodes = tree.encode(dict(items), add, attempt.rank)
+    mine, others = owned(shared, attempt.rank, attempt.world)
+    replicas = [replica(piece) for piece in others] if options.check_replicas else []
+    pieces = own + mine
     about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
-    files = plan_files(pieces, attempt.rank, options.file_size, options.block, about)
-    return SavePlan(nodes, files, sum(p.end - p.begin for p in pieces), metrics, metadata)
+    hashed = options.incremental or (options.check_replicas and attempt.world > 1)
+    files = plan_files(pieces, attempt.rank, options.file_size, options.block, about, hashed=hashed)
+    return SavePlan(nodes, files, sum(p.end - p.begin for p in pieces), metrics, metadata, replicas)
 
 
 class Saver:
@@ -182,8 +191,9 @@ class Saver:
             time=time.time(),
             block=self._options.block,
             files=[file.record() for file in plan.files],
-            chunks=[piece.chunk(file.id) for file in plan.files for piece in file.pieces],
+            chunks=[piece.chunk(file.id, self._options.block) for file in plan.files for piece in file.pieces],
             tree=plan.tree,
+            replicas=plan.replicas,
             metrics=plan.metrics,
             metadata=plan.metadata,
         )

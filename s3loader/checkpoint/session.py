@@ -125,7 +125,7 @@ def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
     pause = 0.02
     seen: set[int] = set()
     while True:
-        for entry in run.store.list(layout.CONTROL + "epoch-"):
+        for entry in reversed(list(run.store.list(layout.CONTROL + "epoch-"))):
             epoch = layout.epoch_of(entry.key)
             if epoch is None or epoch in seen:
                 continue

@@ -15,6 +15,7 @@ from typing import Any
 
 from s3loader.checkpoint import segments
 from s3loader.checkpoint.dtypes import itemsize, nbytes
+from s3loader.checkpoint.hashing import crc64, joined_hash
 from s3loader.checkpoint.layout import data_id
 from s3loader.checkpoint.leaves import Piece
 from s3loader.checkpoint.records import Chunk, FileRecord
@@ -82,9 +83,10 @@ class SavedPiece:
     begin: int = 0
     end: int = 0
     crcs: list[int] = field(default_factory=list)
-    hash: bytes = b""
+    crcs64: list[int] = field(default_factory=list)
+    """CRC64NVME of each segment, where the content is to be recognised again."""
 
-    def chunk(self, file: str) -> Chunk:
+    def chunk(self, file: str, block: int) -> Chunk:
         """The record of it, once its checksums are there."""
         whole = self.piece.shape == self.shape
         return Chunk(
@@ -97,8 +99,14 @@ class SavedPiece:
             crc=struct.pack(f"<{len(self.crcs)}I", *self.crcs),
             offset=None if whole else list(self.piece.offset),
             box=None if whole else list(self.piece.shape),
-            hash=self.hash,
+            hash=self._hash(block),
         )
+
+    def _hash(self, block: int) -> bytes:
+        if not self.crcs64:
+            return b""
+        sizes = [high - low for low, high in segments.cut(self.begin, self.end, block)]
+        return joined_hash(zip(self.crcs, self.crcs64, sizes, strict=True))
 
 
 @dataclass(slots=True)
@@ -118,7 +126,9 @@ class FilePlan:
         return FileRecord(id=self.id, size=self.size, header=len(self.header), crc=crc)
 
 
-def plan_files(pieces: Sequence[SavedPiece], rank: int, file_size: int, block: int, metadata: dict[str, str]) -> list[FilePlan]:
+def plan_files(
+    pieces: Sequence[SavedPiece], rank: int, file_size: int, block: int, metadata: dict[str, str], *, hashed: bool
+) -> list[FilePlan]:
     """Lay `pieces` out in files of about `file_size` bytes (a larger piece has a file of its own).
 
     Wider element types come first, so that every tensor in a file is aligned to its element.
@@ -141,6 +151,7 @@ def plan_files(pieces: Sequence[SavedPiece], rank: int, file_size: int, block: i
         for piece, (begin, end) in zip(group, spans, strict=True):
             piece.begin, piece.end = begin, end
             piece.crcs = [0] * segments.count(begin, end, block)
+            piece.crcs64 = [0] * len(piece.crcs) if hashed else []
         end = spans[-1][1]
         plans.append(FilePlan(data_id(rank, number), header, group, end, block, [0] * segments.count(0, len(header), block)))
     return plans
@@ -164,13 +175,15 @@ class StagedPart:
     buffer: memoryview
     data: memoryview
     """The filled beginning of `buffer`."""
-    checks: list[tuple[list[int], int, int, int]]
-    """``(checksums, index, low, high)``: where to put the CRC32C of ``data[low:high]``."""
+    checks: list[tuple[list[int], list[int], int, int, int]]
+    """``(crcs, crcs64, index, low, high)``: where to put the checksums of ``data[low:high]``."""
 
     def checksum(self) -> None:
         """Compute the checksums of the segments in it."""
-        for crcs, index, low, high in self.checks:
+        for crcs, crcs64, index, low, high in self.checks:
             crcs[index] = crc32c(self.data[low:high])
+            if crcs64:
+                crcs64[index] = crc64(self.data[low:high])
 
 
 def stage(plan: FilePlan, pool: BufferPool, stopped: Callable[[], bool]) -> Iterator[StagedPart]:
@@ -182,7 +195,7 @@ def stage(plan: FilePlan, pool: BufferPool, stopped: Callable[[], bool]) -> Iter
     size = pool.size
     part: StagedPart | None = None
     try:
-        for source, begin, crcs in _sources(plan):
+        for source, begin, crcs, crcs64 in _sources(plan):
             view = source()
             low, high = begin, begin + len(view)
             for number, (first, last) in enumerate(segments.cut(low, high, plan.block)):
@@ -196,7 +209,7 @@ def stage(plan: FilePlan, pool: BufferPool, stopped: Callable[[], bool]) -> Iter
                         return
                     part = StagedPart(plan, first // size + 1, buffer, buffer[:0], [])
                 _copy(part.buffer, at, view, first - low, last - first)
-                part.checks.append((crcs, number, at, at + last - first))
+                part.checks.append((crcs, crcs64, number, at, at + last - first))
                 part.data = part.buffer[: at + last - first]
             del view, source
         if part is not None:
@@ -207,10 +220,10 @@ def stage(plan: FilePlan, pool: BufferPool, stopped: Callable[[], bool]) -> Iter
             pool.release(part.buffer)
 
 
-def _sources(plan: FilePlan) -> Iterator[tuple[Callable[[], memoryview], int, list[int]]]:
-    yield (lambda: memoryview(plan.header)), 0, plan.header_crcs
+def _sources(plan: FilePlan) -> Iterator[tuple[Callable[[], memoryview], int, list[int], list[int]]]:
+    yield (lambda: memoryview(plan.header)), 0, plan.header_crcs, []
     for saved in plan.pieces:
-        yield _checked(saved), saved.begin, saved.crcs
+        yield _checked(saved), saved.begin, saved.crcs, saved.crcs64
         saved.piece = saved.piece._replace(open=_staged_already)  # let go of the caller's array
 
 

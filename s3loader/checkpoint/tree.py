@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 from s3loader.checkpoint.leaves import LeafAdapter, adapter_for, framework_for, framework_of_tag
-from s3loader.errors import FormatError, UnsupportedStateError
+from s3loader.errors import CheckpointError, FormatError, UnsupportedStateError
 
 __all__ = [
+    "AddLeaf",
+    "PerRank",
     "child_name",
     "children",
     "decode",
@@ -25,12 +28,46 @@ __all__ = [
     "is_namedtuple",
     "is_stateful",
     "leaf_names",
+    "own_node",
+    "rank_name",
     "split_name",
 ]
 
 _SAFE_INT: Final = 2**53
 _DICTS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
 _MAKE: Final[dict[str, Callable[..., Any]]] = {"dict": dict, "odict": OrderedDict, "counter": Counter}
+
+
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """State that differs between ranks (random generators, say): every rank saves its own and gets its own back.
+
+    Everything else is taken to be the same on all ranks and is saved once.
+    """
+
+    value: Any
+
+
+AddLeaf: TypeAlias = Callable[[str, LeafAdapter, Any, bool], None]
+
+
+def rank_name(name: str, rank: int | str) -> str:
+    """Name of what `rank` saved under a `PerRank` at `name`."""
+    return child_name(name, f"rank-{int(rank):05d}")
+
+
+def own_node(node: dict[str, Any], name: str, rank: int) -> tuple[str, Any]:
+    """Name and node of what `rank` saved under a ``per_rank`` node.
+
+    Raises:
+        CheckpointError: the checkpoint was saved by fewer ranks.
+    """
+    if str(rank) not in node["of"]:
+        raise CheckpointError(
+            f"{name!r} was saved per rank, by {len(node['of'])} ranks; there is none for rank {rank}",
+            hint="restore without this item, and start it anew on the new ranks",
+        )
+    return rank_name(name, rank), node["of"][str(rank)]
 
 
 def is_namedtuple(value: Any) -> bool:
@@ -73,18 +110,20 @@ def expand(value: Any) -> Any:
     return state
 
 
-def encode(value: Any, add: Callable[[str, LeafAdapter, Any], None], name: str = "") -> Any:
-    """The JSON of `value`; `add` is called with name, adapter and value of each leaf.
+def encode(value: Any, add: AddLeaf, rank: int = 0) -> Any:
+    """The JSON of `value`; `add` is called for each leaf: name, adapter, value, and whether it lies in a `PerRank`.
 
     Raises:
         UnsupportedStateError: something in it is neither leaf nor JSON nor a container of them.
     """
-    return _Encoder(add).node(value, name)
+    return _Encoder(add, rank).node(value, "")
 
 
 class _Encoder:
-    def __init__(self, add: Callable[[str, LeafAdapter, Any], None]) -> None:
+    def __init__(self, add: AddLeaf, rank: int) -> None:
         self._add = add
+        self._rank = rank
+        self._own = False
         self._names: set[str] = set()
         self._open: set[int] = set()
 
@@ -114,6 +153,8 @@ class _Encoder:
         adapter = adapter_for(value)
         if adapter is not None:
             return self._leaf(adapter, value, name)
+        if isinstance(value, PerRank):
+            return self._per_rank(value, name)
         if type(value) is list:
             return [self.node(item, child_name(name, i)) for i, item in enumerate(value)]
         if is_namedtuple(value):
@@ -140,6 +181,13 @@ class _Encoder:
             hint="save arrays, numbers, strings, None, bytes, lists, tuples and dicts of these, or objects with state_dict()",
         )
 
+    def _per_rank(self, value: PerRank, name: str) -> Any:
+        outer, self._own = self._own, True
+        try:
+            return {"$": "per_rank", "of": {str(self._rank): self.node(value.value, rank_name(name, self._rank))}}
+        finally:
+            self._own = outer
+
     def _mapping(self, value: Mapping[Any, Any], name: str) -> Any:
         tag = _DICTS.get(type(value), "dict")
         if all(type(key) is str for key in value):
@@ -161,7 +209,7 @@ class _Encoder:
         self._names.add(name)
         _text(name, name)
         try:
-            self._add(name, adapter, value)
+            self._add(name, adapter, value, self._own)
         except UnsupportedStateError as error:
             raise UnsupportedStateError(f"{name!r}: {error.message}", path=name, hint=error.hint) from error
         return {"$": "leaf", "of": adapter.kind}
@@ -183,6 +231,10 @@ def children(node: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
     """``(key, name, node)`` of what lies directly inside a container's node; nothing for others."""
     if isinstance(node, list):
         of: Any = node
+    elif isinstance(node, dict) and node.get("$") == "per_rank":
+        for rank, item in node["of"].items():
+            yield rank, rank_name(name, rank), item
+        return
     elif isinstance(node, dict) and node.get("$") in ("dict", "odict", "counter", "namedtuple", "tuple", "set", "frozenset"):
         of = node["of"]
         if isinstance(of, list) and node["$"] in _MAKE:
@@ -209,8 +261,8 @@ def _no_leaf(name: str) -> Any:
     raise FormatError(f"{name!r}: a leaf where a key is expected")
 
 
-def decode(node: Any, leaf: Callable[[str], Any], name: str = "") -> Any:
-    """The value that `encode` described; `leaf` gives the value of a leaf by its name.
+def decode(node: Any, leaf: Callable[[str], Any], name: str = "", rank: int = 0) -> Any:
+    """The value that `encode` described; `leaf` gives the value of a leaf by its name, `rank` chooses what is per rank.
 
     Raises:
         FormatError: the JSON is not what `encode` makes.
@@ -219,16 +271,19 @@ def decode(node: Any, leaf: Callable[[str], Any], name: str = "") -> Any:
         return node
     try:
         if isinstance(node, list):
-            return [decode(item, leaf, inner) for _, inner, item in children(node, name)]
-        return _decode_tagged(node, leaf, name)
+            return [decode(item, leaf, inner, rank) for _, inner, item in children(node, name)]
+        return _decode_tagged(node, leaf, name, rank)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"the tree of the checkpoint is damaged at {name!r}: {error}") from error
 
 
-def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str) -> Any:
+def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str, rank: int) -> Any:
     tag = node["$"]
+    if tag == "per_rank":
+        inner, own = own_node(node, name, rank)
+        return decode(own, leaf, inner, rank)
     if tag == "leaf":
         return leaf(name)
     if tag == "int":
@@ -237,7 +292,7 @@ def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str) 
         return float(node["of"])
     if tag == "complex":
         return complex(*map(float, node["of"]))
-    inside = [(key, decode(item, leaf, inner)) for key, inner, item in children(node, name)]
+    inside = [(key, decode(item, leaf, inner, rank)) for key, inner, item in children(node, name)]
     if tag in _MAKE:
         return _MAKE[tag](dict(inside)) if tag != "odict" else OrderedDict(inside)
     if tag == "namedtuple":

@@ -1,0 +1,198 @@
+"""SIGKILL before and after every single request of a save with retention, of a collection, of a deletion; on one rank and on three.
+
+Whatever dies, whenever: the newest step is the old or the new one, bit for bit, every committed step is whole, garbage
+collection deletes nothing that lives, and the next job goes on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, PerRank, Shard
+from s3loader.errors import FencedError, IncompleteCheckpointError, S3LoaderError
+from s3loader.store import ObjectStore, open_store
+from s3loader.store.base import Backend
+
+OPTIONS = CheckpointOptions(part_size=2048, file_size=6000, concurrency=2, deadline=0.4)
+VERBS = [name for name, member in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_") and name != "close"]
+
+
+class Killer:
+    """A backend that sends its process SIGKILL before or after its nth request."""
+
+    def __init__(self, inner: Any, nth: int, after: bool) -> None:
+        self._inner, self._nth, self._after = inner, nth, after
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self._inner, name)
+        if name not in VERBS:
+            return verb
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self.count += 1
+                strike = self.count == self._nth
+            if strike and not self._after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                result = verb(*args, **kwargs)
+                return iter(list(result)) if name in ("list", "list_multipart") else result
+            finally:
+                if strike:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return counted
+
+
+def state(step: int) -> dict[str, Any]:
+    rng = np.random.default_rng(step)
+    return {"model": {f"w{i}": rng.standard_normal(300 + i) for i in range(4)}, "step": step}
+
+
+def whole(manager: CheckpointManager, step: int) -> bool:
+    have, want = manager.restore(step), state(step)
+    return have["step"] == step and all(np.array_equal(have["model"][k], want["model"][k]) for k in want["model"])
+
+
+def in_child(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def killed(store_path: Path, nth: int, after: bool, work: Callable[[CheckpointManager], None], **kwargs: Any) -> Callable[[], None]:
+    def run() -> None:
+        inner = open_store(store_path)
+        killer: Any = Killer(inner.backend, nth, after)
+        manager = CheckpointManager(ObjectStore(inner.url, killer, options=inner.options), options=OPTIONS, **kwargs)
+        work(manager)
+        manager.close()
+
+    return run
+
+
+def prepare(path: Path) -> None:
+    """Steps 10 and 20, an abandoned attempt at step 15, and one at step 20."""
+    with CheckpointManager(path, options=OPTIONS) as manager:
+        for step in (10, 20):
+            manager.save(step, state(step)).result(30)
+    for step, name in ((15, "00000001-000007-00000000"), (20, "00000001-000008-00000000")):
+        folder = path / f"ckpt/{step:012d}" / name
+        folder.mkdir(parents=True)
+        (folder / "d-00000-000.safetensors").write_bytes(b"x" * 100)
+
+
+def check(path: Path, allowed: set[int], gone: set[int]) -> None:
+    """What must hold after any death."""
+    with CheckpointManager(path, options=OPTIONS) as manager:
+        latest = manager.latest()
+        assert latest in allowed
+        steps = manager.steps()
+        assert set(range(10, 31, 10)) - gone >= set(steps) - {latest} - gone
+        for step in steps:
+            assert whole(manager, step), step
+            assert manager.open(step).verify() == []
+        live = {key for step in steps for key in manager.open(step).files()}
+        dry = manager.gc(dry_run=True, grace=0)
+        assert not live & set(dry.keys)
+        assert manager.gc(grace=0).keys is not None
+        assert manager.steps() == steps
+        for step in steps:
+            assert whole(manager, step), step
+        assert manager.gc(grace=0, dry_run=True).keys == []
+        manager.save(40, state(40)).result(30)
+        assert manager.latest() == 40
+        left = {m.key.rsplit("/", 1)[0] for m in manager.store.list("ckpt/") if not m.key.endswith("root.jsonl")}
+        assert left == {manager.open(s).info["attempt"] and f"ckpt/{s:012d}/{manager.open(s).info['attempt']}" for s in manager.steps()}
+
+
+def save_and_retire(manager: CheckpointManager) -> None:
+    manager.keep = LatestN(2)
+    manager.save(30, state(30)).result(30)
+
+
+WORKS: dict[str, tuple[Callable[[CheckpointManager], Any], set[int]]] = {
+    "save with retention": (save_and_retire, {20, 30}),
+    "replace": (lambda m: m.save(20, state(20), on_exists="replace").result(30), {20}),
+    "gc": (lambda m: m.gc(grace=0), {20}),
+    "delete the newest": (lambda m: m.delete(20), {10, 20}),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_one_process(tmp_path: Path, name: str) -> None:
+    work, allowed = WORKS[name]
+    prepare(tmp_path / "base")
+    deaths = 0
+    for nth in range(1, 200):
+        codes = []
+        for after in (False, True):
+            path = tmp_path / f"{nth}{after}"
+            shutil.copytree(tmp_path / "base", path)
+            pid = in_child(killed(path, nth, after, work))
+            codes.append(os.waitpid(pid, 0)[1])
+            check(path, allowed, {10})
+            shutil.rmtree(path)
+        if codes == [0, 0]:
+            break
+        assert codes == [signal.SIGKILL, signal.SIGKILL]
+        deaths += 1
+    else:
+        pytest.fail("it never ends")
+    assert deaths >= {"gc": 8, "delete the newest": 5}.get(name, 14)
+
+
+def rank_work(manager: CheckpointManager, rank: int) -> None:
+    want = state(30)["model"]
+    boxes = {k: Shard(np.array_split(v, 3)[rank], (sum(len(p) for p in np.array_split(v, 3)[:rank]),), v.shape) for k, v in want.items()}
+    try:
+        manager.save(30, {"model": boxes, "step": 30, "rng": PerRank(rank)}).result(30)
+    except (IncompleteCheckpointError, FencedError) as error:
+        assert isinstance(error, S3LoaderError)
+        os._exit(7)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_three_processes(tmp_path: Path, victim: int) -> None:
+    prepare(tmp_path / "base")
+    deaths = 0
+    for nth in range(1, 100):
+        path = tmp_path / str(nth)
+        shutil.copytree(tmp_path / "base", path)
+        pids = []
+        for rank in range(3):
+            strike = nth if rank == victim else 0
+            pids.append(
+                in_child(
+                    killed(
+                        path, strike, bool(nth % 2), lambda m, r=rank: rank_work(m, r), rank=rank, world_size=3, job="j"  # type: ignore[misc]
+                    )
+                )
+            )
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        check(path, {20, 30}, {10})
+        assert all(code in (0, 7) for rank, code in enumerate(codes) if rank != victim), codes
+        shutil.rmtree(path)
+        if codes[victim] != -signal.SIGKILL:
+            break
+        deaths += 1
+    else:
+        pytest.fail("it never ends")
+    assert deaths >= 6
