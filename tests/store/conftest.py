@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from s3loader.store import open_store
 from s3loader.testing import Server, ServerKind, StoreSuite, server
 
 
@@ -55,3 +57,12 @@ def crowded_bucket(servers: Callable[[ServerKind], Server]) -> Callable[[ServerK
         return buckets[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def crowded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same objects in a folder."""
+    folder = tmp_path_factory.mktemp("crowded")
+    with open_store(folder) as store:
+        StoreSuite.fill(store)
+    return folder

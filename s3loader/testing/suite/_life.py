@@ -53,7 +53,9 @@ class LifeTests(Base):
         context: Any = multiprocessing.get_context(method)
         answers = context.SimpleQueue()
         child = context.Process(
-            target=_elsewhere.use, args=(store, "k", data, self.shared or method == "fork", answers), daemon=True
+            target=_elsewhere.use,
+            args=(store, "k", _elsewhere.sha256(data), self.shared or method == "fork", answers),
+            daemon=True,
         )
         child.start()
         child.join(60)
@@ -79,7 +81,7 @@ class LifeTests(Base):
         next(results)
         context = multiprocessing.get_context("fork")
         answers = context.SimpleQueue()
-        child = context.Process(target=_elsewhere.use, args=(store, "k", data, True, answers), daemon=True)
+        child = context.Process(target=_elsewhere.use, args=(store, "k", _elsewhere.sha256(data), True, answers), daemon=True)
         child.start()
         rest = [bytes(result.data) for result in results]
         child.join(60)

@@ -59,14 +59,14 @@ class MultipartTests(Base):
             writer.commit(0)
         assert store.get("k") == data
 
-    @pytest.mark.parametrize("size", [0, 1, PART, 2 * PART])
-    def test_multipart_sizes(self, store: ObjectStore, size: int) -> None:
-        data = random_bytes(size)
-        with store.multipart("k", part_size=PART) as writer:
-            writer.write(data)
-            writer.flush()
-        assert store.head("k").size == size
-        assert store.get("k") == data
+    def test_multipart_sizes(self, store: ObjectStore) -> None:
+        for size in (0, 1, PART, 2 * PART):
+            data = random_bytes(size)
+            with store.multipart("k", part_size=PART) as writer:
+                writer.write(data)
+                writer.flush()
+            assert store.head("k").size == size
+            assert store.get("k") == data
         self._nothing_is_left(store)
 
     def test_multipart_abort(self, store: ObjectStore) -> None:
@@ -110,7 +110,7 @@ class MultipartTests(Base):
         assert meta.content_type == "text/x-test"
         assert meta.metadata.get("n") == "1"
 
-    @pytest.mark.parametrize("size", [10, PART + 1])
+    @pytest.mark.parametrize("size", [10, PART + 1])  # a single put, and an upload
     def test_multipart_create(self, store: ObjectStore, size: int) -> None:
         caps = self.caps(store)
         if not (caps.create and caps.multipart_create):

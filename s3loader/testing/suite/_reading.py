@@ -17,18 +17,18 @@ READS: dict[str, Callable[[ObjectStore, str, str | None], Any]] = {
     "get": lambda store, key, etag: store.get(key, if_match=etag),
     "get_range": lambda store, key, etag: store.get_range(key, 1, 5, if_match=etag),
     "get_ranges": lambda store, key, etag: store.get_ranges(key, [(1, 5), (7, 8)], if_match=etag),
-    "read_into": lambda store, key, etag: store.read_into(key, 1, bytearray(4), if_match=etag),
+    "read_into": lambda store, key, etag: store.read_into(key, 1, bytearray(4), if_match=etag).size,
 }
 
 
 class ReadTests(Base):
     """Every byte, and only those."""
 
-    @pytest.mark.parametrize("size", [0, 1, 4096, 100_003])
-    def test_get_returns_what_was_put(self, store: ObjectStore, size: int) -> None:
-        data = random_bytes(size)
-        store.put("some/key", data)
-        assert store.get("some/key") == data
+    def test_get_returns_what_was_put(self, store: ObjectStore) -> None:
+        for size in (0, 1, 4096, 100_003):
+            data = random_bytes(size)
+            store.put("some/key", data)
+            assert store.get("some/key") == data
 
     def test_empty_object(self, store: ObjectStore) -> None:
         store.put("empty", b"")
@@ -63,14 +63,14 @@ class ReadTests(Base):
                 store.get_range("k", start, end)
             assert "k" in str(caught.value)
 
-    @pytest.mark.parametrize(("start", "end"), [(5, 3), (-1, 3), (-5, -1)])
-    def test_nonsense_ranges(self, store: ObjectStore, start: int, end: int) -> None:
+    def test_nonsense_ranges(self, store: ObjectStore) -> None:
         store.put("k", b"0123456789")
-        with pytest.raises(ValueError) as caught:
-            store.get_range("k", start, end)
-        assert isinstance(caught.value, S3LoaderError)
-        with pytest.raises(ValueError):
-            store.get_ranges("k", [(0, 1), (start, end)])
+        for start, end in ((5, 3), (-1, 3), (-5, -1)):
+            with pytest.raises(ValueError) as caught:
+                store.get_range("k", start, end)
+            assert isinstance(caught.value, S3LoaderError)
+            with pytest.raises(ValueError):
+                store.get_ranges("k", [(0, 1), (start, end)])
 
     def test_read_into_fills_exactly(self, store: ObjectStore) -> None:
         data = random_bytes(1000)
@@ -108,27 +108,25 @@ class ReadTests(Base):
         with pytest.raises(RangeError):
             store.get_ranges("k", [(0, 10), (50_000, 50_001)])
 
-    @pytest.mark.parametrize("verb", READS)
-    def test_reads_are_pinned_to_an_etag(self, store: ObjectStore, verb: str) -> None:
-        read = READS[verb]
+    def test_reads_are_pinned_to_an_etag(self, store: ObjectStore) -> None:
         first = store.put("k", b"first version")
-        expected = read(store, "k", None)
         assert store.head("k").etag == first.etag
-        same = read(store, "k", first.etag)
-        assert verb == "read_into" or same == expected
+        expected = {verb: read(store, "k", None) for verb, read in READS.items()}
+        assert {verb: read(store, "k", first.etag) for verb, read in READS.items()} == expected
         second = store.put("k", b"other version")
         assert second.etag != first.etag
-        with pytest.raises(ObjectChangedError) as caught:
-            read(store, "k", first.etag)
-        assert caught.value.url is not None
-        assert caught.value.url.endswith("/k")
-        read(store, "k", second.etag)
+        for verb, read in READS.items():
+            with pytest.raises(ObjectChangedError) as caught:
+                read(store, "k", first.etag)
+            assert caught.value.url is not None, verb
+            assert caught.value.url.endswith("/k")
+            read(store, "k", second.etag)
 
-    @pytest.mark.parametrize("verb", READS)
-    def test_missing_key(self, store: ObjectStore, verb: str) -> None:
-        with pytest.raises(ObjectNotFoundError) as caught:
-            READS[verb](store, "no/such key", None)
-        self._check_missing(caught.value)
+    def test_missing_key(self, store: ObjectStore) -> None:
+        for read in READS.values():
+            with pytest.raises(ObjectNotFoundError) as caught:
+                read(store, "no/such key", None)
+            self._check_missing(caught.value)
 
     def test_missing_key_elsewhere(self, store: ObjectStore) -> None:
         def read_file() -> None:
