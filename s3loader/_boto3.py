@@ -42,11 +42,13 @@ def read_config(profile: str | None) -> dict[str, str]:
 
 
 def create_session(*, profile: str | None, key_id: str | None, secret: str | None, token: str | None) -> Any:
-    """A new botocore session with these keys or, without any, the profile's chain."""
+    """A new boto3 session with these keys or, without any, the profile's chain."""
+    import boto3
+
     session = botocore.session.Session(profile=None if key_id else profile)
     if key_id:
         session.set_credentials(key_id, secret, token)
-    return session
+    return boto3.Session(botocore_session=session)
 
 
 def create_client(
@@ -59,7 +61,7 @@ def create_client(
     config: Config | None = None,
     anonymous: bool = False,
 ) -> Any:
-    """A new boto3 S3 client on a botocore session.
+    """A new S3 client on a boto3 session.
 
     Checksums go only where the service requires them: boto3's default trailers are refused by
     many S3-compatible stores, cost 2 CPU-s per GB, and s3loader signs its own CRC32C.
@@ -67,8 +69,6 @@ def create_client(
     Raises:
         ConfigError: boto3 refuses a value.
     """
-    import boto3
-
     own = Config(
         signature_version=UNSIGNED if anonymous else "s3v4",
         s3={"addressing_style": addressing_style},
@@ -76,7 +76,7 @@ def create_client(
         response_checksum_validation="when_required",
     )
     try:
-        return boto3.Session(botocore_session=session).client(
+        return session.client(
             "s3",
             region_name=region,
             endpoint_url=endpoint_url,

@@ -151,7 +151,7 @@ class S3Settings:
             yield name, "***" if isinstance(value, Secret) else str(value), origin
 
     def create_session(self) -> Any:
-        """A new botocore session with these keys, or with the profile's chain.
+        """A new boto3 session with these keys, or with the profile's chain.
 
         Raises:
             ConfigError: the profile does not exist.
@@ -165,7 +165,7 @@ class S3Settings:
         """A new boto3 S3 client of these settings.
 
         Args:
-            session: The botocore session to make it on, in place of a new one.
+            session: The boto3 session to make it on, in place of a new one.
             config: A `botocore.config.Config` merged over the settings' own.
             anonymous: Do not sign requests.
 

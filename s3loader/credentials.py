@@ -37,7 +37,7 @@ class Credentials:
 class CredentialsSource:
     """Gives fresh `Credentials` to every engine: ``source()``.
 
-    Static keys cost nothing and never import botocore. Otherwise one botocore session per process
+    Static keys cost nothing and never import botocore. Otherwise one boto3 session per process
     resolves the chain (profile, SSO, role, container, instance) and refreshes it. Safe to call from
     several threads and after fork: a child makes its own session, and meanwhile goes on with the
     parent's keys while they are valid.
@@ -93,7 +93,7 @@ class CredentialsSource:
         return self.unsigned or bool(self._settings.aws_access_key_id)
 
     def session(self) -> Any:
-        """This process's botocore session, for boto3 clients that share these keys."""
+        """This process's boto3 session, for clients that share these keys."""
         process = self._own_process()
         with process.lock:
             return self._session(process)

@@ -190,8 +190,8 @@ def obstore_text(status: int, body: str, path: str = "k") -> str:
         return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
     lines = [
-        f"Object at location {path} not found: Error performing GET http://h/b/{path} in 1ms - Server returned non-2xx status code:"
-        f" {status} X: {body}",
+        f"Object at location {path} not found: Error performing GET http://h/b/{path} in 1ms - Server returned non-2xx status"
+        f" code: {status} X: {body}",
         "",
         "Debug source:",
         "NotFound {",
