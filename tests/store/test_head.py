@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import s3loader.store.direct.head as head_module
 from s3loader.store.direct.head import MAX_HEAD, Head, OddAnswer, check_read, parse_head
 
 GOOD = (
@@ -29,6 +30,22 @@ def test_fields() -> None:
         head("content-LENGTH:  7 ", 'Etag: W/"x"', "connection: Keep-Alive, CLOSE", "x-amz-checksum-crc32c: AA==")
     )
     assert (other.length, other.etag, other.keep_alive, other.checksum, other.size) == (7, 'W/"x"', False, "AA==", -1)
+
+
+@pytest.mark.parametrize(
+    "lines", [("close", "keep-alive"), ("keep-alive", "close"), ("close", "close"), ("keep-alive, close",)]
+)
+def test_close_is_heard_wherever_it_stands(lines: tuple[str, ...]) -> None:
+    for _ in range(2):  # lines once met are remembered
+        assert not parse_head(head("Content-Length: 1", *(f"Connection: {line}" for line in lines))).keep_alive
+        assert parse_head(head("Content-Length: 1", "Connection: keep-alive")).keep_alive
+
+
+def test_many_different_lines_are_forgotten_again() -> None:
+    for i in range(2000):
+        assert parse_head(head(f"x-amz-request-id: {i}", f"Content-Length: {i}", f"x-name-{i}: a")).length == i
+    assert len(head_module._idle_lines) <= 256
+    assert len(head_module._role_of) <= 256
 
 
 @pytest.mark.parametrize(
@@ -61,7 +78,6 @@ def test_fields() -> None:
         head("Content-Length: 1", "TRANSFER-ENCODING: identity"),
         head("Content-Length: 1", "Upgrade: h2c"),
         head("Content-Length: 1", "Connection: upgrade"),
-        head("Content-Length: 1", "Connection: close", "Connection: keep-alive"),
         head("Content-Length: 1", 'ETag: "a"', 'ETag: "a"'),
         head("Content-Length: 1", "Content-Range: bytes 0-0"),
         head("Content-Length: 1", "Content-Range: bytes 0-0/*"),

@@ -15,6 +15,7 @@ from typing import Final
 
 from s3loader.endpoint import Endpoint
 from s3loader.errors import S3LoaderError
+from s3loader.store.direct.gil import receive_now, send_now
 from s3loader.store.direct.head import OddAnswer
 from s3loader.store.direct.jobs import Job, Scratch
 from s3loader.types import Buffer
@@ -25,16 +26,31 @@ _IDLE_SECONDS: Final = 15.0
 """Servers close idle connections after 5 to 75 s; one that was idle for longer than this is not
 worth the risk of a lost round trip."""
 _MOST_IDLE: Final = 64
+_TICK: Final = 0.1
+"""Seconds after which a blocking receive returns with what it has."""
 _WAIT_ALL: Final = getattr(socket, "MSG_WAITALL", 0)
 
 
 class Connection:
     """One socket, in blocking mode with the kernel's timeouts unless `block(False)` was called."""
 
-    __slots__ = ("__weakref__", "_blocking", "deadline", "fd", "idle_since", "job", "pending", "sock", "tls", "used")
+    __slots__ = (
+        "__weakref__",
+        "_blocking",
+        "_read_timeout",
+        "deadline",
+        "fd",
+        "idle_since",
+        "job",
+        "pending",
+        "sock",
+        "tls",
+        "used",
+    )
 
-    def __init__(self, sock: socket.socket, tls: bool) -> None:
+    def __init__(self, sock: socket.socket, tls: bool, read_timeout: float) -> None:
         self.sock = sock
+        self._read_timeout = read_timeout
         self.fd = sock.fileno()
         self.tls = tls
         self.used = False
@@ -71,7 +87,7 @@ class Connection:
                 sent -= size
         return left
 
-    def exchange(self, job: Job, scratch: Scratch, admit: Callable[[Job, int], None] | None) -> None:
+    def exchange(self, job: Job, scratch: Scratch, admit: Callable[[Job, int], None] | None, quiet: bool = False) -> None:
         """Send the job's request and receive its answer.
 
         Args:
@@ -79,36 +95,67 @@ class Connection:
             scratch: Memory of this thread.
             admit: Is told when the object turns out so many bytes larger than `job.cost` said
                 (negative: smaller), once, before its body is received; it may wait.
+            quiet: Give the GIL away as rarely as can be: once where all goes well.
 
         Raises:
             OddAnswer, OSError: as they come; the connection is spoilt then.
         """
         self.block(True)
         job.begin(scratch)
-        left: Sequence[Buffer] = job.wire()
+        quiet = quiet and not self.tls
+        pieces = job.wire()
+        left: Sequence[Buffer] = pieces
+        if quiet and len(pieces) == 1 and send_now(self.fd, pieces[0]) == len(pieces[0]):
+            left = ()
         while left:
             left = self.send(left)
-        receive = self.sock.recv_into
         cost = job.cost
-        while True:
-            count = receive(job.target())
-            if not count:
-                raise ConnectionResetError("the server closed the connection")
-            self.used = True
-            done = job.feed(count)
-            if job.head is not None:
-                break
+        expected = job.least() if quiet else 0
+        done = self._receive(job, expected)
+        self.used = True
+        while not done and job.head is None:
+            done = self._receive(job, 0)
         if admit is not None and job.cost != cost:
             admit(job, job.cost - cost)
-        if done:
-            return
-        flags = 0 if self.tls else _WAIT_ALL
+        while not done:
+            count = receive_now(self.fd, job.target()) if quiet else -1
+            done = job.feed(count) if count > 0 else self._receive(job, -1)
+
+    def _receive(self, job: Job, expected: int) -> bool:
+        """Wait for bytes; True: the answer is complete.
+
+        Args:
+            job: Gets them.
+            expected: Wait until so many bytes are there, -1: all that the job has room for. Where
+                fewer come, that costs `_TICK` seconds.
+        """
+        target = job.target()
+        flags = 0
+        if expected and not self.tls:
+            flags = _WAIT_ALL
+            if expected > 0:
+                target = target[:expected]
+        deadline = 0.0
         while True:
-            count = receive(job.target(), 0, flags)
+            try:
+                count = self.sock.recv_into(target, 0, flags)
+            except (BlockingIOError, ssl.SSLWantReadError):  # the kernel's timeout, `_TICK`
+                now = time.monotonic()
+                deadline = deadline or now + self._read_timeout - _TICK
+                if now >= deadline:
+                    raise TimeoutError(f"nothing came for {self._read_timeout:g} s") from None
+                continue
             if not count:
-                raise ConnectionResetError("the server closed the connection within the body")
-            if job.feed(count):
-                return
+                raise ConnectionResetError("the server closed the connection")
+            if count >= expected:
+                return job.feed(count)
+            done = True
+            try:
+                done = job.feed(count)
+            finally:
+                if done:
+                    job.was_short()
+            return done
 
     def shut(self) -> None:
         """End what another thread waits for here."""
@@ -154,16 +201,15 @@ class Connections:
         sock = socket.create_connection((endpoint.host, endpoint.port), self.connect_timeout)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            timeout = struct.pack("ll", int(self.read_timeout), int(self.read_timeout % 1 * 1e6))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(min(_TICK, self.read_timeout)))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.read_timeout))
             if endpoint.tls:
                 sock = self._tls_context().wrap_socket(sock, server_hostname=endpoint.host)
             sock.setblocking(True)
         except BaseException:
             sock.close()
             raise
-        connection = Connection(sock, endpoint.tls)
+        connection = Connection(sock, endpoint.tls, self.read_timeout)
         self._open.add(connection)
         return connection
 
@@ -212,6 +258,10 @@ class Connections:
         self._open.clear()
 
 
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
 def _close_all(idle: deque[Connection]) -> None:
     while idle:
         idle.pop().close()
@@ -230,6 +280,7 @@ def perform(
     *,
     admit: Callable[[Job, int], None] | None = None,
     track: Callable[[Connection | None], None] | None = None,
+    quiet: bool = False,
 ) -> None:
     """Run one job in this thread, on the general engine where need be; `job.done` afterwards.
 
@@ -237,7 +288,7 @@ def perform(
         job: The job.
         connections: Where to take a connection from, and to give it back to.
         scratch: Memory of this thread.
-        admit: See `Connection.exchange`.
+        admit, quiet: See `Connection.exchange`.
         track: Is told which connection is in use, None: no longer, so that another thread can shut it.
     """
     if not job.direct:
@@ -252,7 +303,7 @@ def perform(
             if track is not None:
                 track(connection)
             try:
-                connection.exchange(job, scratch, admit)
+                connection.exchange(job, scratch, admit, quiet)
                 break
             except OSError as error:
                 if not is_stale(connection, job, error):

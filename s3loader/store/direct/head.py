@@ -23,19 +23,24 @@ _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _LENGTH: Final = re.compile(rb"\d{1,18}")
 _RANGE: Final = re.compile(rb"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
-_LENGTH_NAME, _RANGE_NAME, _ETAG_NAME, _CONNECTION_NAME, _CRC_NAME, _VERSION_NAME, _FORBIDDEN, _OTHER = range(8)
+_LENGTH_NAME, _RANGE_NAME, _ETAG_NAME, _CRC_NAME, _VERSION_NAME, _CONNECTION_NAME, _FORBIDDEN, _OTHER = range(8)
 _ROLES: Final = {
     b"content-length": _LENGTH_NAME,
     b"content-range": _RANGE_NAME,
     b"etag": _ETAG_NAME,
-    b"connection": _CONNECTION_NAME,
     b"x-amz-checksum-crc32c": _CRC_NAME,
     b"x-amz-version-id": _VERSION_NAME,
+    b"connection": _CONNECTION_NAME,
     b"transfer-encoding": _FORBIDDEN,
     b"upgrade": _FORBIDDEN,
 }
+_MOST_KNOWN: Final = 256
+_status_of: dict[bytes, int] = {}
+"""Status lines as this process has met them."""
 _role_of: dict[bytes, int] = {}
-"""Roles of the names as this process has met them, in whatever case."""
+"""Roles of names, in whatever case they came."""
+_idle_lines: set[bytes] = set()
+"""Whole lines that are well formed and say nothing of interest: most of every head, again and again."""
 
 
 class OddAnswer(Exception):
@@ -49,24 +54,23 @@ class OddAnswer(Exception):
 class Head:
     """What was said before the body."""
 
-    __slots__ = ("checksum", "etag", "first", "keep_alive", "last", "length", "raw", "size", "status", "version_id")
+    length = -1
+    """Content-Length in bytes."""
+    first = -1
+    """First byte of Content-Range; -1 where there is none."""
+    last = -1
+    size = -1
+    """Size of the whole object in bytes."""
+    etag = ""
+    """Without quotes."""
+    checksum = ""
+    """``x-amz-checksum-crc32c``."""
+    version_id: str | None = None
+    keep_alive = True
 
     def __init__(self, raw: bytes, status: int) -> None:
         self.raw = raw
         self.status = status
-        self.length = -1
-        """Content-Length in bytes."""
-        self.first = -1
-        """First byte of Content-Range; -1 where there is none."""
-        self.last = -1
-        self.size = -1
-        """Size of the whole object by Content-Range, in bytes."""
-        self.etag = ""
-        """Without quotes."""
-        self.checksum = ""
-        """``x-amz-checksum-crc32c``."""
-        self.version_id: str | None = None
-        self.keep_alive = True
 
     def headers(self) -> dict[str, str]:
         """All header lines: names in lower case, the last of equal names wins."""
@@ -101,20 +105,20 @@ def parse_head(raw: bytes) -> Head:
     if len(raw) > MAX_HEAD:
         raise OddAnswer("the head is too long")
     lines = raw[:-4].split(b"\r\n")
-    match = _STATUS.fullmatch(lines[0])
-    if match is None:
-        raise OddAnswer("not an HTTP/1.1 status line")
-    status = int(match[1])
+    status = _status_of.get(lines[0]) or _read_status(lines[0])
     if raw.count(b"\n") != len(lines) + 1 or raw.count(b"\r") != len(lines) + 1 or b"\0" in raw:
         raise OddAnswer("stray control characters in the head", status)
     head = Head(raw, status)
     seen = 0
     for line in lines[1:]:
+        if line in _idle_lines:
+            continue
         name, _, value = line.partition(b":")
         role = _role_of.get(name)
         if role is None:
             role = _classify(name, status)
-        if role == _OTHER:
+        if role >= _CONNECTION_NAME:
+            _read_other(head, role, line, value)
             continue
         if seen & 1 << role:
             raise OddAnswer(f"{name.decode()} is there twice", status)
@@ -131,39 +135,53 @@ def parse_head(raw: bytes) -> Head:
             if match is None:
                 raise OddAnswer("bad Content-Range", status)
             head.first, head.last, head.size = int(match[1]), int(match[2]), int(match[3])
-        elif role == _CONNECTION_NAME:
-            head.keep_alive = _stays(value, status)
         elif role == _CRC_NAME:
             head.checksum = value.decode("latin-1")
-        elif role == _VERSION_NAME:
-            head.version_id = value.decode("latin-1")
         else:
-            raise OddAnswer(f"{name.decode()} is not taken", status)
+            head.version_id = value.decode("latin-1")
     if head.length < 0:
         raise OddAnswer("no Content-Length", status)
     return head
+
+
+def _read_status(line: bytes) -> int:
+    match = _STATUS.fullmatch(line)
+    if match is None:
+        raise OddAnswer("not an HTTP/1.1 status line")
+    status = int(match[1])
+    if len(_status_of) < _MOST_KNOWN:
+        _status_of[line] = status
+    return status
 
 
 def _classify(name: bytes, status: int) -> int:
     if not _NAME.fullmatch(name):
         raise OddAnswer("bad header line", status)
     role = _ROLES.get(name.lower(), _OTHER)
-    if len(_role_of) < 512:
+    if len(_role_of) < _MOST_KNOWN:
         _role_of[name] = role
     return role
+
+
+def _read_other(head: Head, role: int, line: bytes, value: bytes) -> None:
+    if role == _FORBIDDEN:
+        raise OddAnswer("Transfer-Encoding or Upgrade", head.status)
+    if role == _CONNECTION_NAME:
+        tokens = {token.strip(b" \t").lower() for token in value.split(b",")}
+        if tokens - {b"keep-alive", b"close", b""}:
+            raise OddAnswer("unknown Connection option", head.status)
+        if b"close" in tokens:
+            head.keep_alive = False
+            return
+    if len(_idle_lines) >= _MOST_KNOWN:
+        _idle_lines.clear()
+    _idle_lines.add(line)
 
 
 def _unquote(etag: bytes) -> str:
     if len(etag) >= 2 and etag[:1] == etag[-1:] == b'"':
         etag = etag[1:-1]
     return etag.decode("latin-1")
-
-
-def _stays(value: bytes, status: int) -> bool:
-    tokens = {token.strip(b" \t").lower() for token in value.split(b",")}
-    if tokens - {b"keep-alive", b"close", b""}:
-        raise OddAnswer("unknown Connection option", status)
-    return b"close" not in tokens
 
 
 def check_read(head: Head, start: int, end: int | None, if_match: str | None) -> None:

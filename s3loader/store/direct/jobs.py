@@ -34,6 +34,8 @@ _HEAD_ROOM: Final = KIB
 """Bytes left for the head in front of a body; a longer head only costs a copy."""
 _ALIGNMENT: Final = 64
 _PATIENCE: Final = 8
+_DOUBT: Final = 256
+_LEAST_HEAD: Final = len(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
 _RETRY_EVERY: Final = 64
 _UNKNOWN: Final = MIB
 """What an object of unknown size is first taken to cost of a byte bound."""
@@ -61,6 +63,8 @@ class Setting:
     """Bytes that an object of unknown size is expected to have: about what the last ones had."""
     head_length: int = 0
     """Bytes that heads have here. Foreseen, it lets bodies begin at an aligned address."""
+    doubt: int = 0
+    """How many jobs shall not rely on `Job.least`, for it was wrong of late."""
     refusals: int = 0
     """Direct attempts that failed since the last one that did not."""
 
@@ -144,6 +148,14 @@ class Job(ABC):
         self._place(head, stop, have)
         self.at = have
         return have == head.length and self._finish()
+
+    def least(self) -> int:
+        """Bytes that the answer will have at least, if all goes well; 0: nobody knows."""
+        return 0
+
+    def was_short(self) -> None:
+        """The answer had fewer bytes than `least`."""
+        self._setting.doubt = _DOUBT
 
     @property
     def untouched(self) -> bool:
@@ -270,6 +282,16 @@ class ReadJob(Job):
         assert isinstance(block, bytearray)
         self._block = block
         self._origin = self.at = -setting.head_length % _ALIGNMENT
+
+    def least(self) -> int:
+        """See `Job.least`."""
+        setting = self._setting
+        if self._end is None:
+            return 0
+        if setting.doubt:
+            setting.doubt -= 1
+            return 0
+        return self.cost + _LEAST_HEAD
 
     def _check(self, head: Head) -> None:
         request = self.request

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
@@ -107,11 +108,11 @@ class Threads:
 
     def _work(self) -> None:
         scratch = Scratch()
-        me = threading.get_ident()
+        track = partial(self._track, threading.get_ident())
         while (job := self._todo.get()) is not None and not self._stopped:
             try:
                 self._wait_for_turn()
-                perform(job, self._connections, scratch, admit=self._admit, track=lambda use: self._track(me, use))
+                perform(job, self._connections, scratch, admit=self._admit, track=track, quiet=True)
             except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
                 job.fail(error)
             if self._wanted is job:
