@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
+from s3loader.errors import ClosedError
 from s3loader.store.multipart import MultipartWriter
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import PutResult
@@ -37,11 +38,18 @@ class _Pool:
     """Threads of one store, made when first needed, anew in each process."""
 
     def __init__(self) -> None:
+        self.closed = False
         self._pid = 0
         self._executor: ThreadPoolExecutor | None = None
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The value of `call`, made in a thread."""
+        """The value of `call`, made in a thread.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        if self.closed:
+            raise ClosedError("the store was closed")
         if self._executor is None or self._pid != os.getpid():
             self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_NAME)
             self._pid = os.getpid()
@@ -50,6 +58,7 @@ class _Pool:
 
     def shut_down(self) -> None:
         """End the threads once they have done what they were given."""
+        self.closed = True
         if self._executor is not None and self._pid == os.getpid():
             mine = threading.current_thread().name.startswith(_NAME)  # `close` itself runs in one
             self._executor.shutdown(wait=not mine)
@@ -93,7 +102,10 @@ def _twins(
                 if end:
                     return
         finally:
-            await self._pool.run(source.close)
+            if self._pool.closed:
+                source.close()
+            else:
+                await self._pool.run(source.close)
 
     functools.update_wrapper(iterate, verb)
     return iterate

@@ -22,6 +22,7 @@ from s3loader.errors import (
     ObjectNotFoundError,
     RangeError,
     StoreError,
+    UnsupportedOperationError,
 )
 from s3loader.store.arguments import check_crc32c
 from s3loader.store.listing import key_bytes, roll_up
@@ -94,7 +95,6 @@ class MemoryBackend:
     def __init__(self, name: str) -> None:
         self.name = name
         self.url = f"memory://{name}"
-        self._pid = os.getpid()
         with _lock:
             self._bucket = _buckets.setdefault(name, _Bucket())
 
@@ -107,11 +107,12 @@ class MemoryBackend:
         return "memory"
 
     def _find(self, op: str, key: str, if_match: str | None = None, version_id: str | None = None) -> _Object:
+        if version_id is not None:
+            raise UnsupportedOperationError("a store in memory keeps no versions", op=op, url=f"{self.url}/{key}")
         found = self._bucket.objects.get(key)
-        if found is None or version_id is not None:
-            what = "no such version" if found else "no such object"
-            hint = None if self._bucket.objects else "memory:// stores live in one process, and this one is empty"
-            raise ObjectNotFoundError(what, op=op, url=f"{self.url}/{key}", hint=hint)
+        if found is None:
+            hint = None if self._bucket.objects else "a store in memory lives in one process, and here it is empty"
+            raise ObjectNotFoundError("no such object", op=op, url=f"{self.url}/{key}", hint=hint)
         if if_match is not None and found.meta.etag != if_match:
             raise ObjectChangedError("its ETag is not the one asked for", op=op, url=f"{self.url}/{key}")
         return found

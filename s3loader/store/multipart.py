@@ -22,14 +22,15 @@ from s3loader.units import GIB
 __all__ = ["MultipartWriter", "part_size_for", "part_size_of"]
 
 _log = logging.getLogger("s3loader.store")
-_GROWS_EVERY: Final = 1000
+_GROWS_EVERY: Final = 900
 _LARGEST_PART: Final = 5 * GIB
 
 
 def part_size_of(number: int, first: int) -> int:
-    """Bytes of part `number` (1-based) of an object of unknown size: doubled every 1,000 parts.
+    """Bytes of part `number` (1-based) of an object of unknown size: doubled every 900 parts.
 
-    So `MAX_PARTS` parts suffice for 5 TiB from a first size of 5 MiB on, and 8 GiB still take parts of 8 MiB.
+    So `MAX_PARTS` parts suffice for 5 TiB from a first size of 5 MiB on, while 7 GiB still take parts
+    of 8 MiB.
     """
     return max(first, min(first << (number - 1) // _GROWS_EVERY, _LARGEST_PART))
 
@@ -192,6 +193,12 @@ class MultipartWriter:
             self.close()
         else:
             self.abort()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "") == "open" and self._pid == os.getpid() and self._size:
+            _log.warning("a writer of %s was lost before close(): there will be no object", self._url())
+            if self._crew is not None:
+                self._crew.stop(wait=0)
 
     # parts
 
