@@ -10,20 +10,24 @@ import inspect
 import os
 import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, PerRank, Shard
 from s3loader.errors import FencedError, IncompleteCheckpointError, S3LoaderError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.base import Backend
 
 OPTIONS = CheckpointOptions(part_size=2048, file_size=6000, concurrency=2, deadline=0.4)
-VERBS = [name for name, member in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_") and name != "close"]
+VERBS = [
+    name for name, member in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_") and name != "close"
+]
 
 
 class Killer:
@@ -55,6 +59,14 @@ class Killer:
         return counted
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: thousands of small files are synced here."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(tmp_path)
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        yield Path(name)
+
+
 def state(step: int) -> dict[str, Any]:
     rng = np.random.default_rng(step)
     return {"model": {f"w{i}": rng.standard_normal(300 + i) for i in range(4)}, "step": step}
@@ -77,7 +89,9 @@ def in_child(work: Callable[[], None]) -> int:
     return pid
 
 
-def killed(store_path: Path, nth: int, after: bool, work: Callable[[CheckpointManager], None], **kwargs: Any) -> Callable[[], None]:
+def killed(
+    store_path: Path, nth: int, after: bool, work: Callable[[CheckpointManager], None], **kwargs: Any
+) -> Callable[[], None]:
     def run() -> None:
         inner = open_store(store_path)
         killer: Any = Killer(inner.backend, nth, after)
@@ -120,7 +134,7 @@ def check(path: Path, allowed: set[int], gone: set[int]) -> None:
         manager.save(40, state(40)).result(30)
         assert manager.latest() == 40
         left = {m.key.rsplit("/", 1)[0] for m in manager.store.list("ckpt/") if not m.key.endswith("root.jsonl")}
-        assert left == {manager.open(s).info["attempt"] and f"ckpt/{s:012d}/{manager.open(s).info['attempt']}" for s in manager.steps()}
+        assert left == {f"ckpt/{root.step:012d}/{root.attempt}" for root in manager.roots()}
 
 
 def save_and_retire(manager: CheckpointManager) -> None:
@@ -137,22 +151,22 @@ WORKS: dict[str, tuple[Callable[[CheckpointManager], Any], set[int]]] = {
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_one_process(tmp_path: Path, name: str) -> None:
+def test_one_process(folder: Path, name: str) -> None:
     work, allowed = WORKS[name]
-    prepare(tmp_path / "base")
+    prepare(folder / "base")
     deaths = 0
     for nth in range(1, 200):
         codes = []
-        for after in (False, True):
-            path = tmp_path / f"{nth}{after}"
-            shutil.copytree(tmp_path / "base", path)
+        for after in (False, True) if nth % 3 == 0 else (False,):  # after n is nearly before n + 1: a third will do
+            path = folder / f"{nth}{after}"
+            shutil.copytree(folder / "base", path)
             pid = in_child(killed(path, nth, after, work))
             codes.append(os.waitpid(pid, 0)[1])
             check(path, allowed, {10})
             shutil.rmtree(path)
-        if codes == [0, 0]:
+        if not any(codes):
             break
-        assert codes == [signal.SIGKILL, signal.SIGKILL]
+        assert set(codes) == {signal.SIGKILL}
         deaths += 1
     else:
         pytest.fail("it never ends")
@@ -161,7 +175,10 @@ def test_one_process(tmp_path: Path, name: str) -> None:
 
 def rank_work(manager: CheckpointManager, rank: int) -> None:
     want = state(30)["model"]
-    boxes = {k: Shard(np.array_split(v, 3)[rank], (sum(len(p) for p in np.array_split(v, 3)[:rank]),), v.shape) for k, v in want.items()}
+    boxes = {
+        k: Shard(np.array_split(v, 3)[rank], (sum(len(p) for p in np.array_split(v, 3)[:rank]),), v.shape)
+        for k, v in want.items()
+    }
     try:
         manager.save(30, {"model": boxes, "step": 30, "rng": PerRank(rank)}).result(30)
     except (IncompleteCheckpointError, FencedError) as error:
@@ -170,19 +187,25 @@ def rank_work(manager: CheckpointManager, rank: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_three_processes(tmp_path: Path, victim: int) -> None:
-    prepare(tmp_path / "base")
+def test_three_processes(folder: Path, victim: int) -> None:
+    prepare(folder / "base")
     deaths = 0
     for nth in range(1, 100):
-        path = tmp_path / str(nth)
-        shutil.copytree(tmp_path / "base", path)
+        path = folder / str(nth)
+        shutil.copytree(folder / "base", path)
         pids = []
         for rank in range(3):
             strike = nth if rank == victim else 0
             pids.append(
                 in_child(
                     killed(
-                        path, strike, bool(nth % 2), lambda m, r=rank: rank_work(m, r), rank=rank, world_size=3, job="j"  # type: ignore[misc]
+                        path,
+                        strike,
+                        bool(nth % 2),
+                        lambda m, r=rank: rank_work(m, r),
+                        rank=rank,
+                        world_size=3,
+                        job="j",  # type: ignore[misc]
                     )
                 )
             )
