@@ -25,6 +25,7 @@ class Clock:
         self.resets = _reset_peak()
         self.before_rss = _status("VmRSS")
         self.before = resource.getrusage(resource.RUSAGE_SELF)
+        self.children_before = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.main_before = resource.getrusage(resource.RUSAGE_THREAD)
         self.start = time.perf_counter()
 
@@ -33,7 +34,9 @@ class Clock:
         wall = time.perf_counter() - self.start
         after = resource.getrusage(resource.RUSAGE_SELF)
         main = resource.getrusage(resource.RUSAGE_THREAD)
-        user, system = after.ru_utime - self.before.ru_utime, after.ru_stime - self.before.ru_stime
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)  # those that have ended: workers, programs
+        user = after.ru_utime - self.before.ru_utime + children.ru_utime - self.children_before.ru_utime
+        system = after.ru_stime - self.before.ru_stime + children.ru_stime - self.children_before.ru_stime
         if without_this_thread:
             user -= main.ru_utime - self.main_before.ru_utime
             system -= main.ru_stime - self.main_before.ru_stime
