@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from s3loader.config import S3Settings, plain
 from s3loader.errors import CredentialsError
 
-__all__ = ["Credentials", "CredentialsSource"]
+__all__ = ["Credentials", "CredentialsSource", "mask"]
 
 NO_CREDENTIALS_HINT: Final = (
     "set S3_AWS_ACCESS_KEY_ID and S3_AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give access_key_id and "
@@ -21,6 +22,16 @@ NO_CREDENTIALS_HINT: Final = (
 _ASK_AGAIN: Final = 30.0
 _MARGIN: Final = 15 * 60.0
 _LAST_MOMENT: Final = 60.0
+
+# what this process was given lately, so that it can be struck out where a server repeats it
+_given: deque[str] = deque(maxlen=256)
+
+
+def mask(text: str) -> str:
+    """`text` without any key id, secret or token that a source in this process gave."""
+    for given in _given.copy():
+        text = text.replace(given, "***")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,11 @@ class Credentials:
     session_token: str | None = field(default=None, repr=False)
     expiry: float | None = None
     """Seconds since the epoch; None = never."""
+
+    def __post_init__(self) -> None:
+        for text in (self.access_key_id, self.secret_access_key, self.session_token):
+            if text and len(text) >= 8 and text not in _given:  # shorter ones are in many a word
+                _given.append(text)
 
 
 class CredentialsSource:

@@ -111,6 +111,10 @@ def _ssl_reason(error: Exception) -> str:
 _OB_STATUS: Final = re.compile(r"^ +status: (\d{3}),$", re.MULTILINE)
 _OB_BODY: Final = re.compile(r'^ +body: Some\(\n +"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
 _OB_KIND: Final = re.compile(r"^ +kind: (\w+),$", re.MULTILINE)
+_KEY_HINTS: Final = {
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
 _RUST_ESCAPE: Final = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|(.))")
 
 
@@ -119,6 +123,9 @@ def from_obstore(error: Exception, where: Where) -> S3LoaderError:
     if isinstance(error, S3LoaderError):
         return error
     debug = str(error).rpartition("\n\nDebug source:\n")[2]
+    if "\n    source: TokenRequest {" in debug or type(error).__name__ == "UnauthenticatedError":
+        hint = _KEY_HINTS.get(where.url.partition(":")[0], NO_CREDENTIALS_HINT)
+        return CredentialsError("no credentials could be had", op=where.op, url=where.url, hint=hint)
     status = _OB_STATUS.search(debug)
     if status is not None:
         body = _OB_BODY.search(debug)
@@ -142,8 +149,10 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
         return from_status(404, None, "", where)
     if name in ("AlreadyExistsError", "PreconditionError"):
         return from_status(412, None, "", where)
-    if name == "UnauthenticatedError":
-        return made(CredentialsError, "no credentials could be had", NO_CREDENTIALS_HINT)
+    if "\n    source: MissingAccount," in debug:
+        return made(ConfigError, "no Azure storage account", _KEY_HINTS["az"])
+    if "\n        source: StartTooLarge {" in debug:
+        return from_status(416, None, "", where)
     if name == "NotSupportedError":
         return made(UnsupportedOperationError, "the store cannot do this")
     if "inner: BareRedirect" in debug:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -127,7 +128,11 @@ def open_gcs(bucket: str, settings: S3Settings, options: StoreOptions) -> Any:
 
     url = _own_endpoint(settings)
     config: dict[str, Any] = {"skip_signature": True} if options.unsigned else {}
-    if url is not None:
+    if url is not None and options.unsigned:
+        # an emulator: skip_signature alone still asks for a token before it writes
+        key = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+        config["service_account_key"] = json.dumps(key)
+    elif url is not None:
         config["base_url"] = url
     return GCSStore(bucket, client_options=_other_options(url, settings, options), retry_config=_NO_RETRIES, **config)
 

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import Final, Literal, TypeAlias
 
+from s3loader.credentials import mask
 from s3loader.errors import (
     AccessDeniedError,
     AuthenticationError,
@@ -228,8 +229,8 @@ def _skew(headers: Mapping[str, str]) -> str:
 
 
 def clean(message: str) -> str:
-    """One line of at most 300 characters without key ids and signatures."""
-    line = " ".join(message.split()).rstrip(".")
+    """One line of at most 300 characters without credentials and signatures."""
+    line = mask(" ".join(message.split()).rstrip("."))
     line = line if len(line) <= 300 else line[:297] + "..."
     return _SECRETS.sub("***", line)
 

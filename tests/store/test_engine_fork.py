@@ -1,0 +1,192 @@
+"""Engines after fork: obstore is never touched in a child of a process that had it, connections are not shared.
+
+(The conformance suite runs every engine in children of all three kinds; here is what lies below it.)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from s3loader.errors import UnsupportedOperationError
+from s3loader.store import obstore_runtime, open_store
+from s3loader.store.boto3_engine import Boto3Backend
+from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store.s3 import explain_engine
+from s3loader.testing import FaultProxy, Server, ServerKind
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """`work` in a forked child, which must end well and soon."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException as error:  # noqa: BLE001  the parent sees the exit code; this is for the reader
+            print(f"in the child: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.02)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    pytest.fail("the forked child hangs")
+
+
+@pytest.fixture
+def moto(servers: Callable[[ServerKind], Server]) -> Server:
+    return servers("moto")
+
+
+@pytest.fixture
+def bucket(shared_bucket: Callable[[ServerKind], str]) -> str:
+    return shared_bucket("moto")
+
+
+def every_verb(store: Boto3Backend, key: str) -> None:
+    store.put(key, b"hello", metadata={"m": "1"})
+    assert bytes(store.get(key, 1, 3)[1]) == b"el"
+    store.read_into(key, 0, memoryview(bytearray(5)))
+    assert store.head(key).metadata == {"m": "1"}
+    assert key in [entry.key for entry in store.list(key)]
+    upload_id = store.create_multipart(key + "m")
+    store.complete_multipart(key + "m", upload_id, [store.upload_part(key + "m", upload_id, 1, b"x")])
+    store.copy(key, key + "c")
+    store.delete(key + "c")
+    assert store.delete_many([key + "m"]) == []
+
+
+def test_obstore_used_before(moto: Server, bucket: str) -> None:
+    store = ObstoreS3Backend(bucket, moto.settings)
+    key = uuid.uuid4().hex
+    every_verb(store, key)
+    assert (store.engine, obstore_runtime.usable()) == ("obstore", True)
+
+    def work() -> None:
+        assert not obstore_runtime.usable()
+        assert store.engine == "boto3"
+        every_verb(store, key + "/inherited")
+        fresh = ObstoreS3Backend(bucket, moto.settings)
+        every_verb(fresh, key + "/fresh")
+        with open_store(f"s3://{bucket}", settings=moto.settings) as opened:
+            assert opened.exists(key)
+            assert "boto3 stands in" in explain_engine(opened.backend)
+        in_child(lambda: every_verb(store, key + "/grandchild"))
+
+    in_child(work)
+    every_verb(store, key)
+    store.close()
+
+
+def test_gcs_and_azure_say_why_not() -> None:
+    import obstore  # noqa: F401  loading it is use enough: who calls it cannot be known
+
+    def work() -> None:
+        with open_store("gs://some-bucket") as store, pytest.raises(UnsupportedOperationError, match="forked") as caught:
+            store.get("k")
+        assert "forkserver" in str(caught.value.hint)
+        assert store.engine == "obstore"
+
+    in_child(work)
+
+
+def test_a_child_of_a_process_that_never_used_it() -> None:
+    code = (
+        "import os\nfrom s3loader.store import obstore_runtime\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    from obstore.store import MemoryStore\n"
+        "    ok = obstore_runtime.usable() and MemoryStore().put('k', b'x') is not None\n"
+        "    os._exit(0 if ok else 1)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_connections_are_not_shared(moto: Server, bucket: str) -> None:
+    """A child that wrote to a connection of its parent would give each the other's answers."""
+    with FaultProxy(moto.endpoint_url) as proxy:
+        settings = moto.settings.replace(endpoint_url=proxy.endpoint_url)
+        client = settings.create_client()
+        own = Boto3Backend(bucket, settings)
+        users = Boto3Backend(bucket, settings, s3_client=client)
+        for store in (own, users):
+            store.put("fork", b"parent")
+
+        def work() -> None:
+            for store in (own, users):
+                for number in range(20):
+                    store.put(f"fork/{number}", b"c%d" % number)
+                    assert bytes(store.get(f"fork/{number}")[1]) == b"c%d" % number
+
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=work) for _ in range(2)]
+        for child in children:
+            child.start()
+        for number in range(40):
+            for store in (own, users):
+                store.put(f"fork/p{number}", b"p%d" % number)
+                assert bytes(store.get(f"fork/p{number}")[1]) == b"p%d" % number
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+            child.close()
+        own.close()
+        client.close()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_fork_while_another_thread_makes_or_uses_the_client(moto: Server, bucket: str, given: bool) -> None:
+    client = moto.settings.create_client() if given else None
+    store = Boto3Backend(bucket, moto.settings, s3_client=client)
+    store.put("busy", b"x" * 100_000)
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            store.get("busy")
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            in_child(lambda: store.get("busy") and None)
+        with store._client._lock:
+            in_child(lambda: store.get("busy") and None)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    store.close()
+    if client is not None:
+        client.close()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_pickled_into_another_process(moto: Server, bucket: str, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    for kind in (Boto3Backend, ObstoreS3Backend):
+        store = kind(bucket, moto.settings)
+        store.put("first", b"x")
+        child = context.Process(target=every_verb, args=(store, uuid.uuid4().hex))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        child.close()
+        store.close()

@@ -1,0 +1,317 @@
+"""The obstore engine: GCS and Azure by its own memory store, S3 beyond the conformance suite."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s3loader.config import S3Settings
+from s3loader.errors import (
+    ConfigError,
+    ObjectNotFoundError,
+    StoreConnectionError,
+    StoreError,
+    UnsupportedOperationError,
+)
+from s3loader.store import ObjectStore, StoreOptions, obstore_runtime, open_store
+from s3loader.store.obstore_client import ObstoreClient
+from s3loader.store.obstore_engine import ObstoreBackend
+from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.testing import FaultProxy, Rule, Server, ServerKind, StoreSuite
+from s3loader.testing.suite import HARD_KEYS
+from s3loader.types import Capabilities
+
+
+class TestOverObstoresMemory(StoreSuite):
+    """The backend of gs:// and az://, over the one obstore store that needs no server."""
+
+    shared = False
+    start_methods = ()
+    capabilities = Capabilities(
+        create=True, update=True, multipart_create=True, multipart_update=True, get_if_match=True, upload_checksum=False
+    )
+    # obstore's memory store keeps the very buffer it is given; stores that send it do not
+    test_put_keeps_nothing_of_the_buffer = None
+    # the bare backend has no wrapper that emits events
+    test_everything_is_an_event = None
+
+    @pytest.fixture
+    def store(self) -> Iterator[ObjectStore]:
+        from obstore.store import MemoryStore
+
+        memory = MemoryStore()
+        client = ObstoreClient("az://container", lambda: memory)
+        with ObjectStore("az://container", ObstoreBackend("az", "container", client)) as store:
+            yield store
+
+    def reopen(self, store: ObjectStore) -> ObjectStore:
+        return ObjectStore("az://container", store.backend)
+
+
+# -- GCS and Azure -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorder(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """A server on loopback that keeps what it was sent and always says the same."""
+    seen: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(client: socket.socket) -> None:
+            with contextlib.suppress(OSError), client:
+                client.settimeout(30)
+                while data := client.recv(1 << 20):
+                    seen.append(data)
+                    client.sendall(answer)
+
+        def accept() -> None:
+            while True:
+                try:
+                    client, _ = listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+EMPTY = b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: "e"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n\r\n'
+NO_BUCKET = (
+    b"HTTP/1.1 404 Not Found\r\nContent-Length: 82\r\n\r\n"
+    b"<?xml version='1.0'?><Error><Code>NoSuchBucket</Code><Message>No</Message></Error>"
+)
+
+
+@pytest.fixture
+def azure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+
+
+@pytest.mark.usefixtures("azure")
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_endpoints_of_the_others(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an endpoint given as an argument is theirs: S3's variables do not lead them astray."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    with recorder(EMPTY) as (url, seen):
+        options = StoreOptions(unsigned=scheme == "gs", max_attempts=1)
+        with open_store(f"{scheme}://bucket/p", endpoint_url=url, options=options) as store:
+            assert store.engine == "obstore"
+            store.put("k", b"x", content_type="a/b")
+        assert seen[0].startswith(b"PUT ")
+        assert b"/bucket/p/k " in seen[0].split(b"\r\n")[0].replace(b"%2F", b"/")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+@pytest.mark.usefixtures("azure")
+def test_errors_of_the_others(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    options = StoreOptions(unsigned=True, max_attempts=1)
+    with open_store(f"{scheme}://bucket", endpoint_url=url, options=options) as store:
+        with pytest.raises(StoreConnectionError, match="cannot be reached"):
+            store.get("img_404.jpg")
+        with pytest.raises(UnsupportedOperationError, match="as it is") as caught:
+            store.put("a//b", b"")
+        assert caught.value.hint
+    with recorder(NO_BUCKET) as (url, _), open_store(f"{scheme}://bucket", endpoint_url=url, options=options) as store:
+        with pytest.raises(ObjectNotFoundError) as missing:
+            store.get("k")
+        assert missing.value.status == 404
+        assert missing.value.code == "NoSuchBucket"
+
+
+@pytest.mark.parametrize("engine", ["direct", "boto3"])
+def test_engines_that_cannot_serve_them(engine: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot serve GCS"):
+        open_store("gs://bucket", engine=engine)
+
+
+def test_azure_without_an_account() -> None:
+    with open_store("az://container", options=StoreOptions(max_attempts=1)) as store:
+        with pytest.raises(ConfigError, match="account") as caught:
+            store.get("k")
+        assert "AZURE_STORAGE_ACCOUNT_NAME" in str(caught.value.hint)
+
+
+def test_parts_of_an_upload_live_on_disk_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from obstore.store import MemoryStore
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    memory = MemoryStore()
+    backend = ObstoreBackend("gs", "b", ObstoreClient("gs://b", lambda: memory))
+    upload_id = backend.create_multipart("k", content_type="a/b", metadata={"m": "1"})
+    second = backend.upload_part("k", upload_id, 2, memoryview(b"y" * (9 << 20)))
+    first = backend.upload_part("k", upload_id, 1, b"old")
+    first = backend.upload_part("k", upload_id, 1, b"x")
+    assert [entry[:2] for entry in backend.list_multipart("")] == [("k", upload_id)]
+    assert len(list(tmp_path.rglob("*"))) == 3
+    with pytest.raises(StoreError, match="out of order"):
+        backend.complete_multipart("k", upload_id, [second, first])
+    with pytest.raises(ObjectNotFoundError):
+        backend.upload_part("other", upload_id, 1, b"x")
+    made = backend.complete_multipart("k", upload_id, [first, second])
+    assert made.size == 1 + (9 << 20)
+    meta, data = backend.get("k")
+    assert bytes(data) == b"x" + b"y" * (9 << 20)
+    assert (meta.content_type, meta.metadata) == ("a/b", {"m": "1"})
+    assert list(tmp_path.rglob("*")) == []
+    backend.create_multipart("k2")
+    backend.close()
+    assert list(tmp_path.rglob("*")) == []
+
+
+# -- S3 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def behind_proxy(
+    servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str]
+) -> Iterator[tuple[ObstoreS3Backend, FaultProxy, str]]:
+    running = servers("moto")
+    with FaultProxy(running.endpoint_url) as proxy:
+        backend = ObstoreS3Backend(shared_bucket("moto"), running.settings.replace(endpoint_url=proxy.endpoint_url))
+        yield backend, proxy, f"obstore/{uuid.uuid4().hex}"
+        backend.close()
+
+
+def agents(proxy: FaultProxy) -> list[str]:
+    return [request.headers.get("user-agent", "").partition("/")[0] for request in proxy.requests]
+
+
+def test_who_does_what(behind_proxy: tuple[ObstoreS3Backend, FaultProxy, str]) -> None:
+    backend, proxy, key = behind_proxy
+    backend.put(key, b"abc", metadata={"m": "1"})
+    assert "x-amz-checksum-crc64nvme" in proxy.requests[-1].headers
+    assert backend.get(key)[0].metadata == {"m": "1"}
+    backend.read_into(key, 0, memoryview(bytearray(3)))
+    backend.head(key)
+    backend.delete(key)
+    assert set(agents(proxy)) == {"object_store"}
+    proxy.clear()
+    list(backend.list(key))
+    backend.delete_many([key])
+    for odd in ("a//b", "a/", "/a", "a/../b", ".", "a\x01b"):
+        backend.put(key + "/" + odd, odd.encode())
+        assert bytes(backend.get(key + "/" + odd)[1]) == odd.encode()
+        backend.delete(key + "/" + odd)
+    assert set(agents(proxy)) == {"Boto3"}
+
+
+def test_ambient_aws_variables_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore reads them for itself where it is not told otherwise."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "ANOTHER-TOKEN")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "ANOTHERKEY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with recorder(EMPTY) as (url, seen):
+        settings = S3Settings(endpoint_url=url, aws_access_key_id="MINE", aws_secret_access_key="S", region="r")
+        ObstoreS3Backend("bucket", settings).put("k", b"x")
+        assert b"Credential=MINE/" in seen[0]
+        assert b"ANOTHER" not in seen[0]
+        ObstoreS3Backend("bucket", settings, options=StoreOptions(unsigned=True)).put("k", b"x")
+        assert b"authorization" not in seen[1].lower()
+
+
+def test_a_server_that_answers_ranges_with_200(servers: Callable[[ServerKind], Server]) -> None:
+    running = servers("rclone")
+    with FaultProxy(running.endpoint_url) as proxy:
+        bucket = running.bucket()
+        backend = ObstoreS3Backend(bucket, running.settings.replace(endpoint_url=proxy.endpoint_url))
+        backend.put("k", b"hello")
+        for _ in range(2):
+            assert bytes(backend.get("k", 1, 3)[1]) == b"el"
+        assert agents(proxy)[-3:] == ["object_store", "Boto3", "Boto3"]
+        assert bytes(backend.get("k")[1]) == b"hello"
+        backend.close()
+
+
+def test_a_server_that_refuses_crc64nvme(behind_proxy: tuple[ObstoreS3Backend, FaultProxy, str]) -> None:
+    backend, proxy, key = behind_proxy
+    proxy.plan.rules.append(Rule("error", method="PUT", path=key, status=501, code="NotImplemented", times=1))
+    for _ in range(2):
+        backend.put(key, b"abc")
+    assert agents(proxy) == ["object_store", "Boto3", "Boto3"]
+    assert bytes(backend.get(key)[1]) == b"abc"
+
+
+def test_pickle(behind_proxy: tuple[ObstoreS3Backend, FaultProxy, str]) -> None:
+    backend, _, key = behind_proxy
+    backend.put(key, b"abc")
+    again = pickle.loads(pickle.dumps(backend))
+    assert bytes(again.get(key)[1]) == b"abc"
+    again.close()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_a_call() -> None:
+    """In the main thread obstore's own sync calls would sit out the whole read timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code = (
+            "from s3loader.config import S3Settings\nfrom s3loader.store import StoreOptions\n"
+            "from s3loader.store.obstore_s3 import ObstoreS3Backend\n"
+            f"s = S3Settings(endpoint_url='http://127.0.0.1:{silent.getsockname()[1]}', aws_access_key_id='K',"
+            " aws_secret_access_key='S')\n"
+            "b = ObstoreS3Backend('bucket', s, options=StoreOptions(read_timeout=300))\n"
+            "try:\n    b.get('k')\nexcept KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
+        )
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "S3_REGION": "r"})
+        try:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(1)  # the request is on its way
+                child.send_signal(signal.SIGINT)
+                out, _ = child.communicate(timeout=60)
+        finally:
+            child.kill()
+            child.wait()
+        assert out == b"interrupted\n"
+        assert child.returncode == 0
+
+
+def test_inside_a_running_event_loop(behind_proxy: tuple[ObstoreS3Backend, FaultProxy, str]) -> None:
+    import asyncio
+
+    backend, _, key = behind_proxy
+
+    async def main() -> bytes:
+        backend.put(key, b"sync in async")
+        return bytes(backend.get(key)[1])
+
+    assert asyncio.run(main()) == b"sync in async"
+
+
+def test_keys_obstore_keeps() -> None:
+    """`is_plain_key` says yes only where obstore stores the very key."""
+    from obstore.store import MemoryStore
+
+    from s3loader.store.s3reads import is_plain_key
+
+    kept = 0
+    for key in HARD_KEYS:
+        if is_plain_key(key):
+            memory = MemoryStore()
+            memory.put(key, b"x")
+            assert [entry["path"] for chunk in memory.list() for entry in chunk] == [key]
+            kept += 1
+    assert kept
+    assert obstore_runtime.usable()
