@@ -107,7 +107,9 @@ def _store_time(run: Run, dry_run: bool) -> float:
     key = f"{layout.CONTROL}clock-{secrets.token_hex(4)}"
     run.put(key, b"{}")
     try:
-        return run.store.head(key).last_modified or time.time()
+        # listed, since a HEAD answers in whole seconds where listings have fractions
+        times = [meta.last_modified for meta in run.store.list(key) if isinstance(meta, ObjectMeta)]
+        return max((at for at in times if at is not None), default=time.time())
     finally:
         run.store.delete(key)
 
