@@ -1,1 +1,67 @@
 """Exchange: manifests, virtual keys and the store that reads and writes them (the s3exchange interface)."""
+
+from s3loader.exchange.commit import append_entries, publish_manifest
+from s3loader.exchange.errors import (
+    ExchangeObjectNotFoundError,
+    ManifestNotFoundError,
+    MissingPlaceholderError,
+    WriterClosedError,
+    WriterStateError,
+)
+from s3loader.exchange.items import create_shards
+from s3loader.exchange.keys import infer_id_from_key, normalize_key, resolve_template
+from s3loader.exchange.lines import encode_manifest, parse_line, serialize_entry
+from s3loader.exchange.manifest import Manifest
+from s3loader.exchange.reading import iter_manifest
+from s3loader.exchange.scope import ScopedStore
+from s3loader.exchange.shard import Shard
+from s3loader.exchange.store import S3ExchangeStore
+from s3loader.exchange.types import (
+    CompactReport,
+    DeleteReport,
+    FileEntry,
+    ManifestEntry,
+    ManifestRef,
+    ManifestRefEntry,
+    ShardEntry,
+    ShardItem,
+    ShardSizePolicy,
+    StreamingBodyLike,
+)
+from s3loader.exchange.writer import ManifestWriter
+from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
+
+__all__ = [
+    "CompactReport",
+    "DeleteReport",
+    "ExchangeObjectNotFoundError",
+    "FileEntry",
+    "Manifest",
+    "ManifestEntry",
+    "ManifestNotFoundError",
+    "ManifestRef",
+    "ManifestRefEntry",
+    "ManifestWriter",
+    "ManifestWriterConfig",
+    "MissingPlaceholderError",
+    "S3ExchangeStore",
+    "ScopedStore",
+    "Shard",
+    "ShardEntry",
+    "ShardItem",
+    "ShardSizePolicy",
+    "StreamingBodyLike",
+    "WriterClosedError",
+    "WriterProgress",
+    "WriterStateError",
+    "append_entries",
+    "create_shards",
+    "encode_manifest",
+    "infer_id_from_key",
+    "iter_manifest",
+    "normalize_key",
+    "parse_line",
+    "publish_manifest",
+    "resolve_template",
+    "serialize_entry",
+]

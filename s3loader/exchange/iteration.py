@@ -171,7 +171,7 @@ class KeyedObjects(Iterator[tuple[ObjectBody, FileEntry]]):
             yield from whole
             return
         found = [(key, path) for key, path in zip(keys, paths, strict=True) if path in index]
-        members = reader.iter_members([index.find(path) for _, path in found])
+        members = reader.iter_members([index.find(path) for _, path in found], index=index)
         for key, path in zip(keys, paths, strict=True):
             if path not in index:
                 if not self._report:

@@ -131,10 +131,7 @@ class Shard(Mapping[str, Any]):
 
     def get_manifest(self) -> Manifest:
         """The internal manifest, with `archive_key` in each entry."""
-        from s3loader.exchange.manifest import Manifest
-
-        entries: list[ManifestEntry] = [*self.iter_entries()]
-        return Manifest(self._store, entries=entries)
+        return self._store.as_manifest([*self.iter_entries()])
 
     def iter_entries(self, limit: int | None = None) -> Iterator[FileEntry]:
         """The entries of its members, in archive order, with `archive_key`; contents are not read.
@@ -155,8 +152,9 @@ class Shard(Mapping[str, Any]):
         reader = self.reader
         try:
             if reader.has_side_car() and reader.index.random_access:
+                index = reader.index
                 pairs = list(islice(self._listed(), limit))
-                members = reader.iter_members([position for position, _ in pairs])
+                members = reader.iter_members([position for position, _ in pairs], index=index)
                 for member, (_, entry) in zip(members, pairs, strict=True):
                     yield member.body, entry
                 return

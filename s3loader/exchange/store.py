@@ -206,13 +206,13 @@ class S3ExchangeStore:
         self, manifest: ManifestLike, *, resolve_refs: bool = True, limit: int | None = None
     ) -> Iterator[ManifestEntry]:
         """The entries of a manifest: see `Manifest.iter_entries`."""
-        return self._manifest(manifest).iter_entries(resolve_refs=resolve_refs, limit=limit)
+        return self.as_manifest(manifest).iter_entries(resolve_refs=resolve_refs, limit=limit)
 
     def iter_objects(
         self, manifest: ManifestLike, *, expand_shards: bool = True, limit: int | None = None
     ) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
         """``(stream, entry)`` for all a manifest lists: see `Manifest.iter_objects`."""
-        return self._manifest(manifest).iter_objects(expand_shards=expand_shards, limit=limit)
+        return self.as_manifest(manifest).iter_objects(expand_shards=expand_shards, limit=limit)
 
     def get_objects(self, manifest: ManifestLike) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
         """As `iter_objects`."""
@@ -232,13 +232,14 @@ class S3ExchangeStore:
 
     def list_manifest_files(self, manifest: ManifestLike, *, include_shards: bool = True) -> Iterator[ManifestEntry]:
         """File entries, members in place of their shards: see `Manifest.list_files`."""
-        return self._manifest(manifest).list_files(include_shards=include_shards)
+        return self.as_manifest(manifest).list_files(include_shards=include_shards)
 
     def list_by_manifest_prefix(self, manifest: ManifestLike, prefix_filter: str) -> Iterator[ManifestEntry]:
         """Entries whose key or virtual key starts with a prefix."""
-        return self._manifest(manifest).filter_by_prefix(prefix_filter)
+        return self.as_manifest(manifest).filter_by_prefix(prefix_filter)
 
-    def _manifest(self, manifest: ManifestLike) -> Manifest:
+    def as_manifest(self, manifest: ManifestLike) -> Manifest:
+        """A manifest of what any method takes as one: a key, entries, or a `Manifest`."""
         if isinstance(manifest, Manifest):
             return manifest
         if isinstance(manifest, str):

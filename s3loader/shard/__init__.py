@@ -1,1 +1,32 @@
 """Shards: tar archives with an index, read and written one member at a time."""
+
+from s3loader.shard.body import ArchiveMemberBody, ObjectBody
+from s3loader.shard.build import BuiltIndex, build_index, index_archive
+from s3loader.shard.extract import extract, list_archive
+from s3loader.shard.index import INTERNAL_MANIFEST, ShardIndex, index_key, load_index, sample_key
+from s3loader.shard.reader import Member, ShardReader
+from s3loader.shard.tar import TarMember, walk
+from s3loader.shard.upload import ShardUpload
+from s3loader.shard.writer import BuiltShard, ShardBuilder
+
+__all__ = [
+    "INTERNAL_MANIFEST",
+    "ArchiveMemberBody",
+    "BuiltIndex",
+    "BuiltShard",
+    "Member",
+    "ObjectBody",
+    "ShardBuilder",
+    "ShardIndex",
+    "ShardReader",
+    "ShardUpload",
+    "TarMember",
+    "build_index",
+    "extract",
+    "index_archive",
+    "index_key",
+    "list_archive",
+    "load_index",
+    "sample_key",
+    "walk",
+]

@@ -250,6 +250,8 @@ def _check(index: ShardIndex, counts: IndexCounts) -> None:
             raise ShardReadError("shard index is corrupt: bad zstd frames")
         if (np.diff(index.frames.astype(np.int64)) < 0).any() or (np.diff(index.frames_tar.astype(np.int64)) < 0).any():
             raise ShardReadError("shard index is corrupt: zstd frames run backwards")
+        if int(index.frames[0]) or int(index.frames_tar[0]):
+            raise ShardReadError("shard index is corrupt: zstd frames do not begin at 0")
         end = int(index.frames_tar[-1])
     elif index.compression is not None:
         end = 1 << 62  # gzip, bz2, xz: the length of the tar stream is not known beforehand

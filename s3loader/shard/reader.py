@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final, NamedTuple
 
 from s3loader.checksum import crc32c
@@ -118,45 +119,53 @@ class ShardReader:
 
         Raises:
             IntegrityError: its CRC32C is wrong, also when fetched again; says archive, member and range.
+            ObjectChangedError: the archive is not the one the index was made for.
         """
-        return self._fetch(self.index.name(i), lambda index: index.member(i))
+        index = self.index
+        return self._fetch(index, index.name(i), index.member(i))
 
     def open(self, name: str) -> ArchiveMemberBody:
         """A stream over the member `name`, or over the internal manifest.
 
+        An archive that was replaced since its index was read is looked up anew.
+
         Raises:
             KeyError: there is no such member.
         """
-        if name == self.internal_manifest_path and self.index.internal_manifest is not None:
-            return _body(self.read_internal_manifest())
-        return self.open_at(self.find(name))
+        try:
+            return self._open(name)
+        except ObjectChangedError:
+            if self._etag is not None:
+                raise
+            self._refresh()
+            return self._open(name)
+
+    def _open(self, name: str) -> ArchiveMemberBody:
+        index = self.index
+        if name == self.internal_manifest_path and index.internal_manifest is not None:
+            return _body(self._fetch(index, name, index.internal_manifest))
+        return self._open_at(index, index.find(name))
 
     def open_at(self, i: int) -> ArchiveMemberBody:
         """A stream over member `i`."""
-        index = self.index
+        return self._open_at(self.index, i)
+
+    def _open_at(self, index: ShardIndex, i: int) -> ArchiveMemberBody:
         member = index.member(i)
         if member.size > AT_ONCE:
-            return self._stream(index.name(i), member)
-        return _body(self.read(i))
+            return self._stream(index, index.name(i), member)
+        return _body(self._fetch(index, index.name(i), member))
 
     def read_internal_manifest(self) -> Buffer:
         """Content of the internal manifest; empty where the archive has none."""
-        if self.index.internal_manifest is None:
+        index = self.index
+        if index.internal_manifest is None:
             return b""
-        return self._fetch(self.internal_manifest_path, lambda index: index.internal_manifest or MemberRange(0, 0, None))
+        return self._fetch(index, self.internal_manifest_path, index.internal_manifest)
 
-    def _fetch(self, name: str, where: Callable[[ShardIndex], MemberRange]) -> Buffer:
-        data: Buffer = b""
+    def _fetch(self, index: ShardIndex, name: str, member: MemberRange) -> Buffer:
         for _ in range(2):  # a mismatch may be the way here: fetch again once
-            try:
-                member = where(self.index)
-                data = self._tar_range(member.offset, member.offset + member.size)
-            except ObjectChangedError:
-                if self._etag is not None:
-                    raise
-                self._refresh()
-                member = where(self.index)
-                data = self._tar_range(member.offset, member.offset + member.size)
+            data = self._tar_range(index, member.offset, member.offset + member.size)
             if not self._verify or member.crc32c is None or crc32c(data) == member.crc32c:
                 return data
         raise self._mismatch(name, member, crc32c(data))
@@ -179,8 +188,7 @@ class ShardReader:
             fresh = self._side_car()
             self._index = fresh if fresh is not None and old is not None and fresh.etag != old.etag else self._made()
 
-    def _tar_range(self, start: int, end: int) -> Buffer:
-        index = self.index
+    def _tar_range(self, index: ShardIndex, start: int, end: int) -> Buffer:
         if start == end:
             return b""
         if index.random_access:
@@ -201,12 +209,13 @@ class ShardReader:
             return memoryview(data)[start - low : end - low]
         return unpack_frames(index, data, low, start, end, self.url)
 
-    def _stream(self, name: str, member: MemberRange) -> ArchiveMemberBody:
-        """A large member, piece by piece."""
-        return ArchiveMemberBody(self._checked(name, member, self._pieces(member)), size=member.size)
+    def _stream(self, index: ShardIndex, name: str, member: MemberRange) -> ArchiveMemberBody:
+        """A large member, piece by piece; the first one is fetched now."""
+        pieces = self._pieces(index, member)
+        first = next(pieces)
+        return ArchiveMemberBody(self._checked(name, member, chain([first], pieces)), size=member.size)
 
-    def _pieces(self, member: MemberRange) -> Iterator[Buffer]:
-        index = self.index
+    def _pieces(self, index: ShardIndex, member: MemberRange) -> Iterator[Buffer]:
         end = member.offset + member.size
         if index.compression is None:
             _, chunks = read_chunks(self.store, self.key, start=member.offset, end=end, etag=index.etag or None)
@@ -214,11 +223,10 @@ class ShardReader:
             return
         if index.random_access:
             for low in range(member.offset, end, SPAN):
-                yield self._tar_range(low, min(low + SPAN, end))
+                yield self._tar_range(index, low, min(low + SPAN, end))
             return
         source = StreamSource(self.store, self.key, index.compression, etag=index.etag or None)
-        for low in range(member.offset, end, 1 << 20):
-            yield source.read(low, min(1 << 20, end - low))
+        yield from _source_pieces(source, member.offset, member.size)
 
     def _checked(self, name: str, member: MemberRange, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         """Hand `pieces` on one late, so that the last is given only if the whole is right."""
@@ -253,8 +261,12 @@ class ShardReader:
 
     # many members
 
-    def iter_members(self, positions: Sequence[int] | None = None) -> Iterator[Member]:
+    def iter_members(self, positions: Sequence[int] | None = None, *, index: ShardIndex | None = None) -> Iterator[Member]:
         """Members with their content, in the order of `positions` (default: all, in archive order).
+
+        Args:
+            positions: Positions in `index`.
+            index: The index the positions were found in; default: the present one.
 
         Neighbours come in one request, the next requests are under way meanwhile, memory is bounded. A
         large member's body must be read before the next member is asked for where the archive has no
@@ -266,11 +278,11 @@ class ShardReader:
         if positions is None and (not self.has_side_car() or not self.index.random_access):
             yield from self._iter_stream()
             return
-        index = self.index
+        index = index or self.index
         wanted = range(len(index)) if positions is None else positions
         if not index.random_access:
             for i in wanted:
-                yield Member(index.name(i), index.member(i).size, self.open_at(i))
+                yield Member(index.name(i), index.member(i).size, self._open_at(index, i))
             return
         yield from self._iter_spans(index, wanted)
 
@@ -285,7 +297,7 @@ class ShardReader:
         for members, low, high in groups:
             if low == high:  # one large member, or empty ones
                 for i in members:
-                    yield Member(index.name(i), index.member(i).size, self.open_at(i))
+                    yield Member(index.name(i), index.member(i).size, self._open_at(index, i))
                 continue
             answer = next(answers)
             plain = memoryview(self._decode(index, answer.data, answer.request.start, low, high))
@@ -293,7 +305,7 @@ class ShardReader:
                 member = index.member(i)
                 data: Buffer = plain[member.offset - low : member.offset - low + member.size]
                 if self._verify and member.crc32c is not None and crc32c(data) != member.crc32c:
-                    data = self.read(i)  # once more, alone; raises if it is the archive
+                    data = self._fetch(index, index.name(i), member)  # once more, alone; raises if it is the archive
                 yield Member(index.name(i), member.size, _body(data))
 
     def _iter_stream(self) -> Iterator[Member]:
