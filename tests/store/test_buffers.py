@@ -82,9 +82,7 @@ def test_the_bound_holds_and_what_is_lent_beyond_it_lives() -> None:
 def test_buffers_lent_for_ever_do_not_fill_the_pool() -> None:
     pool = BufferPool(1 << 20)
     hoard = [pool.lease(200_000) for _ in range(5)]
-    places = []
-    for _ in range(50):
-        places.append(address(pool.lease(200_000)))
+    places = [address(pool.lease(200_000)) for _ in range(50)]
     assert len(set(places[25:])) <= 3
     assert len(hoard) == 5
 

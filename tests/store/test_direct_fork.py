@@ -35,7 +35,7 @@ def in_child(work: Callable[[], object]) -> None:
         try:
             work()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must not go on with the tests
             traceback.print_exc()
         finally:
             os._exit(code)

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rogue_server import Fault, Reply, Request, RogueServer, direct
+from rogue_server import BAD, Fault, Reply, Request, RogueServer, direct
 
 from s3loader.errors import ObjectNotFoundError
 from s3loader.store.direct.connection import Connections
-from s3loader.store.direct.jobs import Job, ReadJob
+from s3loader.store.direct.jobs import Job
 from s3loader.store.direct.pump import Pump
+from s3loader.store.direct.reads import ReadJob
 from s3loader.store.direct.threads import Threads
 from s3loader.types import ReadRequest
 
@@ -151,23 +152,51 @@ def test_connections_are_kept_and_shared(server: RogueServer, driver: Driver) ->
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_pace(server: RogueServer, driver: Driver) -> None:
-    asked: list[float] = []
-
-    def pace() -> float:
-        asked.append(0)
-        return 0.001 if len(asked) % 3 else 0.0
-
-    requests = (ReadRequest(f"k{i}") for i in range(20))
-    assert len(list(drive(server, driver, requests, max_bytes=MIB, concurrency=3, pace=pace))) == 20
-    assert len(asked) >= 60
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
 def test_errors_do_not_stop_the_others(server: RogueServer, driver: Driver) -> None:
     keys = ["k0", "gone", "k1", "gone", "k2"]
     jobs = list(drive(server, driver, (ReadRequest(key) for key in keys), max_bytes=MIB, concurrency=2))
     assert [type(job.error) for job in jobs] == [type(None), ObjectNotFoundError] * 2 + [type(None)]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("error", [ZeroDivisionError, OSError])
+def test_an_error_of_the_requests_comes_after_the_answers_before_it(
+    server: RogueServer, driver: Driver, error: type[Exception]
+) -> None:
+    def requests() -> Iterator[ReadRequest]:
+        for i in range(9):
+            yield ReadRequest(f"k{i}", 0, 1000)
+        raise error
+
+    results = drive(server, driver, requests(), max_bytes=MIB, concurrency=4)
+    assert [next(results).result.request.key for _ in range(9)] == [f"k{i}" for i in range(9)]
+    with pytest.raises(error):
+        next(results)
+
+
+def test_the_general_engine_gets_no_more_at_once_than_there_may_be_connections(server: RogueServer) -> None:
+    backend, general = direct(server)
+    server.fault = lambda request: BAD["503"]
+    most = 0
+    running: list[int] = []
+    ask = general.get
+
+    def get(key: str, *args: object, **more: object) -> object:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        try:
+            return ask(key, *args, **more)  # type: ignore[arg-type]
+        finally:
+            running.pop()
+
+    general.get = get  # type: ignore[method-assign,assignment]
+    requests = [ReadRequest(f"k{i % 40}", 0, 1000) for i in range(400)]
+    results = list(backend.read_many(requests, max_bytes=MIB, concurrency=3))
+    assert [result.request for result in results] == requests
+    assert len(general.asked) >= 390
+    assert most <= 3
+    backend.close()
 
 
 def test_an_idle_connection_that_talks_is_dropped(server: RogueServer) -> None:
@@ -202,7 +231,8 @@ with RogueServer() as server:
     server.fault = lambda request: (lambda *a: hold.wait(60)) if len(server.requests) > 20 else None
     threading.Thread(target=lambda: (sys.stdin.readline(), os.kill(os.getpid(), 2)), daemon=True).start()
     try:
-        for i, result in enumerate(backend.read_many([ReadRequest("k")] * 100, max_bytes=1 << 20, concurrency=4, driver={driver!r})):
+        requests = [ReadRequest("k")] * 100
+        for i, result in enumerate(backend.read_many(requests, max_bytes=1 << 20, concurrency=4, driver={driver!r})):
             if i == 5:
                 print("go", flush=True)
         print("no interrupt")
@@ -232,7 +262,7 @@ def test_ctrl_c_between_two_results(server: RogueServer) -> None:
     backend, _ = direct(server)
     results = backend.read_many((ReadRequest(f"k{i}") for i in range(40)), max_bytes=MIB, concurrency=4)
     next(results)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - whichever of the two it hits
         os.kill(os.getpid(), signal.SIGINT)
         list(results)
     assert backend.get("k3")[1] == server.objects["k3"]

@@ -12,10 +12,12 @@ from s3loader.endpoint import Endpoint
 from s3loader.store.base import Backend, Driver, ReadResult
 from s3loader.store.buffers import BufferPool, shared_pool
 from s3loader.store.direct.connection import Connections, perform
-from s3loader.store.direct.jobs import Job, PartJob, PutJob, ReadJob, Scratch, Setting
+from s3loader.store.direct.jobs import Job, Scratch, Setting
 from s3loader.store.direct.pump import Pump
+from s3loader.store.direct.reads import ReadJob
 from s3loader.store.direct.signer import Signer
 from s3loader.store.direct.threads import Threads
+from s3loader.store.direct.writes import PartJob, PutJob
 from s3loader.store.options import StoreOptions
 from s3loader.store.wrapper import innermost
 from s3loader.types import (

@@ -20,14 +20,18 @@ from s3loader.store.direct.head import OddAnswer
 from s3loader.store.direct.jobs import Job, Scratch
 from s3loader.types import Buffer
 
-__all__ = ["Connection", "Connections", "is_stale", "perform"]
+__all__ = ["RECORDS", "Connection", "Connections", "is_stale", "perform"]
 
 _IDLE_SECONDS: Final = 15.0
 """Servers close idle connections after 5 to 75 s; one that was idle for longer than this is not
 worth the risk of a lost round trip."""
 _MOST_IDLE: Final = 64
+RECORDS: Final = 32
+"""TLS records handled on one connection before the others get their turn."""
 _TICK: Final = 0.1
 """Seconds after which a blocking receive returns with what it has."""
+_SHORT: Final = 64 * 1024
+"""Bytes that may be copied with the GIL held."""
 _WAIT_ALL: Final = getattr(socket, "MSG_WAITALL", 0)
 
 
@@ -73,10 +77,9 @@ class Connection:
     def send(self, pieces: Sequence[Buffer]) -> list[memoryview]:
         """Send what the socket takes; returns what is left."""
         sock = self.sock
-        if len(pieces) == 1 or self.tls:
-            sent = sock.send(pieces[0])
-        else:
-            sent = sock.sendmsg(pieces)
+        if self.tls:
+            return self._send_records(pieces)
+        sent = sock.send(pieces[0]) if len(pieces) == 1 else sock.sendmsg(pieces)
         left = []
         for piece in pieces:
             size = len(piece)
@@ -85,6 +88,20 @@ class Connection:
                 sent = 0
             else:
                 sent -= size
+        return left
+
+    def _send_records(self, pieces: Sequence[Buffer]) -> list[memoryview]:
+        """`send` over TLS, where one call takes one record of 16 KiB."""
+        left = [memoryview(piece) for piece in pieces if len(piece)]
+        try:
+            for _ in range(RECORDS):
+                if not left:
+                    break
+                left[0] = left[0][self.sock.send(left[0]) :]
+                if not left[0]:
+                    del left[0]
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it will do on
+            pass
         return left
 
     def exchange(self, job: Job, scratch: Scratch, admit: Callable[[Job, int], None] | None, quiet: bool = False) -> None:
@@ -118,7 +135,8 @@ class Connection:
         if admit is not None and job.cost != cost:
             admit(job, job.cost - cost)
         while not done:
-            count = receive_now(self.fd, job.target()) if quiet else -1
+            target = job.target()
+            count = receive_now(self.fd, target) if quiet and len(target) <= _SHORT else -1
             done = job.feed(count) if count > 0 else self._receive(job, -1)
 
     def _receive(self, job: Job, expected: int) -> bool:

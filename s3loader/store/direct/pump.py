@@ -11,15 +11,15 @@ import select
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any, Final
 
 from s3loader.errors import ClosedError, S3LoaderError
 from s3loader.store.direct.aside import Aside
-from s3loader.store.direct.connection import Connection, Connections, is_stale
+from s3loader.store.direct.connection import RECORDS, Connection, Connections, is_stale
 from s3loader.store.direct.head import OddAnswer
-from s3loader.store.direct.jobs import Job, Scratch
+from s3loader.store.direct.jobs import Job, Scratch, Source
 
 __all__ = ["Pump"]
 
@@ -30,8 +30,7 @@ _GLANCE: Final = 0.0005
 """Seconds after which sockets are looked at even though a result is ready."""
 _PATIENCE: Final = 0.5
 """Seconds between two looks at the deadlines."""
-_RECORDS: Final = 32
-"""TLS records read from one connection before the others get their turn."""
+_ANY: Final = 1 << 63
 _AGAIN: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -44,30 +43,17 @@ class Pump:
         max_bytes: Bound on the cost of all jobs that are under way or not yet taken; a single job
             above it runs alone.
         concurrency: Most connections.
-        pace: Asked before every request: 0 = send it now (it is counted), else seconds to wait.
     """
 
-    def __init__(
-        self,
-        jobs: Iterator[Job],
-        connections: Connections,
-        *,
-        max_bytes: int,
-        concurrency: int,
-        pace: Callable[[], float] | None = None,
-    ) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: Iterator[Job], connections: Connections, *, max_bytes: int, concurrency: int) -> None:
+        self._source = Source(jobs)
         self._connections = connections
         self._generation = connections.generation
         self._max_bytes = max_bytes
         self._concurrency = concurrency
-        self._pace = pace
         self._scratch = Scratch()
         self._order: deque[Job] = deque()
         self._held = 0
-        self._next: Job | None = None
-        """Taken from `jobs`; waits for room."""
-        self._not_before = 0.0
         self._by_fd: dict[int, Connection] = {}
         self._idle: list[Connection] = []
         self._parked: list[tuple[Connection, int]] = []
@@ -83,40 +69,37 @@ class Pump:
         Raises:
             ClosedError: the process was forked meanwhile, and this is the child.
         """
-        order = self._order
-        exhausted = False
+        order, source = self._order, self._source
         try:
             while True:
-                if not exhausted and (self._idle or len(self._by_fd) + self._aside.busy < self._concurrency):
-                    exhausted = self._fill()
-                if not order:
-                    if exhausted:
-                        return
-                    self._turn(_PATIENCE)  # the pace holds all up
-                    continue
-                if not order[0].done:
+                if not source.exhausted and (self._idle or len(self._by_fd) < self._concurrency):
+                    self._fill()
+                if not order and source.exhausted:
+                    break
+                if not order or not order[0].done:
                     self._turn(_PATIENCE)
                     continue
                 job = order.popleft()
                 self._held -= job.cost
                 yield job
+                del job  # it holds a buffer
                 if self._connections.generation != self._generation:
                     raise ClosedError("this iterator belongs to the parent process", hint="begin a new one in the child")
                 if time.monotonic() - self._looked > _GLANCE:
                     self._turn(0)
+            if source.error is not None:
+                raise source.error
         finally:
             self._release()
 
     # -- giving out work -------------------------------------------------------------------------
 
-    def _fill(self) -> bool:
-        """Give jobs to connections that are free; True: there are no more jobs."""
-        while True:
-            if not self._idle and len(self._by_fd) + self._aside.busy >= self._concurrency:
-                return False
+    def _fill(self) -> None:
+        """Give jobs to connections that are free, or new ones."""
+        while self._idle or len(self._by_fd) + self._aside.busy < self._concurrency:
             job = self._admit()
             if job is None:
-                return self._next is None
+                return
             if not job.direct:
                 self._ask_general(job)
                 continue
@@ -128,21 +111,12 @@ class Pump:
 
     def _admit(self) -> Job | None:
         """The next job, if there is one and room for it; it is in `_order` then."""
-        job = self._next
-        if job is None:
-            job = next(self._jobs, None)
-            if job is None:
-                return None
-        if self._held and self._held + job.cost > self._max_bytes:
-            self._next = job
+        if self._aside.busy >= self._concurrency:
             return None
-        if self._pace is not None and (wait := self._pace()):
-            self._next = job
-            self._not_before = time.monotonic() + wait
-            return None
-        self._next = None
-        self._held += job.cost
-        self._order.append(job)
+        job = self._source.take(self._max_bytes - self._held if self._held else _ANY)
+        if job is not None:
+            self._held += job.cost
+            self._order.append(job)
         return job
 
     def _adopt(self, connection: Connection) -> Connection:
@@ -194,8 +168,6 @@ class Pump:
         """Wait for the sockets up to `timeout` seconds and do what they ask for."""
         if self._parked:
             self._unpark()
-        if self._not_before and timeout:
-            timeout = max(0.0, min(timeout, self._not_before - time.monotonic()))
         ready = self._poller.poll(timeout if _EPOLL else timeout * 1000)
         now = self._now = time.monotonic()
         deadline = now + self._connections.read_timeout
@@ -227,7 +199,7 @@ class Pump:
 
     def _receive(self, connection: Connection, job: Job) -> None:
         cost = job.cost
-        for _ in range(_RECORDS if connection.tls else 1):
+        for _ in range(RECORDS if connection.tls else 1):
             count = connection.sock.recv_into(job.target())
             if not count:
                 raise ConnectionResetError("the server closed the connection")

@@ -86,7 +86,7 @@ class _Moment:
         self.until = second + 1
         self.known: dict[str, str] = {}
         self._signer = signer
-        self._plain = f"Host: {signer.host}\r\n"
+        self._plain = f"Host: {signer.host}\r\nUser-Agent: s3loader\r\n"
         credentials = signer.credentials
         if credentials is None:
             return

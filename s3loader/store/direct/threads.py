@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
 from s3loader.errors import ClosedError
 from s3loader.store.direct.connection import Connection, Connections, perform
-from s3loader.store.direct.jobs import Job, Scratch
+from s3loader.store.direct.jobs import Job, Scratch, Source
 
 __all__ = ["Threads"]
 
 _JOIN_SECONDS: Final = 1.0
+_ANY: Final = 1 << 63
 _MOST_AHEAD: Final = 4096
 """Jobs drawn before they are needed, however small they are."""
 
@@ -32,24 +33,13 @@ class Threads:
     change until the caller takes a result, so the threads lose nothing by it.
     """
 
-    def __init__(
-        self,
-        jobs: Iterator[Job],
-        connections: Connections,
-        *,
-        max_bytes: int,
-        concurrency: int,
-        pace: Callable[[], float] | None = None,
-    ) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: Iterator[Job], connections: Connections, *, max_bytes: int, concurrency: int) -> None:
+        self._source = Source(jobs)
         self._connections = connections
         self._generation = connections.generation
         self._max_bytes = max_bytes
         self._concurrency = concurrency
-        self._pace = pace
         self._order: deque[Job] = deque()
-        self._begun = 0
-        self._next: Job | None = None
         self._todo: SimpleQueue[Job | None] = SimpleQueue()
         self._finished: SimpleQueue[None] = SimpleQueue()
         self._wanted: Job | None = None
@@ -57,6 +47,7 @@ class Threads:
         self._in_use: dict[int, Connection] = {}
         self._stopped = False
         self._held = 0
+        self._waiting = 0
         self._room = threading.Condition()
 
     def run(self) -> Generator[Job, None, None]:
@@ -70,17 +61,22 @@ class Threads:
             while True:
                 self._draw()
                 if not order:
-                    return
-                job = self._wanted = order[0]
-                while not job.done:
+                    break
+                self._wanted = order[0]
+                while not order[0].done:
                     self._finished.get()
-                order.popleft()
+                job = order.popleft()
+                self._wanted = None
                 with self._room:
                     self._held -= job.cost
-                    self._room.notify_all()
+                    if self._waiting:
+                        self._room.notify_all()
                 yield job
+                del job
                 if self._connections.generation != self._generation:
                     raise ClosedError("this iterator belongs to the parent process", hint="begin a new one in the child")
+            if self._source.error is not None:
+                raise self._source.error
         finally:
             self._stop()
 
@@ -88,13 +84,9 @@ class Threads:
         """Hand out jobs while there is room."""
         order = self._order
         while len(order) < _MOST_AHEAD:
-            job = self._next or next(self._jobs, None)
+            job = self._source.take(self._max_bytes - self._held if order else _ANY)
             if job is None:
                 return
-            if order and self._held + job.cost > self._max_bytes:
-                self._next = job
-                return
-            self._next = None
             with self._room:
                 self._held += job.cost
             order.append(job)
@@ -111,7 +103,6 @@ class Threads:
         track = partial(self._track, threading.get_ident())
         while (job := self._todo.get()) is not None and not self._stopped:
             try:
-                self._wait_for_turn()
                 perform(job, self._connections, scratch, admit=self._admit, track=track, quiet=True)
             except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
                 job.fail(error)
@@ -119,15 +110,13 @@ class Threads:
                 self._finished.put(None)
             del job  # it holds a buffer
 
-    def _wait_for_turn(self) -> None:
-        while self._pace is not None and (wait := self._pace()) and not self._stopped:
-            time.sleep(wait)
-
     def _admit(self, job: Job, more: int) -> None:
         """The object is `more` bytes larger than thought: wait until there is room, or its turn."""
         with self._room:
+            self._waiting += 1
             while more > 0 and self._held + more > self._max_bytes and job is not self._order[0] and not self._stopped:
                 self._room.wait()
+            self._waiting -= 1
             self._held += more
 
     def _track(self, thread: int, connection: Connection | None) -> None:
