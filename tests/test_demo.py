@@ -28,6 +28,6 @@ def test_demo_proves_exact_resume(kind: str, tmp_path: Path) -> None:
     else:
         with server(kind) as s3:
             output = run_demo(tmp_path / "out", "--url", f"s3://{s3.bucket()}/demo", env=s3.environment)
-    assert "sample sequence" in output
-    assert output.count("identical") == 2
+    assert output.count("sample sequence identical") == 2
+    assert output.count("final weights identical") == 1
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")

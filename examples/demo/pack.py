@@ -28,7 +28,9 @@ def pack(url: str, folder: Path) -> Packed:
     store = S3ExchangeStore(url)
     classes = sorted({path.name for path in folder.iterdir() if path.is_dir()}) or [str(c) for c in range(10)]
     samples = image_bytes = 0
-    with store.open_manifest_writer(MANIFEST, mode="overwrite", shard_size=ShardSizePolicy(max_bytes=256 << 10)) as writer:
+    with store.open_manifest_writer(
+        MANIFEST, mode="overwrite", shard_size=ShardSizePolicy(max_entries=512, max_bytes=64 << 20)
+    ) as writer:
         for samples, (label, suffix, image) in enumerate(images(folder), 1):
             writer.add_to_shard(f"{samples - 1:06d}.{suffix}", image)
             writer.add_to_shard(f"{samples - 1:06d}.cls", str(classes.index(label)).encode())

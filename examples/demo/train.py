@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -61,12 +62,29 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def average_gradients(model: nn.Module) -> None:
+    """What DistributedDataParallel does, in the open."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def keys_of_all_ranks(keys: list[str]) -> list[str]:
+    """The keys of one step in the order of the global sequence: rank after rank."""
+    if not dist.is_initialized():
+        return keys
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, keys)
+    return [key for part in gathered for key in part]
+
+
 class Progress:
     """A bar on stderr, on a terminal only."""
 
     def __init__(self, title: str, total: int) -> None:
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not (dist.is_initialized() and dist.get_rank()):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -88,11 +106,15 @@ def train(options: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # one order of additions, so that equal runs give equal bits
+    rank, world_size = 0, 1
+    if "RANK" in os.environ:  # started once per rank, as torchrun does
+        dist.init_process_group("gloo")
+        rank, world_size = dist.get_rank(), dist.get_world_size()
 
     classes = json.loads(S3ExchangeStore(options.url).get_object(CLASSES).read())
     dataset = S3IterableDataset.from_manifest(
-        f"{options.url}/{MANIFEST}", batch_size=options.batch_size, shuffle="block", seed=7, tail="drop",
-        group="webdataset", transform=to_tensors, collate=collate,
+        f"{options.url}/{MANIFEST}", batch_size=options.batch_size // world_size, shuffle="block", seed=7, tail="drop",
+        group="webdataset", return_type="bytes", transform=to_tensors, collate=collate,
     )  # fmt: skip
     loader = S3DataLoader(dataset, num_workers=options.workers)
     model = make_model(len(classes))
@@ -110,7 +132,8 @@ def train(options: argparse.Namespace) -> None:
         step, first_epoch, sequence = items["progress"]["step"], items["progress"]["epoch"], items["progress"]["sequence"]
         restore_s = time.perf_counter() - before
 
-    log = open(options.log, "a", buffering=1)  # noqa: SIM115 - stays open until the process ends, or is killed
+    # Stays open until the process ends, or is killed. All ranks do the same; one tells.
+    log = open(options.log if rank == 0 else os.devnull, "a", buffering=1)  # noqa: SIM115
     log.write(json.dumps({"event": "start", "time": started, "from_step": step, "workers": options.workers}) + "\n")
     steps_per_epoch = len(loader)
     progress = Progress(options.title, options.epochs * steps_per_epoch)
@@ -124,13 +147,16 @@ def train(options: argparse.Namespace) -> None:
             loss = loss_of(model(batch["pixels"]), batch["label"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if world_size > 1:
+                average_gradients(model)
             optimizer.step()
             step += 1
-            sequence = hashlib.sha256((sequence + "\n".join(batch["keys"])).encode()).hexdigest()
-            record = {"step": step, "epoch": epoch, "time": time.time(), "loss": loss.item(), "samples": len(batch["keys"])}
+            keys = keys_of_all_ranks(batch["keys"])
+            sequence = hashlib.sha256((sequence + "\n".join(keys)).encode()).hexdigest()
+            record = {"step": step, "epoch": epoch, "time": time.time(), "loss": loss.item(), "samples": len(keys)}
             log.write(json.dumps({"event": "step", "bytes": batch["bytes"], "sequence": sequence, **record}) + "\n")
             progress.at(step)
-            if step % options.every == 0 or step == options.epochs * steps_per_epoch:
+            if rank == 0 and (step % options.every == 0 or step == options.epochs * steps_per_epoch):
                 before = time.perf_counter()
                 manager.save(step, {
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(),
@@ -141,8 +167,11 @@ def train(options: argparse.Namespace) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
     progress.close()
     manager.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     log.write(json.dumps({
         "event": "end", "time": time.time(), "step": step, "sequence": sequence, "weights": weights_digest(model),
+        "weights_sum": sum(float(t.double().abs().sum()) for t in model.state_dict().values()),
         "restore_s": restore_s, "first_batch_s": first_batch_s, "saves_s": saves,
     }) + "\n")  # fmt: skip
 
