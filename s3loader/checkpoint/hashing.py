@@ -7,7 +7,7 @@ within 96 bits differ in it, others are mistaken for each other once in 2^96. It
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from s3loader.checksum import crc32c
@@ -19,8 +19,8 @@ def crc64(data: memoryview) -> int:
     """CRC64NVME of `data`."""
     from awscrt.checksums import crc64nvme
 
-    update: Callable[[Any], int] = crc64nvme  # any buffer will do, whatever its annotation says
-    return update(data)
+    update: Any = crc64nvme  # any buffer will do, whatever its annotation says
+    return int(update(data))
 
 
 def content_hash(data: memoryview) -> bytes:

@@ -103,11 +103,7 @@ SURVIVED: list[tuple[str, Rule]] = [
 
 @pytest.mark.parametrize(("name", "rule"), SURVIVED, ids=[name for name, _ in SURVIVED])
 def test_what_a_save_survives(s3: Server, name: str, rule: Rule) -> None:
-    fresh = Rule(
-        rule.action, rule.method, rule.path, nth=rule.nth, times=rule.times, status=rule.status, code=rule.code, forward=rule.forward,
-        at=rule.at,
-    )  # fmt: skip
-    problem, clear = saved_through(s3, fresh)
+    problem, clear = saved_through(s3, rule)
     assert problem is None
     assert clear.latest() == 2
     assert equal(clear.restore(), state(2))
