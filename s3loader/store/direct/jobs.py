@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from s3loader import events
@@ -23,7 +23,7 @@ from s3loader.units import KIB
 
 _log = logging.getLogger("s3loader.direct")
 
-__all__ = ["SMALL", "Job", "Scratch", "Setting", "Source", "Wire", "harmless"]
+__all__ = ["SMALL", "Job", "Scratch", "Setting", "Source", "Trust", "Wire", "harmless"]
 
 Wire: TypeAlias = tuple[bytes, *tuple[Buffer, ...]]
 """A request as pieces to send: its head, and what may follow."""
@@ -48,6 +48,27 @@ class Scratch:
         self.view = memoryview(self.block)
 
 
+class Trust:
+    """Whether it is worth trying this engine first, for one kind of request.
+
+    Where it fails again and again, as at a server whose dialect it does not take, the general engine
+    is asked at once, and this one only now and then.
+    """
+
+    __slots__ = ("refusals",)
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        """Attempts that failed since the last one that did not, missing keys and the like left out."""
+
+    def try_direct(self) -> bool:
+        """Whether the next request is to be sent by this engine."""
+        if self.refusals < _PATIENCE:
+            return True
+        self.refusals += 1
+        return self.refusals % _RETRY_EVERY == 0
+
+
 @dataclass(slots=True)
 class Setting:
     """What all jobs of one backend share."""
@@ -62,23 +83,15 @@ class Setting:
     """Bytes that heads have here. Foreseen, it lets bodies begin at an aligned address."""
     doubt: int = 0
     """How many jobs shall not rely on `Job.least`, for it was wrong of late."""
-    refusals: int = 0
-    """Attempts that failed since the last one that did not, missing keys and the like left out."""
-
-    def worth_trying(self) -> bool:
-        """False where this engine fails again and again, as at a server whose dialect it does not take:
-        then the general engine is asked at once, and this one only now and then."""
-        if self.refusals < _PATIENCE:
-            return True
-        self.refusals += 1
-        return self.refusals % _RETRY_EVERY == 0
+    reads: Trust = field(default_factory=Trust)
+    writes: Trust = field(default_factory=Trust)
 
 
 class Job(ABC):
     """One request on its way. A job belongs to one driver and is used once."""
 
     __slots__ = (
-        "_block", "_first_byte", "_origin", "_scratch", "_setting", "_started", "_view", "at",
+        "_block", "_first_byte", "_origin", "_scratch", "_setting", "_started", "_trust", "_view", "at",
         "cost", "direct", "done", "error", "head", "result",
     )  # fmt: skip
 
@@ -87,11 +100,12 @@ class Job(ABC):
     _block: bytearray
     _view: memoryview
 
-    def __init__(self, setting: Setting, cost: int, direct: bool) -> None:
+    def __init__(self, setting: Setting, trust: Trust, cost: int, direct: bool) -> None:
         self._setting = setting
+        self._trust = trust
         self.cost = cost
         """Bytes it takes of the driver's bound; corrected when the answer's head has come."""
-        self.direct = direct and (not setting.refusals or setting.worth_trying())
+        self.direct = direct and (not trust.refusals or trust.try_direct())
         """Whether this engine is to send it."""
         self.done = False
         self.result: Any = None
@@ -163,7 +177,7 @@ class Job(ABC):
         """The direct attempt failed; `ask_general` comes next."""
         status = reason.status if isinstance(reason, OddAnswer) else None
         if status not in _PLAIN_ANSWERS:
-            self._setting.refusals += 1
+            self._trust.refusals += 1
         _log.debug("%s %s goes to the general engine: %s (%s)", self.op, self._where(), reason, status)
         if self._started:
             self._emit(0, status, f"{type(reason).__name__}: {reason}")

@@ -44,7 +44,7 @@ class ReadJob(Job):
         else:
             cost = setting.size_hint or _UNKNOWN
         direct = cost > 0 and start >= 0 and request.key != "" and harmless(request.if_match)
-        super().__init__(setting, cost, direct)
+        super().__init__(setting, setting.reads, cost, direct)
         self.request = request
         self._end = end
         self._into = into
@@ -123,7 +123,7 @@ class ReadJob(Job):
         assert head is not None
         if self._end is None:
             setting.size_hint = max(head.length, setting.size_hint - (setting.size_hint >> 4))
-        setting.refusals = 0
+        self._trust.refusals = 0
         data = self._view if request.into is None else request.into
         self.result = tuple.__new__(ReadResult, (request, data, head.etag, head.size))  # half the time of ReadResult(...)
         self.done = True

@@ -23,7 +23,7 @@ class PutJob(Job):
     def __init__(self, setting: Setting, request: PutRequest) -> None:
         self._data = memoryview(request.data).cast("B")
         direct = request.mode == "overwrite" and request.key != "" and harmless(request.content_type)
-        super().__init__(setting, len(self._data), direct)
+        super().__init__(setting, setting.writes, len(self._data), direct)
         self.request = request
         self._checksum = ""
 
@@ -47,8 +47,6 @@ class PutJob(Job):
             raise OddAnswer("a long body", head.status)
         if head.checksum and head.checksum != self._checksum:
             raise OddAnswer("the server says another checksum", head.status)
-        if not head.etag and isinstance(self, PartJob):
-            raise OddAnswer("no ETag", head.status)
 
     def _place(self, head: Head, stop: int, have: int) -> None:
         self._view = memoryview(bytearray(head.length))
@@ -56,7 +54,7 @@ class PutJob(Job):
     def _finish(self) -> bool:
         head = self.head
         assert head is not None
-        self._setting.refusals = 0
+        self._trust.refusals = 0
         self.result = self._result(head)
         self.done = True
         if self._started:
@@ -89,6 +87,11 @@ class PartJob(PutJob):
     def wire(self) -> Wire:
         """See `Job.wire`."""
         return self._written({}, f"partNumber={self._number}&uploadId={quote(self._upload_id, safe='-_.~')}")
+
+    def _check(self, head: Head) -> None:
+        super()._check(head)
+        if not head.etag:
+            raise OddAnswer("no ETag", head.status)
 
     def _result(self, head: Head) -> PartResult:
         return PartResult(self._number, head.etag, len(self._data), self._checksum)
