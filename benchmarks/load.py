@@ -281,14 +281,14 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a fifth of the data and 1 s a round; figures are not published")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the data and 2 s a round; figures are not published")
     parser.add_argument("--cases", default="*", help="patterns joined by ';', such as 'load-4k-0;resume-*' (default: all)")
     parser.add_argument("--clients", default="*", help="patterns joined by ';', such as 's3loader*;webdataset' (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds per case (default: 3)")
-    parser.add_argument("--budget", type=float, help="seconds after which a round ends (default: 3)")
+    parser.add_argument("--budget", type=float, help="seconds after which a round ends (default: 8)")
     parser.add_argument("--no-publish", action="store_true", help="leave docs/benchmarks.md as it is")
     args = parser.parse_args(argv)
-    args.budget = args.budget or (1.0 if args.quick else 3.0)
+    args.budget = args.budget or (2.0 if args.quick else 8.0)
     return args
 
 
