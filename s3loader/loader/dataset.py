@@ -190,14 +190,14 @@ class Dataset:
         part = int(np.searchsorted(self.starts + self.catalog.counts, sample, side="right"))
         return part, sample - int(self.starts[part])
 
-    def names(self, samples: Int64Array) -> list[str]:
-        """Name of the first member of each sample (the key of a loose object); empty where the index cannot be had."""
+    def keys(self, samples: Int64Array) -> list[str]:
+        """Key of each sample; empty where the index cannot be had."""
         parts = np.searchsorted(self.starts + self.catalog.counts, samples, side="right")
         layouts = self.layouts(np.unique(parts).tolist())
         out = []
         for part, number in zip(parts.tolist(), (samples - self.starts[parts]).tolist(), strict=True):
             layout = layouts[part]
-            out.append("" if isinstance(layout, S3LoaderError) else layout.name(int(layout.first[number])))
+            out.append("" if isinstance(layout, S3LoaderError) else self.sample_key(layout, int(layout.first[number])))
         return out
 
     def sample_key(self, layout: Layout, member: int) -> str:

@@ -65,7 +65,7 @@ def _pil(data: memoryview) -> Any:
 def _image(data: memoryview) -> Any:
     """uint8 array, height x width x channels (height x width for grey)."""
     image = _pil(data)
-    return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+    return np.array(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
 
 
 DECODERS: Final[dict[str, Decoder]] = {

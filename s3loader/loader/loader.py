@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
-from s3loader.loader.fetch import Fetcher
 from s3loader.loader.options import LoaderOptions
-from s3loader.loader.pieces import Slots, cut_into_pieces
+from s3loader.loader.position import Position
+from s3loader.loader.reading import read_samples
 from s3loader.loader.run import Run
 from s3loader.loader.samples import Place, Quarantined, SampleWork, place_of
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Plan, PlanState, Schedule, Topology
 from s3loader.plan.permutation import Int64Array
-from s3loader.units import MIB, parse_size
+from s3loader.units import parse_size
 
-__all__ = ["Batch", "Loader", "read_samples"]
+__all__ = ["Batch", "Loader"]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,43 +43,6 @@ class Batch:
         """Key, shard, offset and length of each sample."""
         pairs = zip(self.samples.tolist(), self.positions.tolist(), strict=True)
         return [place_of(self._dataset, sample, position, self.epoch) for sample, position in pairs]
-
-
-def read_samples(dataset: Dataset, samples: Int64Array, *, verify: bool = True, stats: LoaderStats | None = None) -> list[Any]:
-    """Any samples by number, in the order given (they may repeat): neighbours are fetched together.
-
-    Returns:
-        memoryviews or dicts, or `Failed` in place of a sample that could not be read.
-    """
-    alone, which = np.unique(samples, return_inverse=True)
-    found = Slots(len(alone))
-    parts = np.searchsorted(dataset.starts + dataset.catalog.counts, alone, side="right")
-    layouts = dataset.layouts(np.unique(parts).tolist())
-    edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)] if len(parts) else []
-    pieces = [
-        piece
-        for low, high in itertools.pairwise(edges)
-        for piece in cut_into_pieces(
-            layouts[int(parts[low])],
-            alone[low:high] - dataset.starts[parts[low]],
-            found,
-            low,
-            max_gap=MIB // 4,
-            max_size=8 * MIB,
-        )
-    ]
-    fetcher = Fetcher(
-        dataset.store,
-        grouped=dataset.group is not None,
-        verify=verify,
-        max_bytes=64 * MIB,
-        driver="auto",
-        concurrency=None,
-        stats=stats if stats is not None else LoaderStats(),
-    )
-    for _ in fetcher.run(pieces):
-        pass
-    return [found.take(slot) for slot in which.tolist()]
 
 
 class Loader:
@@ -120,13 +80,10 @@ class Loader:
         self.options = LoaderOptions.of(options)
         self.topology = Topology(rank, world_size, worker, workers)
         self.stats = LoaderStats()
+        self._collate = make_collate(self.options.collate)
         self.quarantine: list[Quarantined] = []
         """Samples that were skipped or replaced, in the order met by this process."""
-        self._epoch = epoch
-        self._consumed = 0
-        self._resume: int | None = None
-        """Where the next iteration starts, after `load_state_dict`."""
-        self._done = False
+        self.position = Position(epoch)
         self._plan: Plan | None = None
 
     # -- the plan ----------------------------------------------------------------------------
@@ -137,7 +94,7 @@ class Loader:
         if self._plan is None:
             spec = self.dataset.choose(self.options, self.topology.world_size)
             stride = self.options.batch_size * self.topology.world_size
-            skip = tuple((self._epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
+            skip = tuple((self.position.epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
             exclude = tuple(sorted({self.dataset.find(key) for key in self.options.exclude}))
             self._plan = self.dataset.plan(spec, skip=skip, exclude=exclude)
         return self._plan
@@ -146,31 +103,27 @@ class Loader:
         """How the current epoch, from `consumed` on, is cut into batches."""
         options = self.options
         return self.plan.schedule(
-            self._epoch, options.batch_size, world_size=self.topology.world_size, tail=options.tail, consumed=consumed
+            self.position.epoch, options.batch_size, world_size=self.topology.world_size, tail=options.tail, consumed=consumed
         )
 
     def __len__(self) -> int:
         """Batches that the next (or running) iteration gives this rank and worker."""
-        return len(self.schedule(self._resume or 0).worker_steps(self.topology))
+        return len(self.schedule(self.position.start).worker_steps(self.topology))
 
     # -- epochs and state --------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
         """The epoch of the running iteration, or of the last one."""
-        return self._epoch
+        return self.position.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; a loaded position in that epoch is kept."""
-        if epoch != self._epoch:
-            self._epoch, self._consumed, self._resume = epoch, 0, None
-        elif self._done:
-            self._consumed, self._resume = 0, None
-        self._done = False
+        self.position.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands after the last batch delivered: the same on every rank."""
-        return self.plan.state(self._epoch, self._consumed).as_dict()
+        return self.plan.state(self.position.epoch, self.position.consumed).as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
         """Go on from `state` in the next iteration.
@@ -185,9 +138,7 @@ class Loader:
         loaded = PlanState.from_dict(state)
         plan = self._plan_of(loaded, allow_changed)
         self._plan = plan
-        self._epoch = loaded.epoch
-        self._consumed = self._resume = min(loaded.consumed, plan.size)
-        self._done = False
+        self.position.load(loaded.epoch, min(loaded.consumed, plan.size))
 
     def _plan_of(self, state: PlanState, allow_changed: bool) -> Plan:
         if allow_changed:
@@ -204,14 +155,6 @@ class Loader:
 
     # -- iteration ---------------------------------------------------------------------------
 
-    def _begin(self) -> int:
-        """Fix epoch and start of an iteration."""
-        if self._resume is None and self._done:
-            self._epoch += 1
-        consumed, self._resume, self._done = self._resume or 0, None, False
-        self._consumed = consumed
-        return consumed
-
     def __iter__(self) -> Iterator[Any]:
         batches = self.iter_batches()
         try:
@@ -220,52 +163,54 @@ class Loader:
         finally:
             batches.close()
 
-    def iter_batches(self) -> Generator[Batch, None, None]:
-        """As iterating over the loader, with the origin of each batch."""
-        consumed = self._begin()
+    def iter_batches(self, *, first_step: int = 0) -> Generator[Batch, None, None]:
+        """As iterating over the loader, with the origin of each batch.
+
+        Args:
+            first_step: Leave out the steps before this one, counted from where the iteration begins: for a worker
+                that is restored by itself.
+        """
+        position, plan = self.position, self.plan
+        consumed = position.begin()
         if consumed and not self.schedule(consumed).steps(self.topology.rank):
-            # The state was taken behind the last batch: what is next is the next epoch.
-            self._epoch += 1
-            consumed = self._consumed = 0
-        plan, epoch, schedule = self.plan, self._epoch, self.schedule(consumed)
-        gaps = plan.gaps(epoch)
-        run = self._run(schedule, epoch)
-        work = SampleWork(self.dataset, self.options, epoch, self._read, self.stats, self.quarantine)
-        collate = make_collate(self.options.collate)
+            consumed = position.skip_to_next_epoch()  # the state was taken behind the last batch
+        epoch, schedule = position.epoch, self.schedule(consumed)
+        work = SampleWork(
+            self.dataset, self.options, epoch=epoch, read=self._read, stats=self.stats, quarantine=self.quarantine
+        )
+        raws = iter(self._run(schedule, epoch, first_step))
         stats, clock = self.stats, time.perf_counter
         begun = clock()
-        raws = iter(run)
         try:
             for raw in raws:
-                samples = work.finish(raw)
-                after = int(gaps.expand(np.array([schedule.consumed_after(raw.step + 1)], dtype=np.int64))[0])
-                if samples or not len(raw.samples):
-                    data = self._collated(collate, samples)
-                    stats.samples += len(samples)
-                    stats.batches += 1
-                    if stats.first_batch is None:
-                        stats.first_batch = clock() - begun
-                    given = clock()
-                    self._consumed = after
-                    yield Batch(data, raw.step, epoch, raw.positions, raw.samples, after, self.dataset)
-                    stats.consumer += clock() - given
-                else:
-                    self._consumed = after
-            self._consumed = plan.size
-            self._done = True
+                samples = work.finish(raw.items, raw.samples, raw.positions)
+                after = plan.base(epoch, schedule.consumed_after(raw.step + 1))
+                if not samples:  # all of them were skipped
+                    position.consumed = after
+                    continue
+                data = self._collated(samples)
+                stats.samples += len(samples)
+                stats.batches += 1
+                if stats.first_batch is None:
+                    stats.first_batch = clock() - begun
+                given = clock()
+                position.consumed = after
+                yield Batch(data, raw.step, epoch, raw.positions, raw.samples, after, self.dataset)
+                stats.consumer += clock() - given
+            position.finish(plan.size)
         finally:
             raws.close()
             work.close()
 
-    def _collated(self, collate: Callable[[list[Any]], Any] | None, samples: list[Any]) -> Any:
-        if collate is None:
+    def _collated(self, samples: list[Any]) -> Any:
+        if self._collate is None:
             return samples
         begun = time.perf_counter()
-        data = collate(samples)
+        data = self._collate(samples)
         self.stats.decode += time.perf_counter() - begun
         return data
 
-    def _run(self, schedule: Schedule, epoch: int) -> Run:
+    def _run(self, schedule: Schedule, epoch: int, first_step: int) -> Run:
         options = self.options
         return Run(
             self.dataset,
@@ -274,6 +219,7 @@ class Loader:
             schedule,
             self.plan.gaps(epoch),
             self.topology,
+            first_step=first_step,
             memory_limit=parse_size(options.memory_limit),
             prefetch=parse_size(options.prefetch),
             driver=options.driver,
@@ -308,7 +254,7 @@ class Loader:
         Raises:
             PlanError: there is no such position.
         """
-        epoch = self._epoch if epoch is None else epoch
+        epoch = self.epoch if epoch is None else epoch
         place = self.plan.where(position, epoch)
         return place_of(self.dataset, place.sample, position, epoch)
 
@@ -318,7 +264,7 @@ class Loader:
         Raises:
             PlanError: there is no such sample.
         """
-        epoch = self._epoch if epoch is None else epoch
+        epoch = self.epoch if epoch is None else epoch
         options = self.options
         place = self.plan.find(
             self.dataset.find(key), epoch, batch_size=options.batch_size, world_size=self.topology.world_size, tail=options.tail

@@ -39,8 +39,10 @@ class LoaderOptions:
     data, `batch_size` and `world_size`."""
     tail: Tail = "short"
     decode: Decode = None
-    transform: Callable[[Any], Any] | None = None
+    transform: Callable[..., Any] | None = None
     """Called with each decoded sample."""
+    transform_key: bool = False
+    """Call it with ``(sample, key)``: ``archive#member``, or the key of a loose object."""
     collate: Collate = None
     on_error: OnError = "raise"
     verify: bool = True

@@ -115,6 +115,7 @@ class Run:
         gaps: Gaps,
         topology: Topology,
         *,
+        first_step: int,
         memory_limit: int,
         prefetch: int,
         driver: Driver,
@@ -128,6 +129,8 @@ class Run:
         self._schedule = schedule
         self._gaps = gaps
         self._topology = topology
+        steps = schedule.worker_steps(topology)
+        self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
         self._stats = stats
         self._average = max(1, plan.total_bytes // max(1, plan.samples))
         self.budget = Budget.divide(memory_limit, self._open_bytes(), prefetch)
@@ -146,17 +149,15 @@ class Run:
 
     def _open_bytes(self) -> int:
         """Bytes of the blocks that are open side by side for this worker; 0 where the order has no blocks."""
-        steps = self._schedule.worker_steps(self._topology)
-        some = self._schedule.positions(self._topology.rank, steps[:4096])[0][: 1 << 20]
+        some = self._schedule.positions(self._topology.rank, self._steps[:4096])[0][: 1 << 20]
         return self._plan.order.open_samples(self._gaps.expand(some)) * self._average
 
     # -- planning (drawn by the fetcher) -----------------------------------------------------
 
     def _pieces(self) -> Iterator[Piece]:
-        steps = self._schedule.worker_steps(self._topology)
         most = max(1, self._positions_ahead() // self._schedule.batch_size)
         some = 1
-        for slab in self._slabs(steps):
+        for slab in self._slabs():
             at = 0
             while at < len(slab.steps):
                 begun = time.perf_counter()
@@ -167,9 +168,9 @@ class Run:
                 some = min(most, 2 * some)
                 self._piece_size = min(_LARGEST_PIECE, 2 * self._piece_size)
 
-    def _slabs(self, steps: range) -> Iterator[_Slab]:
+    def _slabs(self) -> Iterator[_Slab]:
         """Which samples come, thousands of positions at a time; the first few soon."""
-        at, some = 0, 1
+        steps, at, some = self._steps, 0, 1
         most = max(1, _SLAB_POSITIONS // self._schedule.batch_size)
         while at < len(steps):
             begun = time.perf_counter()

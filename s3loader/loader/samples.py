@@ -16,9 +16,8 @@ from s3loader.loader.cut import Failed
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.decode import make_decoder
 from s3loader.loader.options import LoaderOptions
-from s3loader.loader.run import RawBatch
 from s3loader.loader.stats import LoaderStats
-from s3loader.plan.permutation import derive
+from s3loader.plan.permutation import Int64Array, derive
 
 __all__ = ["Place", "Quarantined", "SampleWork"]
 
@@ -73,19 +72,21 @@ class SampleWork:
         self,
         dataset: Dataset,
         options: LoaderOptions,
-        epoch: int,
-        read: Callable[[Any], list[Any]],
-        stats: LoaderStats,
-        quarantine: list[Quarantined],
+        *,
+        epoch: int = 0,
+        read: Callable[[Int64Array], list[Any]] | None = None,
+        stats: LoaderStats | None = None,
+        quarantine: list[Quarantined] | None = None,
     ) -> None:
         self._dataset = dataset
         self._options = options
         self._epoch = epoch
         self._read = read
-        self._stats = stats
-        self._quarantine = quarantine
+        self._stats = stats if stats is not None else LoaderStats()
+        self._quarantine = quarantine if quarantine is not None else []
         self._decode = make_decoder(options.decode)
         self._idle = self._decode is None and options.transform is None
+        self._needs_keys = options.transform_key or (self._decode is not None and dataset.group is None)
         self._pool = ThreadPoolExecutor(options.decode_threads, "s3loader-decode") if options.decode_threads else None
 
     def close(self) -> None:
@@ -93,69 +94,69 @@ class SampleWork:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def finish(self, raw: RawBatch) -> list[Any]:
-        """The finished samples of a batch, in order.
+    def finish(self, items: list[Any], samples: Int64Array, positions: Int64Array | None = None) -> list[Any]:
+        """Decoded and transformed `items`, in order; those that failed by the policy of the options.
 
         Raises:
             S3LoaderError: of the first sample that failed, with its place, where the policy is to raise.
         """
         begun = time.perf_counter()
-        items = raw.items
         if not self._idle:
-            names = self._names(raw)
+            keys = self._keys(samples)
             if self._pool is not None:
-                items = list(self._pool.map(self._one, items, names))
+                items = list(self._pool.map(self._one, items, keys))
             else:
-                items = [self._one(item, name) for item, name in zip(items, names, strict=True)]
+                items = [self._one(item, key) for item, key in zip(items, keys, strict=True)]
         if Failed in set(map(type, items)):
-            items = self._apply_policy(raw, items)
+            where = positions.tolist() if positions is not None else [-1] * len(items)
+            items = self._apply_policy(items, samples.tolist(), where)
         self._stats.decode += time.perf_counter() - begun
         return items
 
-    def _names(self, raw: RawBatch) -> list[str]:
-        """Member names, where decoding needs them and the sample itself does not have them."""
-        if self._decode is None or self._dataset.group is not None:
-            return [""] * len(raw.items)
-        return self._dataset.names(raw.samples)
+    def _keys(self, samples: Int64Array) -> list[str]:
+        return self._dataset.keys(samples) if self._needs_keys else [""] * len(samples)
 
-    def _one(self, item: Any, name: str) -> Any:
+    def _one(self, item: Any, key: str) -> Any:
         if type(item) is Failed:
             return item
         stage = "decoding"
+        transform = self._options.transform
         try:
             if self._decode is not None:
-                item = self._decoded(item, name)
-            if self._options.transform is not None:
+                item = self._decoded(item, key)
+            if transform is not None:
                 stage = "transform"
-                item = self._options.transform(item)
+                item = transform(item, key) if self._options.transform_key else transform(item)
         except Exception as error:  # noqa: BLE001  # of the user's code or a decoder: what to do with it is the policy's matter
             return Failed(_wrap(stage, error))
         return item
 
-    def _decoded(self, item: Any, name: str) -> Any:
+    def _decoded(self, item: Any, key: str) -> Any:
         assert self._decode is not None
         if isinstance(item, Mapping):
             return {
                 extension: value if extension.startswith("__") else self._decode(extension, value)
                 for extension, value in item.items()
             }
-        base = name.rsplit("/", 1)[-1]
+        base = key.rsplit("/", 1)[-1]
         return self._decode(base.partition(".")[2], item)
 
     # -- failures ----------------------------------------------------------------------------
 
-    def _apply_policy(self, raw: RawBatch, items: list[Any]) -> list[Any]:
+    def _apply_policy(self, items: list[Any], samples: list[int], positions: list[int]) -> list[Any]:
         out = []
-        for i, item in enumerate(items):
+        for item, sample, position in zip(items, samples, positions, strict=True):
             if type(item) is not Failed:
                 out.append(item)
                 continue
-            error = self._placed(item, int(raw.samples[i]), int(raw.positions[i]))
+            error = self._placed(item, sample, position)
             if self._options.on_error == "raise":
                 raise error from error.__cause__
-            self._note(error, int(raw.samples[i]), int(raw.positions[i]))
+            key = error.details.get("key", f"sample {sample}")
+            text = f"{type(error).__name__}: {error.message}"
+            self._quarantine.append(Quarantined(sample, key, self._epoch, position, text))
             if self._options.on_error == "replace":
-                out.append(self._replacement(int(raw.positions[i]), error))
+                out.append(self._replacement(position, error))
             else:
                 self._stats.skipped += 1
         return out
@@ -178,23 +179,20 @@ class SampleWork:
             facts["member"] = failed.member
         facts.setdefault("member", key.partition("#")[2] or key)
         error.details = {**facts, **error.details}
-        error.message = f"{error.message} [{key}, position {position} of epoch {self._epoch}]"
+        where = f", position {position} of epoch {self._epoch}" if position >= 0 else ""
+        error.message = f"{error.message} [{key}{where}]"
         error.args = (error.message,)
         return error
 
-    def _note(self, error: S3LoaderError, sample: int, position: int) -> None:
-        key = error.details.get("key", f"sample {sample}")
-        self._quarantine.append(Quarantined(sample, key, self._epoch, position, f"{type(error).__name__}: {error.message}"))
-
     def _replacement(self, position: int, cause: S3LoaderError) -> Any:
         """A sample fixed by seed, epoch and position, so that every run replaces alike."""
+        assert self._read is not None
         for attempt in range(_REPLACEMENTS):
             sample = derive(self._options.seed % (1 << 64), self._epoch, position, attempt) % len(self._dataset)
             number = np.array([sample], dtype=np.int64)
             item = self._read(number)[0]
-            if not self._idle and type(item) is not Failed:
-                name = self._dataset.names(number)[0] if self._dataset.group is None else ""
-                item = self._one(item, name)
+            if not self._idle:
+                item = self._one(item, self._keys(number)[0])
             if type(item) is not Failed:
                 self._stats.replaced += 1
                 return item

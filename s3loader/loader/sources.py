@@ -214,7 +214,9 @@ def _rooted(store: ObjectStore, root: str, key: str, options: Mapping[str, Any])
         if store.exists(f"{folder}/{wanted}" if folder else wanted):
             if not folder:
                 return store, key
-            return open_store(f"{root.rstrip('/')}/{folder}", **options), key[len(folder) + 1 :]
+            return open_store(f"{root}{folder}" if root.endswith("/") else f"{root}/{folder}", **options), key[
+                len(folder) + 1 :
+            ]
     raise InvalidManifestError(
         f"its first entry {wanted!r} exists neither beside it nor in a folder above",
         op="read",

@@ -100,6 +100,10 @@ class Plan:
             intervals += [(int(p), int(p) + 1) for p in positions if p >= 0]
         return Gaps(intervals, self.size)
 
+    def base(self, epoch: int, kept: int) -> int:
+        """The position of a kept position (see `Gaps`)."""
+        return int(self.gaps(epoch).expand(np.array([kept], dtype=np.int64))[0])
+
     def schedule(
         self, epoch: int, batch_size: int, *, world_size: int = 1, tail: Tail = "short", consumed: int = 0
     ) -> Schedule:

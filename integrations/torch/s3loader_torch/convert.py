@@ -1,0 +1,184 @@
+"""From bytes to what torch code wants, and cheap passage from worker processes.
+
+A tensor sent from a worker costs a file descriptor and a round trip, so a batch of many small ones
+travels as one: its bytes are laid end to end, and the list is made again on the other side.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from s3loader.errors import ConfigError
+from s3loader.loader import Collate, Ragged, collate_fixed, collate_ragged
+
+__all__ = ["Packed", "RaggedTensor", "ReturnType", "S3Reader", "pack", "to_return_type", "to_tensors", "torch_collate"]
+
+ReturnType: TypeAlias = Literal["tensor", "bytes", "reader", "sample"]
+"""What raw bytes become. ``"tensor"``: a uint8 tensor without a copy. ``"bytes"``: `bytes`. ``"reader"``: a file with the
+object's key, as s3torchconnector gives. ``"sample"``: memoryviews in this process, `bytes` from workers."""
+
+_PACK_FROM: Final = 2
+"""Tensors in a batch from which on they travel as one."""
+
+
+class S3Reader(io.BytesIO):
+    """A readable, seekable file over one sample."""
+
+    def __init__(self, data: Any = b"", key: str = "", bucket: str = "") -> None:
+        super().__init__(data)
+        self.key = key
+        """Key of the object; ``archive#member`` in a shard."""
+        self.bucket = bucket
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (S3Reader, (self.getvalue(), self.key, self.bucket))
+
+
+class RaggedTensor(NamedTuple):
+    """Rows of unlike length end to end: row i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: torch.Tensor
+    offsets: torch.Tensor
+    """int64, rows + 1."""
+
+    def rows(self) -> list[torch.Tensor]:
+        """One view per row."""
+        ends = self.offsets.tolist()
+        return [self.values[low:high] for low, high in itertools.pairwise(ends)]
+
+
+def tensor_of(view: memoryview) -> torch.Tensor:
+    """A uint8 tensor over `view`; a copy only where the memory is read-only."""
+    if not len(view):
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+
+
+def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """`leaf` of every leaf of lists, tuples and dicts."""
+    if isinstance(value, Mapping):
+        return {key: _map(item, leaf) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, leaf) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(item, leaf) for item in value)
+    return leaf(value)
+
+
+class ToReturnType:
+    """One sample's raw bytes turned into the return type, then the user's transform. Picklable if that is."""
+
+    def __init__(self, kind: ReturnType, transform: Callable[[Any], Any] | None, bucket: str) -> None:
+        self._kind = kind
+        self._transform = transform
+        self._bucket = bucket
+
+    def __call__(self, sample: Any, key: str = "") -> Any:
+        if self._kind == "reader":
+            sample = _map(sample, lambda value: S3Reader(value, key, self._bucket) if isinstance(value, memoryview) else value)
+        elif self._kind != "sample":
+            leaf = tensor_of if self._kind == "tensor" else bytes
+            sample = _map(sample, lambda value: leaf(value) if isinstance(value, memoryview) else value)
+        return sample if self._transform is None else self._transform(sample)
+
+
+def to_return_type(kind: ReturnType, transform: Callable[[Any], Any] | None, bucket: str = "") -> Callable[[Any], Any]:
+    """The transform for the engine.
+
+    Raises:
+        ConfigError: the return type is unknown.
+    """
+    if kind not in ("tensor", "bytes", "reader", "sample"):
+        raise ConfigError(f"unknown return_type {kind!r}", hint='use "tensor", "bytes", "reader" or "sample"')
+    return ToReturnType(kind, transform, bucket)
+
+
+def to_tensors(data: Any) -> Any:
+    """Arrays of a collated batch as tensors over the same memory; anything else as it is."""
+    return _map(data, _tensor_leaf)
+
+
+def _tensor_leaf(value: Any) -> Any:
+    if isinstance(value, Ragged):
+        return RaggedTensor(_tensor_leaf(value.values), _tensor_leaf(value.offsets))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    return value
+
+
+class _Collated:
+    """A collate of the engine, for samples that hold tensors. Picklable."""
+
+    def __init__(self, kind: str) -> None:
+        self._collate = collate_fixed if kind == "fixed" else collate_ragged
+
+    def __call__(self, samples: list[Any]) -> Any:
+        arrays = [_map(sample, lambda value: value.numpy() if isinstance(value, torch.Tensor) else value) for sample in samples]
+        return to_tensors(self._collate(arrays))
+
+
+def torch_collate(collate: Collate) -> Collate:
+    """`collate` for samples that may hold CPU tensors."""
+    return _Collated(collate) if isinstance(collate, str) else collate
+
+
+class Packed:
+    """A batch on its way out of a worker; unpickles to the batch itself."""
+
+    def __init__(self, structure: Any, values: torch.Tensor, offsets: list[int]) -> None:
+        self._parts = (structure, values, offsets)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_unpack, self._parts)
+
+
+def _unpack(structure: Any, values: torch.Tensor, offsets: list[int]) -> Any:
+    def fill(value: Any) -> Any:
+        if not isinstance(value, _HoleMark):
+            return value
+        row = values[offsets[value.index] : offsets[value.index + 1]]
+        return row.numpy().tobytes() if value.as_bytes else row
+
+    return _map(structure, fill)
+
+
+class _HoleMark:
+    """Stands for one packed leaf."""
+
+    __slots__ = ("as_bytes", "index")
+
+    def __init__(self, index: int, as_bytes: bool) -> None:
+        self.index = index
+        self.as_bytes = as_bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_HoleMark, (self.index, self.as_bytes))
+
+
+def pack(data: Any) -> Any:
+    """`data`, or a `Packed` that unpickles to it, where it holds several byte strings or flat uint8 tensors."""
+    rows: list[Any] = []
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, (bytes, memoryview)):
+            rows.append(np.frombuffer(value, dtype=np.uint8))
+            return _HoleMark(len(rows) - 1, as_bytes=True)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1 and value.device.type == "cpu":
+            rows.append(value.numpy())
+            return _HoleMark(len(rows) - 1, as_bytes=False)
+        return value
+
+    structure = _map(data, mark)
+    if not rows or (len(rows) < _PACK_FROM and isinstance(data, torch.Tensor)):
+        return data
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    np.concatenate(rows, out=values.numpy())
+    return Packed(structure, values, offsets.tolist())

@@ -1,0 +1,302 @@
+"""`S3IterableDataset`: the loader as a torch `IterableDataset`, right in any `DataLoader`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
+
+from s3loader.errors import ConfigError, S3LoaderError
+from s3loader.loader import (
+    Dataset,
+    Loader,
+    LoaderOptions,
+    LoaderStats,
+    Quarantined,
+    from_manifest,
+    from_objects,
+    from_prefix,
+    from_webdataset,
+    open_dataset,
+)
+from s3loader.plan import PlanState, Topology
+from s3loader_torch.compat import connector_defaults, connector_options
+from s3loader_torch.convert import ReturnType, pack, to_return_type, to_tensors, torch_collate
+from s3loader_torch.topology import Ranks, current_topology
+
+__all__ = ["S3IterableDataset"]
+
+_FLAT_BATCH = 32
+"""Neighbours in the sequence that one worker takes where torch makes the batches."""
+
+
+class Delivery(NamedTuple):
+    """What a worker of `S3DataLoader` hands over with each batch."""
+
+    consumed: int
+    data: Any
+    worker: int
+    stats: LoaderStats
+    quarantine: tuple[Quarantined, ...]
+    error: S3LoaderError | None
+
+
+def _shared(values: list[int]) -> torch.Tensor:
+    tensor = torch.tensor(values, dtype=torch.int64)
+    tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return tensor
+
+
+class S3IterableDataset(IterableDataset[Any]):
+    """Samples or batches of a dataset, in one exactly resumable order, shared out to ranks and workers.
+
+    With `batch_size` it yields whole batches: use ``DataLoader(dataset, batch_size=None, num_workers=k)``, or `S3DataLoader`,
+    which also counts what was delivered. Without it, it yields single samples for ``DataLoader(dataset, batch_size=...)``;
+    torch does not tell a dataset its batch size, so such a run has no exact state to resume from, and workers share blocks.
+
+    Ranks are found when an iteration begins: arguments, device mesh, `torch.distributed`, or ``RANK`` and ``WORLD_SIZE``.
+
+    Args:
+        dataset: What `s3loader.open_dataset` returns, or a URL for it.
+        batch_size: Samples per batch and rank.
+        rank: This rank, if it is not to be found by itself.
+        world_size: Number of ranks.
+        device_mesh: A `DeviceMesh`; peers along other than its data-parallel dimension get the same samples.
+        mesh_dim: Name of that dimension.
+        return_type: What raw bytes become: ``"tensor"``, ``"bytes"``, ``"reader"`` or ``"sample"``.
+        enable_sharding: False gives every rank and worker all samples, as s3torchconnector does by default.
+        options: See `s3loader.LoaderOptions`.
+
+    Raises:
+        ConfigError: an option is unusable.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | str | Iterable[str],
+        *,
+        batch_size: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        device_mesh: Any = None,
+        mesh_dim: str | None = None,
+        return_type: ReturnType = "tensor",
+        enable_sharding: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+        self.batch_size = batch_size
+        self.return_type: ReturnType = return_type
+        self._ranks = Ranks(rank, world_size, device_mesh, mesh_dim)
+        self._sharded = enable_sharding
+        bucket = self.source.store.url.partition("://")[2].partition("/")[0]
+        self._options = {
+            **options,
+            "batch_size": _FLAT_BATCH if batch_size is None else batch_size,
+            "transform": to_return_type(return_type, options.get("transform"), bucket),
+            "collate": torch_collate(options.get("collate")),
+            "transform_key": return_type == "reader",
+        }
+        LoaderOptions.of(self._options)
+        # Epoch and start of the next iteration, seen by workers that live already.
+        self._shared = _shared([0, 0])
+        self._state: PlanState | None = None
+        self._first_step = 0
+        self._allow_changed = False
+        self._live: Loader | None = None
+        self._begun = (0, 0)
+        self._deliveries = False
+        self._found: tuple[int, int] | None = None
+
+    # -- constructors ------------------------------------------------------------------------
+
+    @classmethod
+    def from_manifest(cls, manifest: str, *, store: Any = None, group: Any = None, where: Any = None, **options: Any) -> Self:
+        """The samples a manifest lists; see `s3loader.from_manifest`."""
+        store_options, rest = connector_options(options)
+        return cls(from_manifest(manifest, store=store, group=group, where=where, **store_options), **rest)
+
+    @classmethod
+    def from_webdataset(
+        cls, urls: str | Iterable[str], *, store: Any = None, group: Any = "webdataset", **options: Any
+    ) -> Self:
+        """WebDataset shards by their URLs, braces included; see `s3loader.from_webdataset`."""
+        store_options, rest = connector_options(options)
+        return cls(from_webdataset(urls, store=store, group=group, **store_options), **rest)
+
+    @classmethod
+    def from_prefix(cls, s3_uri: str, *, store: Any = None, group: Any = None, **options: Any) -> Self:
+        """Every object under a prefix, in order and as readers unless told otherwise; takes s3torchconnector's keywords."""
+        store_options, rest = connector_options(options)
+        return cls(from_prefix(s3_uri, store=store, group=group, **store_options), **connector_defaults(rest))
+
+    @classmethod
+    def from_objects(cls, object_uris: str | Iterable[str], *, store: Any = None, group: Any = None, **options: Any) -> Self:
+        """These objects, in this order and as readers unless told otherwise; takes s3torchconnector's keywords."""
+        store_options, rest = connector_options(options)
+        return cls(from_objects(object_uris, store=store, group=group, **store_options), **connector_defaults(rest))
+
+    # -- epochs and state --------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration, also in workers that live already. A loaded position in it is kept."""
+        if epoch != int(self._shared[0]):
+            self._shared[0], self._shared[1] = epoch, 0
+            self._first_step = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `set_epoch` or a loaded state chose."""
+        return int(self._shared[0])
+
+    @property
+    def start(self) -> int:
+        """Positions of that epoch that are consumed before the next iteration begins."""
+        return int(self._shared[1])
+
+    def begin_at(self, epoch: int, consumed: int) -> None:
+        """Choose epoch and start of the next iteration, also in workers that live already."""
+        self._shared[0], self._shared[1] = epoch, consumed
+        self._first_step = 0
+
+    def for_deliveries(self) -> S3IterableDataset:
+        """The same dataset with an epoch of its own, yielding `Delivery` in place of batches: for `S3DataLoader`."""
+        twin = copy.copy(self)
+        twin._shared = _shared(self._shared.tolist())
+        twin._deliveries = True
+        return twin
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
+        """Begin the next iterations at `state`. Call it before workers are started, or use `S3DataLoader`.
+
+        Raises:
+            StateMismatchError: the state belongs to other data, seed or options.
+        """
+        loaded, before = PlanState.from_dict(state), (self._state, self._allow_changed)
+        self._state, self._allow_changed = loaded, allow_changed
+        try:
+            size = self.loader(self.whole_rank()).plan.size  # refuses a wrong state here, not in a worker
+        except S3LoaderError:
+            self._state, self._allow_changed = before
+            raise
+        self.begin_at(loaded.epoch, min(loaded.consumed, size))
+        self._first_step = int(state.get("worker_step", 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process stands in the sequence: for `torchdata`'s StatefulDataLoader, which asks each worker.
+
+        In a plain `DataLoader` the training process cannot know what its workers have delivered: use `state_after`,
+        or `S3DataLoader`.
+        """
+        self._need_batch_size()
+        loader = self._live if self._live is not None else self.loader(self.whole_rank())
+        if get_worker_info() is None or self._live is None:
+            return loader.state_dict()
+        epoch, consumed = self._begun
+        state = loader.plan.state(epoch, consumed).as_dict()
+        return {**state, "worker_step": self._first_step}
+
+    def state_after(self, batches: int) -> dict[str, Any]:
+        """The state when this rank has got `batches` batches of the current epoch (since the loaded state, if any)."""
+        self._need_batch_size()
+        loader = self.loader(self.whole_rank())
+        schedule = loader.schedule(int(self._shared[1]))
+        return loader.plan.state(loader.epoch, loader.plan.base(loader.epoch, schedule.consumed_after(batches))).as_dict()
+
+    def _need_batch_size(self) -> None:
+        if self.batch_size is None:
+            raise ConfigError(
+                "an exact state needs the dataset to know the batch size",
+                hint="give S3IterableDataset(..., batch_size=B) and DataLoader(..., batch_size=None)",
+            )
+
+    def __len__(self) -> int:
+        """Batches (without `batch_size`: samples) of a whole epoch for this rank, over all its workers."""
+        loader = self.loader(self.whole_rank())
+        schedule = loader.schedule(int(self._shared[1]))
+        if self.batch_size is not None:
+            return schedule.steps(loader.topology.rank)
+        return int(schedule.positions(loader.topology.rank, range(schedule.steps(loader.topology.rank)))[1].sum())
+
+    # -- iteration ---------------------------------------------------------------------------
+
+    def whole_rank(self) -> Topology:
+        """The topology of the whole rank, workers not told apart."""
+        return Topology(*self._resolve())
+
+    def _resolve(self) -> tuple[int, int]:
+        if not self._sharded:
+            return 0, 1
+        return self._found if self._found is not None else self._ranks.resolve()
+
+    def _to_pass_on(self) -> tuple[int, int] | None:
+        """Ranks that a spawned worker could not find itself."""
+        known_here = self._ranks.device_mesh is not None or (dist.is_available() and dist.is_initialized())
+        return self._resolve() if self._sharded and known_here else self._found
+
+    def loader(self, topology: Topology) -> Loader:
+        """The engine for one process, at the current epoch and start."""
+        loader = Loader(
+            self.source,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            worker=topology.worker,
+            workers=topology.workers,
+            epoch=int(self._shared[0]),
+            **self._options,
+        )
+        if self._state is not None:
+            loader.load_state_dict(self._state.as_dict(), allow_changed=self._allow_changed)
+        loader.position.load(int(self._shared[0]), int(self._shared[1]))
+        return loader
+
+    def __iter__(self) -> Iterator[Any]:
+        topology = current_topology(*self._resolve()) if self._sharded else Topology()
+        loader = self._live = self.loader(topology)
+        in_worker = get_worker_info() is not None
+        self._begun = (loader.epoch, loader.position.start)
+        batches = loader.iter_batches(first_step=self._first_step)
+        noted = 0
+        try:
+            while True:
+                try:
+                    batch = next(batches, None)
+                except S3LoaderError as error:
+                    if not self._deliveries:
+                        raise
+                    # torch would rebuild the exception from its text alone and lose what it knows.
+                    yield Delivery(0, None, topology.worker, loader.stats, tuple(loader.quarantine[noted:]), error)
+                    return
+                if batch is None:
+                    return
+                self._first_step = batch.step + topology.workers
+                data = to_tensors(batch.data)
+                if self.batch_size is None:
+                    yield from data
+                    continue
+                data = pack(data) if in_worker else data
+                if self._deliveries:
+                    new = tuple(loader.quarantine[noted:])
+                    noted = len(loader.quarantine)
+                    yield Delivery(batch.consumed, data, topology.worker, loader.stats, new, None)
+                else:
+                    yield data
+        finally:
+            batches.close()
+            self._first_step = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled when spawned workers start: they cannot ask `torch.distributed`, so the ranks go with it."""
+        state = {name: value for name, value in vars(self).items() if name != "_live"}
+        state["_found"] = self._to_pass_on()
+        state["_ranks"] = self._ranks._replace(device_mesh=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._live = None
