@@ -11,6 +11,8 @@ from s3loader.checkpoint.leaves import Shard
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.options import CheckpointOptions
 from s3loader.checkpoint.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
+from s3loader.checkpoint.preemption import Preemption
+from s3loader.checkpoint.simple import OpenCheckpoint, load, open_checkpoint, save
 from s3loader.checkpoint.tree import PerRank
 
 __all__ = [
@@ -22,11 +24,16 @@ __all__ = [
     "GCReport",
     "KeepPolicy",
     "LatestN",
+    "OpenCheckpoint",
     "PerRank",
+    "Preemption",
     "Progress",
     "SaveHandle",
     "SaveResult",
     "Shard",
     "StepInfo",
     "TensorSlice",
+    "load",
+    "open_checkpoint",
+    "save",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from s3loader.checkpoint import layout, records
 from s3loader.checkpoint.merge import Merged
-from s3loader.checkpoint.records import Part
+from s3loader.checkpoint.records import Failure, Part
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run
 from s3loader.checkpoint.session import Session
@@ -81,8 +81,13 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
             now = time.monotonic()
             complete_since = complete_since or now
             if first or attempt.rank == 0 or now - complete_since > _TAKE_OVER:
+                if abandoned():
+                    raise CheckpointError(f"step {attempt.step} was abandoned before it was committed")
                 return _publish(attempt, own, expected, listed)
         first = False
+        failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
+        if failed:
+            raise _failed(attempt, failed)
         found = attempt.run.read_root(attempt.step)
         if attempt.id in found.history:
             return found
@@ -100,6 +105,15 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
             )
         time.sleep(pause)
         pause = min(0.5, pause * 1.5)
+
+
+def _failed(attempt: Attempt, ranks: list[int]) -> IncompleteCheckpointError:
+    key = attempt.prefix + layout.failure_id(ranks[0])
+    found = attempt.run.get(key)
+    why = records.decode(found[0], Failure, key).error if found is not None else "it failed"
+    return IncompleteCheckpointError(
+        f"step {attempt.step} cannot be committed: rank {ranks[0]} failed: {why}", url=attempt.run.store.url, missing=ranks
+    )
 
 
 def _listing(attempt: Attempt) -> dict[str, tuple[int, str]]:

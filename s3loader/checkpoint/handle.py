@@ -69,6 +69,10 @@ class SaveHandle:
         """Wait until the state was copied, so that it may be changed. `save` returns after that by itself."""
         return self._staged.wait(timeout)
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is committed or has failed; returns whether it is."""
+        return self._finished.wait(timeout)
+
     def result(self, timeout: float | None = None) -> SaveResult:
         """Wait for the commit.
 

@@ -34,6 +34,7 @@ __all__ = [
     "data_id",
     "epoch_key",
     "epoch_of",
+    "failure_id",
     "intent_key",
     "parse_key",
     "part_id",
@@ -93,6 +94,11 @@ def data_id(rank: int, number: int) -> str:
 def part_id(rank: int) -> str:
     """The part manifest of `rank`."""
     return f"part-{rank:05d}.json"
+
+
+def failure_id(rank: int) -> str:
+    """What `rank` leaves where it cannot finish its part."""
+    return f"failed-{rank:05d}.json"
 
 
 def intent_key(step: int, attempt: str, rank: int) -> str:

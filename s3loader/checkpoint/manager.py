@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from s3loader.checkpoint import gc, retention
 from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.commit import Attempt
 from s3loader.checkpoint.handle import SaveHandle
+from s3loader.checkpoint.incremental import Base, find_base
 from s3loader.checkpoint.options import CheckpointOptions, OnCorruption, OnExists
 from s3loader.checkpoint.policy import KeepPolicy
 from s3loader.checkpoint.root import Root
@@ -63,6 +65,7 @@ class CheckpointManager:
         self._pool = BufferPool(self.options.staging_budget, self.options.part_size)
         self._session: Session | None = None
         self._savers: list[Saver] = []
+        self._base: Base | None = None
         self._lock = threading.RLock()
         self._closed = False
 
@@ -103,7 +106,9 @@ class CheckpointManager:
             facts = _checked_metrics(metrics), _checked_metadata(metadata)
             session = self.session()
             attempt = Attempt(self.run, session, step, session.next_attempt(), self.options.deadline)
-            plan = plan_save(attempt, items, facts[0], facts[1], self.options)
+            if self.options.incremental:
+                self._base = find_base(self.run, self.options.block, self._base)
+            plan = plan_save(attempt, items, facts[0], facts[1], self.options, self._base)
             saver = Saver(
                 attempt,
                 plan,
@@ -126,6 +131,19 @@ class CheckpointManager:
         for saver in list(self._savers):
             saver.join()
         self._raise_failures()
+
+    def finish(self, seconds: float) -> list[int]:
+        """Give the saves under way so many seconds, then abandon those that are not committed; returns their steps.
+
+        Raises nothing for them: their handles do.
+        """
+        end = time.monotonic() + seconds
+        late: list[int] = []
+        for saver in list(self._savers):
+            if not saver.handle.wait(max(0.0, end - time.monotonic())):
+                saver.abandon()
+                late.append(saver.handle.step)
+        return late
 
     def session(self) -> Session:
         """This job's incarnation; begun at the first call (by `save`, or by `restore` where there are several ranks)."""
@@ -163,6 +181,14 @@ class CheckpointManager:
             CheckpointNotFoundError: there is none.
             CheckpointError: it is damaged or incomplete.
         """
+        return Checkpoint(self.run, self.find(step))
+
+    def find(self, step: int | None = None) -> Root:
+        """Root of `step`, or of the newest.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+        """
         if step is not None:
             root = self.run.read_root(step)
             if root.state in ("absent", "tombstone"):
@@ -170,9 +196,9 @@ class CheckpointManager:
                 raise CheckpointNotFoundError(
                     f"step {step} {why}", url=self.store.url, hint="`s3loader ckpt ls` lists what there is"
                 )
-            return Checkpoint(self.run, root)
+            return root
         for root in self.run.newest_first():
-            return Checkpoint(self.run, root)
+            return root
         raise CheckpointNotFoundError("there is no checkpoint", url=self.store.url)
 
     def restore(

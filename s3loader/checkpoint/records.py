@@ -15,7 +15,20 @@ from s3loader.checkpoint import segments
 from s3loader.checkpoint.dtypes import DTYPES, nbytes
 from s3loader.errors import FormatError
 
-__all__ = ["FORMAT", "Chunk", "EpochRecord", "FileRecord", "Index", "Intent", "Marker", "Part", "Pin", "decode", "encode"]
+__all__ = [
+    "FORMAT",
+    "Chunk",
+    "EpochRecord",
+    "Failure",
+    "FileRecord",
+    "Index",
+    "Intent",
+    "Marker",
+    "Part",
+    "Pin",
+    "decode",
+    "encode",
+]
 
 FORMAT: Final = 1
 
@@ -60,6 +73,14 @@ class Intent(msgspec.Struct, kw_only=True, omit_defaults=True):
     time: float
     base: int | None = None
     """The earlier step that unchanged tensors are referenced from."""
+
+
+class Failure(msgspec.Struct, kw_only=True):
+    """``failed-RRRRR.json``: a rank that cannot finish its part of an attempt tells the others."""
+
+    format: int
+    rank: int
+    error: str
 
 
 class FileRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

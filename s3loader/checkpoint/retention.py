@@ -56,8 +56,9 @@ def retire_all(run: Run, roots: Iterable[Root], epoch: int) -> list[int]:
         retired.append(root)
     if retired:
         keep, scan = in_use(run)
-        keys = [meta.key for r in retired for meta in scan.attempts.get(r.step, {}).get(r.attempt, ())]
-        delete_keys(run, (key for key in keys if key not in keep))
+        keys = {meta.key for r in retired for meta in scan.attempts.get(r.step, {}).get(r.attempt, ())}
+        keys |= {key for r in retired for key, _ in r.keys.values()}  # files of steps that were retired before it, too
+        delete_keys(run, sorted(keys - keep))
     return [r.step for r in retired]
 
 

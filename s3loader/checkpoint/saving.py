@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,14 +12,24 @@ from typing import Any
 from s3loader.checkpoint import layout, records, tree
 from s3loader.checkpoint.commit import Attempt, expect_free, publish_or_wait
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
+from s3loader.checkpoint.incremental import Base, References, refer
 from s3loader.checkpoint.leaves import LeafAdapter
 from s3loader.checkpoint.options import CheckpointOptions, OnExists
-from s3loader.checkpoint.records import Chunk, Intent, Part
+from s3loader.checkpoint.records import Chunk, Failure, Intent, Part
 from s3loader.checkpoint.replicas import owned, replica
 from s3loader.checkpoint.session import Session
 from s3loader.checkpoint.staging import BufferPool, FilePlan, SavedPiece, plan_files, stage
 from s3loader.checkpoint.upload import Upload
-from s3loader.errors import StepExistsError, UnsupportedStateError
+from s3loader.errors import (
+    CheckpointError,
+    FencedError,
+    IncompleteCheckpointError,
+    S3LoaderError,
+    StepExistsError,
+    UnsupportedStateError,
+)
+
+_log = logging.getLogger("s3loader.checkpoint")
 
 __all__ = ["SavePlan", "Saver", "plan_save"]
 
@@ -34,10 +45,17 @@ class SavePlan:
     metadata: dict[str, Any]
     replicas: list[Chunk]
     """Tensors that other ranks write."""
+    references: References | None
+    """Tensors that an earlier step holds."""
 
 
 def plan_save(
-    attempt: Attempt, items: Mapping[str, Any], metrics: dict[str, Any], metadata: dict[str, Any], options: CheckpointOptions
+    attempt: Attempt,
+    items: Mapping[str, Any],
+    metrics: dict[str, Any],
+    metadata: dict[str, Any],
+    options: CheckpointOptions,
+    base: Base | None = None,
 ) -> SavePlan:
     """Take the state apart: names, types, shapes, and where each byte will be. Copies nothing.
 
@@ -58,10 +76,14 @@ def plan_save(
     mine, others = owned(shared, attempt.rank, attempt.world)
     replicas = [replica(piece) for piece in others] if options.check_replicas else []
     pieces = own + mine
+    references = None
+    if base is not None:
+        references, pieces = refer(attempt, base, pieces)
     about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
     hashed = options.incremental or (options.check_replicas and attempt.world > 1)
     files = plan_files(pieces, attempt.rank, options.file_size, options.block, about, hashed=hashed)
-    return SavePlan(nodes, files, sum(p.end - p.begin for p in pieces), metrics, metadata, replicas)
+    size = sum(p.end - p.begin for p in pieces) + sum(c.end - c.begin for c in (references.chunks if references else ()))
+    return SavePlan(nodes, files, size, metrics, metadata, replicas, references)
 
 
 class Saver:
@@ -117,7 +139,7 @@ class Saver:
     def abandon(self) -> None:
         """Give the save up: nothing more is uploaded or published."""
         self._abandoned.set()
-        self._upload.fail(StepExistsError("the save was abandoned"))
+        self._upload.fail(CheckpointError(f"step {self._attempt.step} was abandoned before it was committed"))
 
     def join(self) -> None:
         """Wait until it has ended."""
@@ -130,6 +152,7 @@ class Saver:
         except BaseException as error:  # noqa: BLE001 - raised by the handle, and by the manager's next call
             self._upload.fail(error)
             handle._error = self._ended(error)
+            self._tell_others(handle._error)
         finally:
             self._after = None
             handle._finished.set()
@@ -142,6 +165,22 @@ class Saver:
             return first
         return error
 
+    def _tell_others(self, error: BaseException) -> None:
+        """Let the other ranks know at once, instead of at their deadline."""
+        attempt = self._attempt
+        if attempt.world == 1 or isinstance(error, IncompleteCheckpointError | FencedError | StepExistsError):
+            return
+        record = Failure(format=records.FORMAT, rank=attempt.rank, error=f"{type(error).__name__}: {error}")
+        key = attempt.prefix + layout.failure_id(attempt.rank)
+        self._quietly(lambda: attempt.run.put(key, records.encode(record)))
+
+    @staticmethod
+    def _quietly(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except S3LoaderError as error:
+            _log.info("cleaning up after a save: %s", error)
+
     def _commit(self) -> SaveResult:
         attempt, run, plan = self._attempt, self._attempt.run, self._plan
         try:
@@ -151,6 +190,7 @@ class Saver:
                 raise
             self._upload.cancel(error)
             return SaveResult(attempt.step, "", plan.bytes, 0, self._staged_s, time.monotonic() - self._began, skipped=True)
+        references = plan.references
         intent = Intent(
             format=records.FORMAT,
             step=attempt.step,
@@ -158,6 +198,7 @@ class Saver:
             rank=attempt.rank,
             world=attempt.world,
             time=time.time(),
+            base=references.base if references is not None else None,
         )
         run.put(layout.intent_key(attempt.step, attempt.id, attempt.rank), records.encode(intent))
         self._upload.begin()
@@ -167,6 +208,8 @@ class Saver:
         if self._after is not None:
             self._after.join()
         publish_or_wait(attempt, part, expected, self._abandoned.is_set)
+        if references is not None:
+            self._quietly(lambda: run.store.delete(layout.pin_key(attempt.id, attempt.rank)))
         seconds = time.monotonic() - self._began
         retired, problem = self._clean_up()
         return SaveResult(
@@ -190,8 +233,11 @@ class Saver:
             world=attempt.world,
             time=time.time(),
             block=self._options.block,
-            files=[file.record() for file in plan.files],
-            chunks=[piece.chunk(file.id, self._options.block) for file in plan.files for piece in file.pieces],
+            files=[*(file.record() for file in plan.files), *(plan.references.files if plan.references else ())],
+            chunks=[
+                *(piece.chunk(file.id, self._options.block) for file in plan.files for piece in file.pieces),
+                *(plan.references.chunks if plan.references else ()),
+            ],
             tree=plan.tree,
             replicas=plan.replicas,
             metrics=plan.metrics,

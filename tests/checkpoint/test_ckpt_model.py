@@ -221,3 +221,68 @@ def test_what_is_known_to_be_wrong_is_found(variant: Variant, invariant: str) ->
     _, problem, path = search(variant)
     assert problem is not None
     assert problem.startswith(invariant), "\n".join(map(str, path))
+
+
+class Pinning(NamedTuple):
+    """A save that refers to a base step, and somebody who deletes that step: in which order each does its work."""
+
+    saver: tuple[str, ...] = ("pin", "look", "publish", "unpin")
+    deleter: tuple[str, ...] = ("bury", "pins", "roots", "delete")
+
+
+class PinState(NamedTuple):
+    base_committed: bool
+    base_data: bool
+    pinned: bool
+    published: bool
+    saver: int
+    gave_up: bool
+    deleter: int
+    keep: bool  # the deleter has seen a pin or a root that needs the data
+
+
+def pin_steps(s: PinState, v: Pinning) -> Iterator[PinState]:
+    if s.saver < len(v.saver) and not s.gave_up:
+        after = s._replace(saver=s.saver + 1)
+        match v.saver[s.saver]:
+            case "pin":
+                yield after._replace(pinned=True)
+            case "look":
+                yield after if s.base_committed else after._replace(gave_up=True)
+            case "publish":
+                yield after._replace(published=True)
+            case "unpin":
+                yield after._replace(pinned=False)
+    if s.deleter < len(v.deleter):
+        after = s._replace(deleter=s.deleter + 1)
+        match v.deleter[s.deleter]:
+            case "bury":
+                yield after._replace(base_committed=False)
+            case "pins":
+                yield after._replace(keep=s.keep or s.pinned)
+            case "roots":
+                yield after._replace(keep=s.keep or s.published)
+            case "delete":
+                yield after if s.keep else after._replace(base_data=False)
+
+
+def pin_violation(v: Pinning) -> PinState | None:
+    seen = {PinState(True, True, False, False, 0, False, 0, False)}
+    queue = list(seen)
+    while queue:
+        state = queue.pop()
+        if state.published and not state.base_data:
+            return state
+        for after in pin_steps(state, v):
+            if after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return None
+
+
+def test_references_and_deletion_do_not_cross() -> None:
+    assert pin_violation(Pinning()) is None
+    assert pin_violation(Pinning(saver=("look", "pin", "publish", "unpin"))) is not None
+    assert pin_violation(Pinning(saver=("pin", "look", "unpin", "publish"))) is not None
+    assert pin_violation(Pinning(deleter=("bury", "roots", "pins", "delete"))) is not None
+    assert pin_violation(Pinning(deleter=("pins", "roots", "bury", "delete"))) is not None
