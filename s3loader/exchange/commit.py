@@ -229,7 +229,7 @@ def append_lines(store: ObjectStore, key: str, lines: list[str], *, deadline: fl
                     ) from error
                 doubtful = doubtful or isinstance(error, OutcomeUnknownError) or error.attempts > 1
                 took = time.monotonic() - started
-                pause = min(_LONGEST_PAUSE, max(pause * 1.5, took))
+                pause = min(_LONGEST_PAUSE, 10 * took, max(1.5 * pause, took))
                 time.sleep(random.random() * pause)
                 continue
         if not conditional:

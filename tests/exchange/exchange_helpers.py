@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from multiprocessing import get_context
 from typing import Any
 
+from s3loader.exchange.store import S3ExchangeStore
+from s3loader.exchange.types import ShardSizePolicy
 from s3loader.store.base import Backend
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.wrapper import Wrapper
@@ -69,3 +72,37 @@ def watched(store: ObjectStore) -> tuple[ObjectStore, Watched]:
 def files(*keys: str) -> list[Any]:
     """File entries with nothing but a key."""
     return [{"kind": "file", "key": key} for key in keys]
+
+
+# work of child processes
+
+
+def append_many(store: Any, manifest: str, worker: int, count: int) -> None:
+    """`count` appends of one entry each."""
+    exchange = S3ExchangeStore(store)
+    for i in range(count):
+        exchange.write_manifest(manifest, files(f"{worker}/{i}"), mode="append_parts")
+
+
+def write_shards(store: Any, manifest: str, worker: int, count: int) -> None:
+    """`count` members in shards of three, all writers in one folder, appended to one manifest."""
+    with S3ExchangeStore(store).open_manifest_writer(manifest, shard_size=ShardSizePolicy(max_entries=3)) as writer:
+        for i in range(count):
+            writer.add_to_shard(f"{worker}-{i}", f"content {worker} {i}".encode(), id=f"{worker}-{i}")
+
+
+def run_together(work: Callable[..., None], workers: int, *args: Any) -> None:
+    """`work(store, manifest, worker, count)` in so many processes at once; all must succeed."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["exchange_helpers"])
+    store, manifest, count = args
+    processes = [context.Process(target=work, args=(store, manifest, worker, count)) for worker in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert codes == [0] * workers
