@@ -151,7 +151,7 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
         return from_status(412, None, "", where)
     if "\n    source: MissingAccount," in debug:
         return made(ConfigError, "no Azure storage account", _KEY_HINTS["az"])
-    if "\n        source: StartTooLarge {" in debug:
+    if "\n        source: StartTooLarge {" in debug or '\n        value: "bytes 0--1/0",' in debug:  # Azure, of an empty object
         return from_status(416, None, "", where)
     if name == "NotSupportedError":
         return made(UnsupportedOperationError, "the store cannot do this")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ from s3loader.store.s3errors import Condition, Where
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import ObjectMeta
 
-__all__ = ["ObstoreClient", "meta_of", "open_azure", "open_gcs", "open_s3"]
+__all__ = ["ObstoreClient", "from_identifier", "meta_of", "open_azure", "open_gcs", "open_s3", "to_identifier"]
 
 T = TypeVar("T")
 
@@ -190,3 +191,16 @@ def meta_of(key: str, meta: Mapping[str, Any], attributes: Mapping[str, str]) ->
         version_id=None if version == "null" else version,
         metadata={name.lower(): value for name, value in attributes.items() if name not in _STANDARD},
     )
+
+
+_ESCAPE: Final = re.compile(r"_x([0-9a-f]{2})_")
+
+
+def to_identifier(name: str) -> str:
+    """A metadata name as Azure takes it (an identifier): ``a-b`` is ``a_x2d_b``."""
+    return re.sub(r"_(?=x[0-9a-f]{2}_)|[^a-z0-9_]|^[0-9]", lambda m: f"_x{ord(m[0]):02x}_", name.lower())
+
+
+def from_identifier(name: str) -> str:
+    """The inverse of `to_identifier`; names that it did not make stay as they are."""
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 16)), name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from s3loader.errors import (
@@ -20,7 +21,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store.listing import roll_up
-from s3loader.store.obstore_client import ObstoreClient, meta_of
+from s3loader.store.obstore_client import ObstoreClient, from_identifier, meta_of, to_identifier
 from s3loader.store.s3errors import Where, condition_of
 from s3loader.store.s3reads import bare_etag, check_etag, is_plain_key, read_nothing
 from s3loader.store.spool import Spool
@@ -43,10 +44,13 @@ _CHUNK: Final = 8 << 20
 class ObstoreBackend:
     """One bucket of GCS (``gs://``) or container of Azure (``az://``).
 
-    Limits, all of obstore's interface: keys with an empty, ``.`` or ``..`` segment or a control
-    character are refused; the parts of a multipart upload are kept in a temporary folder until it
-    is completed, so an upload id means something in its own process only, and only such uploads are
-    listed; uploads carry no CRC32C; a forked child of a process that used obstore cannot use it.
+    Limits, most of obstore's interface: keys with an empty, ``.`` or ``..`` segment or a control
+    character are refused, on Azure those with a backslash too (it becomes a slash there); Azure's
+    metadata names are identifiers, so others are escaped there (``a-b`` as ``a_x2d_b``); the parts of
+    a multipart upload are kept in a temporary folder until it is completed, so an upload id means
+    something in its own process only, and only such uploads are listed; uploads carry no checksum; Azure
+    lists keys beyond U+FFFF in an order of its own (UTF-16);
+    a forked child of a process that had obstore loaded cannot use it.
 
     Args:
         scheme: ``gs`` or ``az``.
@@ -70,12 +74,18 @@ class ObstoreBackend:
         return "obstore"
 
     def _check_key(self, key: str) -> None:
-        if not is_plain_key(key):
+        if not is_plain_key(key) or (self.scheme == "az" and "\\" in key):
             raise UnsupportedOperationError(
-                f"obstore cannot keep the key {key!r} as it is",
+                f"{self.scheme}:// by obstore cannot keep the key {key!r} as it is",
                 url=self.url,
-                hint='avoid "//", ".", ".." and a "/" at either end',
+                hint='avoid "//", ".", "..", a "/" at either end, and on Azure "\\"',
             )
+
+    def _meta(self, key: str, answer: Any) -> ObjectMeta:
+        meta = meta_of(key, answer.meta, answer.attributes)
+        if self.scheme == "az" and meta.metadata:
+            return replace(meta, metadata={from_identifier(name): value for name, value in meta.metadata.items()})
+        return meta
 
     # reading
 
@@ -127,7 +137,7 @@ class ObstoreBackend:
             return answer, await answer.bytes_async()
 
         answer, body = self._client.call(verb, key, sync, begin, "read")
-        meta = meta_of(key, answer.meta, answer.attributes)
+        meta = self._meta(key, answer)
         where = Where(verb, self._client.at(key), "read")
         check_etag(meta.etag, if_match, where)
         data = memoryview(body)
@@ -150,7 +160,7 @@ class ObstoreBackend:
             lambda obs, store: obs.get(store, key, options=options),
             lambda obs, store: obs.get_async(store, key, options=options),
         )
-        return meta_of(key, answer.meta, answer.attributes)
+        return self._meta(key, answer)
 
     # writing
 
@@ -180,6 +190,8 @@ class ObstoreBackend:
     ) -> PutResult:
         condition = condition_of(mode)
         self._check_key(key)
+        if self.scheme == "az":
+            metadata = {to_identifier(name): value for name, value in (metadata or {}).items()}
         attributes = {**(metadata or {}), **({"Content-Type": content_type} if content_type else {})}
         options: dict[str, Any] = {
             "attributes": attributes or None,
@@ -209,7 +221,8 @@ class ObstoreBackend:
             except ObjectNotFoundError:
                 meta = ObjectMeta(key, 0)
             check_etag(meta.etag, mode.etag, Where("put", self._client.at(key), "update"))
-            wanted["version"] = meta.version_id
+            if meta.version_id is not None:
+                wanted["version"] = meta.version_id
         return wanted
 
     def delete(self, key: str) -> None:

@@ -54,7 +54,7 @@ _CODES: Final[dict[type[S3LoaderError], str]] = {
         AuthFailure AuthenticationFailed InvalidSecurity MissingSecurityHeader NotSignedUp XMinioInvalidAccessKeyId""",
     AccessDeniedError: "AccessDenied AllAccessDisabled AccountProblem Forbidden AuthorizationFailure",
     ConflictError: "ConditionalRequestConflict OperationAborted",
-    PreconditionFailedError: "PreconditionFailed ConditionNotMet",
+    PreconditionFailedError: "PreconditionFailed ConditionNotMet BlobAlreadyExists",
     RangeError: "InvalidRange",
     ThrottledError: """
         SlowDown SlowDownRead SlowDownWrite Throttling ThrottlingException RequestThrottled RequestLimitExceeded
@@ -152,7 +152,7 @@ def from_status(
     code = code if code and not code.isdigit() else None
     kind = _kind(status, code, where, headers)
     region = region or headers.get("x-amz-bucket-region")
-    hint = _HINTS.get(code or "")
+    hint = _HINTS.get("NoSuchBucket" if kind is BucketNotFoundError else code or "")
     retryable: bool | None = None
     if kind is StoreError and (
         status in (301, 302, 307, 308) or code in ("PermanentRedirect", "IllegalLocationConstraintException")
@@ -247,7 +247,9 @@ def parse_error(body: bytes | str) -> tuple[str | None, str, str | None, str | N
             return None, "", None, None
         found = {element.tag.rpartition("}")[2]: (element.text or "").strip() for element in root}
         if "Code" in found:
-            return found["Code"] or None, found.get("Message", ""), found.get("RequestId") or None, found.get("Region") or None
+            message, _, azure = found.get("Message", "").partition("\nRequestId:")
+            request_id = found.get("RequestId") or azure.partition("\n")[0]
+            return found["Code"] or None, message, request_id or None, found.get("Region") or None
         return None, "", None, None
     return None, text[:200] if text.isprintable() else "", None, None
 

@@ -45,6 +45,8 @@ def document(code: str, message: str = "Why not", **more: str) -> bytes:
         (404, "NoSuchBucket", None, e.BucketNotFoundError, False),
         (404, "NoSuchBucket", "update", e.BucketNotFoundError, False),
         (404, "NoSuchKey", "update", e.ObjectChangedError, False),
+        (404, "ContainerNotFound", None, e.BucketNotFoundError, False),
+        (409, "BlobAlreadyExists", "create", e.ObjectExistsError, False),
         (404, "NoSuchUpload", "update", e.ObjectNotFoundError, False),
         (403, "AccessDenied", None, e.AccessDeniedError, False),
         (403, None, None, e.AccessDeniedError, False),
@@ -116,6 +118,12 @@ def test_hints() -> None:
     assert "clock is wrong" in hint(403, "RequestTimeTooSkewed")
     assert "s slow" in hint(403, "RequestTimeTooSkewed", {"date": "Wed, 21 Oct 2065 07:28:00 GMT"})
     assert "s fast" in hint(403, "RequestTimeTooSkewed", {"date": "Wed, 21 Oct 2015 07:28:00 GMT"})
+
+
+def test_azure_says_the_request_id_in_its_message() -> None:
+    body = document("BlobNotFound", "The blob does not exist.\nRequestId:R5\nTime:2026-11-25T11:11:43.682Z")
+    error = from_response(404, body, WHERE)
+    assert (error.request_id, error.message) == ("R5", "The blob does not exist")
 
 
 def test_a_completion_in_conflict_is_not_repeated() -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s3loader.config import S3Settings
 from s3loader.errors import (
@@ -26,7 +28,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import ObjectStore, StoreOptions, obstore_runtime, open_store
-from s3loader.store.obstore_client import ObstoreClient
+from s3loader.store.obstore_client import ObstoreClient, from_identifier, to_identifier
 from s3loader.store.obstore_engine import ObstoreBackend
 from s3loader.store.obstore_s3 import ObstoreS3Backend
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind, StoreSuite
@@ -52,12 +54,12 @@ class TestOverObstoresMemory(StoreSuite):
         from obstore.store import MemoryStore
 
         memory = MemoryStore()
-        client = ObstoreClient("az://container", lambda: memory)
-        with ObjectStore("az://container", ObstoreBackend("az", "container", client)) as store:
+        client = ObstoreClient("gs://bucket", lambda: memory)
+        with ObjectStore("gs://bucket", ObstoreBackend("gs", "bucket", client)) as store:
             yield store
 
     def reopen(self, store: ObjectStore) -> ObjectStore:
-        return ObjectStore("az://container", store.backend)
+        return ObjectStore("gs://bucket", store.backend)
 
 
 # -- GCS and Azure -------------------------------------------------------------------------------
@@ -148,6 +150,21 @@ def test_azure_without_an_account() -> None:
         with pytest.raises(ConfigError, match="account") as caught:
             store.get("k")
         assert "AZURE_STORAGE_ACCOUNT_NAME" in str(caught.value.hint)
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_categories=["Lu"]), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_metadata_names_on_azure(name: str) -> None:
+    made = to_identifier(name)
+    assert made.isidentifier()
+    assert made.isascii()
+    assert from_identifier(made) == name
+
+
+def test_metadata_names_that_need_no_escape() -> None:
+    assert to_identifier("my_name2") == "my_name2"
+    assert from_identifier("my_xface") == "my_xface"
+    assert to_identifier("s3loader-write") == "s3loader_x2d_write"
 
 
 def test_parts_of_an_upload_live_on_disk_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
