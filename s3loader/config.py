@@ -98,7 +98,7 @@ class S3Settings:
     profile: str | None = None
     """Profile of ``~/.aws/config``."""
     ca_bundle: str | None = None
-    """PEM file of the authorities to trust in place of the system's."""
+    """PEM file of authorities to trust in place of the system's (by obstore: besides them)."""
     addressing_style: str | None = None
     """``path`` = host/bucket/key, ``virtual`` = bucket.host/key, ``auto`` = virtual on AWS only."""
     origins: Mapping[str, str] = field(init=False, compare=False, repr=False)
@@ -121,17 +121,29 @@ class S3Settings:
         return cls(**explicit)
 
     def replace(self, **changes: Any) -> S3Settings:
-        """A copy with some values changed; reads nothing anew."""
+        """A copy with some values changed; reads nothing anew.
+
+        As at the start, keys are one value: new ones take the place of all three old ones, and a
+        new profile alone drops them.
+
+        Raises:
+            ConfigError: a value is unusable, or half a key pair is given.
+        """
+        names = [f.name for f in fields(self) if f.init]
+        unknown = sorted(set(changes) - set(names))
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}")
+        given = {name: (_checked(name, value), "argument") for name, value in changes.items() if value is not None}
+        dropped = set(changes)
+        if given.keys() & {*_KEYS, "profile"}:
+            dropped |= set(_KEYS)
+            _check_pair(given)
+        kept = {name: (getattr(self, name), origin) for name, origin in self.origins.items() if name not in dropped}
+        found = {**kept, **given}
         new = object.__new__(type(self))
-        for f in fields(self):
-            object.__setattr__(new, f.name, getattr(self, f.name))
-        given = {name: _checked(name, value) for name, value in changes.items() if value is not None}
-        for name in changes:
-            if name not in {f.name for f in fields(self) if f.init}:
-                raise ConfigError(f"unknown setting {name}")
-            object.__setattr__(new, name, given.get(name))
-        kept = {name: origin for name, origin in self.origins.items() if name not in changes}
-        object.__setattr__(new, "origins", {**kept, **dict.fromkeys(given, "argument")})
+        for name in names:
+            object.__setattr__(new, name, found[name][0] if name in found else None)
+        object.__setattr__(new, "origins", {name: found[name][1] for name in names if name in found})
         return new
 
     def __repr__(self) -> str:
@@ -238,14 +250,18 @@ def _resolve_keys(found: dict[str, tuple[Any, str]], layers: tuple[tuple[str, Ma
             if hits[_KEYS[0]] or hits[_KEYS[1]]:
                 found.update({key: (_checked(key, hit[0], hit[1]), hit[1]) for key, hit in hits.items() if hit})
                 break
-    if any(name in found for name in _KEYS):
-        for name, other in ((_KEYS[0], _KEYS[1]), (_KEYS[1], _KEYS[0])):
-            if name not in found:
-                where = found[other][1] if other in found else found[_KEYS[2]][1]
-                raise ConfigError(
-                    f"{name} is missing, though {other if other in found else _KEYS[2]} is given ({where})",
-                    hint="give key id and secret together, from one place",
-                )
+    _check_pair(found)
+
+
+def _check_pair(found: Mapping[str, tuple[Any, str]]) -> None:
+    """Raise `ConfigError` where only a part of the keys was found."""
+    there = [name for name in _KEYS if name in found]
+    for name in _KEYS[:2]:
+        if there and name not in found:
+            raise ConfigError(
+                f"{name} is missing, though {there[0]} is given ({found[there[0]][1]})",
+                hint="give key id and secret together, from one place",
+            )
 
 
 def _checked(name: str, value: Any, origin: str = "argument") -> Any:

@@ -197,6 +197,17 @@ def test_pickle_equality_and_replace() -> None:
     assert found.replace(region=None).region is None
 
 
+def test_replaced_keys_leave_nothing_of_the_old_ones() -> None:
+    found = S3Settings(aws_access_key_id="OLD", aws_secret_access_key=SECRET, aws_session_token="token", region="r")
+    new = found.replace(aws_access_key_id="NEW", aws_secret_access_key="secret")
+    assert (new.aws_access_key_id, new.aws_session_token, new.region) == ("NEW", None, "r")
+    assert "aws_session_token" not in new.origins
+    with pytest.raises(ConfigError, match="aws_secret_access_key is missing"):
+        found.replace(aws_access_key_id="NEW")
+    by_profile = found.replace(profile="lab")
+    assert (by_profile.profile, by_profile.aws_access_key_id) == ("lab", None)
+
+
 # -- .env ----------------------------------------------------------------------------------------
 
 
