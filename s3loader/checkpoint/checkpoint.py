@@ -99,6 +99,16 @@ class Checkpoint:
         """Names of the items."""
         return [str(key) for key, _, _ in tree.children(self._index.tree, "")]
 
+    @property
+    def tree(self) -> Any:
+        """The items as JSON, see `s3loader.checkpoint.tree`."""
+        return self._index.tree
+
+    @property
+    def block(self) -> int:
+        """Bytes of a checksum block."""
+        return self._index.block
+
     def files(self) -> dict[str, int]:
         """Key and bytes of every object of it."""
         return dict(self._root.keys.values())
