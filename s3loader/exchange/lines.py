@@ -19,7 +19,18 @@ EMPTY_MANIFEST: Final = b"\n"
 MAX_LINE: Final = 64 << 20
 """Longest line read, in bytes: a longer one is no manifest line, and would fill the memory."""
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+def _line_encoder() -> Callable[[Any], str]:
+    """``json.dumps(entry, separators=(",", ":"))``, with the encoder made once and not for every call."""
+    encoder = json.JSONEncoder(separators=(",", ":"))
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # not CPython
+        return encoder.encode
+    chunks = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+    return lambda entry: "".join(chunks(entry, 0))
+
+
+_encode = _line_encoder()
 _decode: Callable[[Buffer], Any] = msgspec.json.Decoder().decode
 _REQUIRED: Final = {"file": ("key", "File"), "shard": ("archive_key", "Shard"), "manifest_ref": ("key", "Manifest ref")}
 

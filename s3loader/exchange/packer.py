@@ -77,7 +77,7 @@ class ShardPacker:
         self._builder = ShardBuilder(
             compression=normalize_compression(compression), internal_manifest_path=internal_manifest_path
         )
-        self._upload = ShardUpload(store, key, pool=pool, mode=mode)
+        self._upload = ShardUpload(store, key, pool=pool, compression=self._builder.compression, mode=mode)
         self._lines = bytearray()
         self._broken = False
 

@@ -103,9 +103,8 @@ class ShardSizePolicy:
 
     def reached(self, entries: int, size: int) -> bool:
         """Whether `entries` members of together `size` bytes fill the shard."""
-        return (self.max_entries is not None and entries >= self.max_entries) or (
-            self.max_bytes is not None and size >= self.max_bytes
-        )
+        most, largest = self.max_entries, self.max_bytes
+        return (most is not None and entries >= most) or (largest is not None and size >= largest)
 
 
 class DeleteReport(TypedDict):

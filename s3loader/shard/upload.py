@@ -33,15 +33,24 @@ class ShardUpload:
     Args:
         store: Where to.
         key: Key of the archive.
+        compression: Of the archive, for its content type.
         mode: ``"create"`` never replaces an archive.
         pool: Where parts are uploaded.
         part_size: Bytes of a part; doubled every 1,000 parts. Smaller archives are one put.
     """
 
     def __init__(
-        self, store: ObjectStore, key: str, *, pool: UploadPool, mode: PutMode = "overwrite", part_size: int | None = None
+        self,
+        store: ObjectStore,
+        key: str,
+        *,
+        pool: UploadPool,
+        compression: str | None = None,
+        mode: PutMode = "overwrite",
+        part_size: int | None = None,
     ) -> None:
         self.key = key
+        self._content_type = _CONTENT_TYPES.get(compression, TAR_TYPE)
         self._store = store
         self._mode: PutMode = mode
         self._pool = pool
@@ -62,15 +71,13 @@ class ShardUpload:
         Raises:
             S3LoaderError: an earlier part could not be uploaded.
         """
+        target = self._first if self._part is None else self._part
         for piece in pieces:
-            if self._part is not None:
-                self._part += piece
-            else:
-                self._first += piece
+            target += piece
         if self._part is None:
             if len(self._first) < 2 * self._part_size:  # so that all parts but the last are large enough
                 return
-            self._upload_id = self._store.backend.create_multipart(self.key, content_type=TAR_TYPE)
+            self._upload_id = self._store.backend.create_multipart(self.key, content_type=self._content_type)
             self._part = self._first[self._part_size :]
             del self._first[self._part_size :]
         while len(self._part) >= (size := part_size_of(len(self._parts) + 2, self._part_size)):
@@ -104,8 +111,7 @@ class ShardUpload:
         backend = self._store.backend
         if self._upload_id is None or self._part is None:
             whole = b"".join((built.head, self._first, built.tail))
-            content_type = _CONTENT_TYPES.get(built.index.compression, TAR_TYPE)
-            return backend.put(self.key, whole, mode=self._mode, content_type=content_type)
+            return backend.put(self.key, whole, mode=self._mode, content_type=self._content_type)
         first = b"".join((built.head, self._first))
         last = b"".join((self._part, built.tail))
         parts = [backend.upload_part(self.key, self._upload_id, 1, first)]
