@@ -312,7 +312,7 @@ class S3Loader(Client):
     modules = ("s3loader",)
 
     def connect(self) -> None:
-        from s3loader.store.open import open_store
+        from s3loader.store import open_store
 
         settings: dict[str, Any] = {}
         if self.ca:

@@ -111,7 +111,7 @@ class Resuming(Loading):
 def upload(data: Data, port: int, peers: Path | None, folder: Path) -> None:
     """Put the samples on the server in every form."""
     from s3loader.shard.build import build_index
-    from s3loader.store.open import open_store
+    from s3loader.store import open_store
     from s3loader.types import PutRequest
 
     options: dict[str, Any] = {
