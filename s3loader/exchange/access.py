@@ -22,8 +22,8 @@ from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
 __all__ = ["ObjectAccess"]
 
-_KEPT: Final = 32
-"""Archives whose index is kept in memory."""
+_KEPT: Final = 256
+"""Archives whose index is kept in memory; an index takes about 50 bytes a member."""
 
 
 class ObjectAccess:

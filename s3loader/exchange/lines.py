@@ -31,6 +31,10 @@ def _line_encoder() -> Callable[[Any], str]:
 
 
 _encode = _line_encoder()
+json_value: Final = _encode
+"""Any value, as a manifest line holds it."""
+json_string: Final[Callable[[str], str]] = json.encoder.encode_basestring_ascii
+"""A string, quoted, as a manifest line holds it."""
 _decode: Callable[[Buffer], Any] = msgspec.json.Decoder().decode
 _REQUIRED: Final = {"file": ("key", "File"), "shard": ("archive_key", "Shard"), "manifest_ref": ("key", "Manifest ref")}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias, cast
+from typing import IO, Any, Final, TypeAlias
 
 from s3loader.errors import ConfigError
 from s3loader.exchange.keys import virtual_key
-from s3loader.exchange.lines import serialize_entry
-from s3loader.exchange.types import FileEntry, ShardEntry, ShardItem
+from s3loader.exchange.lines import json_string, json_value
+from s3loader.exchange.types import ShardEntry, ShardItem
 from s3loader.shard.compression import normalize_compression
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.pool import UploadPool
@@ -34,6 +34,8 @@ def source_size(source: Source, size: int | None = None) -> int:
         ConfigError: a binary file that can't tell, and no `size` given.
         FileNotFoundError: there is no such local file.
     """
+    if type(source) is bytes:
+        return len(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return memoryview(source).nbytes
     if isinstance(source, (str, os.PathLike)):
@@ -79,6 +81,7 @@ class ShardPacker:
         )
         self._upload = ShardUpload(store, key, pool=pool, compression=self._builder.compression, mode=mode)
         self._lines = bytearray()
+        self._before = '{"kind":"file","key":' + json_string(virtual_key(key, ""))[:-1]
         self._broken = False
 
     def __len__(self) -> int:
@@ -108,7 +111,9 @@ class ShardPacker:
             raise ConfigError(f"an earlier member of {self.key} could not be read to its end; the shard is unusable")
         size = source_size(source, size_bytes)
         line = self._line(member_path, id, meta, size)
-        if isinstance(source, (bytes, bytearray, memoryview)):
+        if type(source) is bytes:
+            self._upload.write(self._builder.add(member_path, source))
+        elif isinstance(source, (bytes, bytearray, memoryview)):
             self._upload.write(self._builder.add(member_path, memoryview(source).cast("B")))
         elif isinstance(source, (str, os.PathLike)):
             with open(source, "rb") as file:
@@ -136,15 +141,12 @@ class ShardPacker:
         self._broken = False
 
     def _line(self, path: str, id: str | None, meta: dict[str, Any] | None, size: int) -> bytes:
-        entry = {
-            "kind": "file",
-            "key": virtual_key(self.key, path),
-            "member_path": path,
-            "id": id,
-            "meta": meta,
-            "size_bytes": size,
-        }
-        return f"{serialize_entry(cast('FileEntry', entry))}\n".encode("ascii")
+        """The member's line of the internal manifest; as `serialize_entry` would write it, but put together by hand."""
+        name = json_string(path)
+        said_id = "null" if id is None else json_string(id) if type(id) is str else json_value(id)
+        said_meta = "null" if meta is None else json_value(meta)
+        line = f'{self._before}{name[1:]},"member_path":{name},"id":{said_id},"meta":{said_meta},"size_bytes":{size}}}\n'
+        return line.encode("ascii")
 
     def finish(self) -> ShardEntry:
         """Publish archive and index; returns the manifest entry. May run in the pool.

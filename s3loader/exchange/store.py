@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from s3loader.errors import ConfigError
 from s3loader.exchange import removal
 from s3loader.exchange.access import ObjectAccess
-from s3loader.exchange.iteration import KeyedObjects
+from s3loader.exchange.keyed import KeyedObjects
 from s3loader.exchange.keys import (
     infer_id_from_key,
     is_manifest_key,
@@ -219,7 +219,12 @@ class S3ExchangeStore:
         return self.iter_objects(manifest)
 
     def iter_objects_from_keys(
-        self, keys: Iterable[str], *, limit: int | None = None, on_missing: Literal["raise", "report"] = "raise"
+        self,
+        keys: Iterable[str],
+        *,
+        limit: int | None = None,
+        on_missing: Literal["raise", "report"] = "raise",
+        details: bool = True,
     ) -> KeyedObjects:
         """``(stream, entry)`` for keys, in the order of the keys.
 
@@ -227,8 +232,10 @@ class S3ExchangeStore:
             keys: Plain and virtual keys, mixed as you like.
             limit: At most so many streams.
             on_missing: ``"raise"`` at the key that is missing, or ``"report"`` it in the iterator's `missing` and go on.
+            details: Give the members' full entries (id, meta), which costs one read of each archive's internal
+                manifest; without, `id` is made from the key and `meta` is None.
         """
-        return KeyedObjects(self, keys, limit=limit, on_missing=on_missing)
+        return KeyedObjects(self, keys, limit=limit, on_missing=on_missing, details=details)
 
     def list_manifest_files(self, manifest: ManifestLike, *, include_shards: bool = True) -> Iterator[ManifestEntry]:
         """File entries, members in place of their shards: see `Manifest.list_files`."""

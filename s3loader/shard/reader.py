@@ -12,19 +12,15 @@ from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundEr
 from s3loader.shard.body import ArchiveMemberBody
 from s3loader.shard.build import index_archive
 from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, load_index
+from s3loader.shard.runs import AT_ONCE, SPAN, Run, plan_runs, unpack_frames
 from s3loader.shard.source import CHUNK, StreamSource, TarSource, get_from_start, read_chunks, sniff_compression
 from s3loader.shard.tar import walk
+from s3loader.store.base import ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 
 __all__ = ["Member", "ShardReader"]
 
-AT_ONCE: Final = 16 << 20
-"""Members up to this size are fetched whole and verified before use; larger ones are streamed."""
-SPAN: Final = 8 << 20
-"""Bytes of one request when neighbouring members are read one after another."""
-GAP: Final = 64 << 10
-"""Bytes fetched in vain to save a request."""
 WINDOW: Final = 64 << 20
 """Bytes fetched ahead of the reader."""
 
@@ -97,6 +93,11 @@ class ShardReader:
     def _made(self) -> ShardIndex:
         internal = self.internal_manifest_path
         return index_archive(self.store, self.key, etag=self._etag, internal_manifest_path=internal, checksums=False)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the index is in memory."""
+        return self._index is not None
 
     def has_side_car(self) -> bool:
         """Whether an index is at hand without reading the archive."""
@@ -287,26 +288,28 @@ class ShardReader:
         yield from self._iter_spans(index, wanted)
 
     def _iter_spans(self, index: ShardIndex, wanted: Sequence[int]) -> Iterator[Member]:
-        groups = list(_runs(index, wanted))
-        requests = (
-            ReadRequest(self.key, *index.fetch_range(low, high), if_match=index.etag or None, tag=(low, high))
-            for _, low, high in groups
-            if low < high
-        )
-        answers = self.store.read_many(requests, max_bytes=WINDOW)
-        for members, low, high in groups:
-            if low == high:  # one large member, or empty ones
-                for i in members:
-                    yield Member(index.name(i), index.member(i).size, self._open_at(index, i))
-                continue
-            answer = next(answers)
-            plain = memoryview(self._decode(index, answer.data, answer.request.start, low, high))
-            for i in members:
-                member = index.member(i)
-                data: Buffer = plain[member.offset - low : member.offset - low + member.size]
-                if self._verify and member.crc32c is not None and crc32c(data) != member.crc32c:
-                    data = self._fetch(index, index.name(i), member)  # once more, alone; raises if it is the archive
-                yield Member(index.name(i), member.size, _body(data))
+        runs = list(plan_runs(index, wanted))
+        answers = self.store.read_many((self.request(index, run) for run in runs if run.low < run.high), max_bytes=WINDOW)
+        for run in runs:
+            yield from self.cut(index, run, next(answers) if run.low < run.high else None)
+
+    def request(self, index: ShardIndex, run: Run) -> ReadRequest:
+        """What to fetch for a run of members."""
+        return ReadRequest(self.key, *index.fetch_range(run.low, run.high), if_match=index.etag or None)
+
+    def cut(self, index: ShardIndex, run: Run, answer: ReadResult | None) -> Iterator[Member]:
+        """The members of a run out of the answer to its `request`, verified; None where there was nothing to fetch."""
+        if answer is None:
+            for i in run.positions:
+                yield Member(index.name(i), index.member(i).size, self._open_at(index, i))
+            return
+        plain = memoryview(self._decode(index, answer.data, answer.request.start, run.low, run.high))
+        for i in run.positions:
+            member = index.member(i)
+            data: Buffer = plain[member.offset - run.low : member.offset - run.low + member.size]
+            if self._verify and member.crc32c is not None and crc32c(data) != member.crc32c:
+                data = self._fetch(index, index.name(i), member)  # once more, alone; raises if it is the archive
+            yield Member(index.name(i), member.size, _body(data))
 
     def _iter_stream(self) -> Iterator[Member]:
         """All members of an archive without random access, in one pass."""
@@ -334,61 +337,3 @@ def _body(data: Buffer) -> ArchiveMemberBody:
 def _source_pieces(source: TarSource, offset: int, size: int) -> Iterator[Buffer]:
     for low in range(offset, offset + size, 1 << 20):
         yield source.read(low, min(1 << 20, offset + size - low))
-
-
-def _runs(index: ShardIndex, wanted: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
-    """Cut `wanted` into runs of one request each: ``(members, low, high)`` in tar bytes.
-
-    ``low == high`` marks members to be opened one by one (large or empty).
-    """
-    offsets, sizes = index.offsets, index.sizes
-    run: list[int] = []
-    low = high = 0
-    for i in wanted:
-        start, size = int(offsets[i]), int(sizes[i])
-        if size == 0 or size > AT_ONCE:
-            if run:
-                yield run, low, high
-                run = []
-            yield [i], 0, 0
-            continue
-        joins = run and 0 <= start - high <= GAP and start + size - low <= SPAN
-        if not joins:
-            if run:
-                yield run, low, high
-            run, low = [], start
-        run.append(i)
-        high = start + size
-    if run:
-        yield run, low, high
-
-
-def unpack_frames(index: ShardIndex, data: Buffer, low: int, start: int, end: int, url: str) -> Buffer:
-    """Bytes ``[start, end)`` of the tar stream out of whole zstd frames that begin at archive byte `low`.
-
-    Raises:
-        ShardReadError: a frame is damaged or holds another number of bytes than the index says.
-    """
-    import numpy as np
-    import zstandard
-
-    assert index.frames is not None
-    assert index.frames_tar is not None
-    first = int(np.searchsorted(index.frames, low, side="right")) - 1
-    view = memoryview(data)
-    plain = []
-    at = first
-    while int(index.frames_tar[at]) < end:
-        lo, hi = int(index.frames[at]) - low, int(index.frames[at + 1]) - low
-        size = int(index.frames_tar[at + 1]) - int(index.frames_tar[at])
-        try:
-            piece = zstandard.ZstdDecompressor().decompress(view[lo:hi], max_output_size=size)
-        except zstandard.ZstdError as error:
-            raise ShardReadError(f"zstd frame {at} is damaged: {error}", op="read", url=url) from error
-        if len(piece) != size:
-            raise ShardReadError(f"zstd frame {at} holds {len(piece)} bytes, the index says {size}", op="read", url=url)
-        plain.append(piece)
-        at += 1
-    base = int(index.frames_tar[first])
-    joined = plain[0] if len(plain) == 1 else b"".join(plain)
-    return memoryview(joined)[start - base : end - base]

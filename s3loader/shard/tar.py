@@ -10,6 +10,7 @@ Sources: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar Format"
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,12 +52,17 @@ def end_of_archive(position: int) -> bytes:
     return bytes(2 * BLOCK + (-(position + 2 * BLOCK)) % RECORD)
 
 
+_ORDINARY: Final = re.compile(r"\w(?:[\w+=@~. ()/-]*[\w+=@~. ()-])?", re.ASCII)
+
+
 def check_member_path(path: str) -> None:
     """Refuse a member path that could not be extracted as what it is.
 
     Raises:
         ConfigError: empty, absolute, with ``..``, NUL, a trailing slash, or not Unicode.
     """
+    if _ORDINARY.fullmatch(path) and ".." not in path:
+        return
     reason = unsafe_reason(path)
     if reason is None and (not path or path.endswith("/") or "\0" in path):
         reason = "is empty, ends with / or holds a NUL"

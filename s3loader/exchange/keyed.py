@@ -1,0 +1,257 @@
+"""Objects and members by their keys: in the order asked for, in parallel, neighbours in one request."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from s3loader.errors import ConfigError, ObjectChangedError, ObjectNotFoundError
+from s3loader.exchange.errors import ExchangeObjectNotFoundError
+from s3loader.exchange.keys import infer_id_from_key, is_shard_key, split_virtual_key
+from s3loader.exchange.lines import file_entry
+from s3loader.exchange.shard import Shard
+from s3loader.exchange.types import FileEntry
+from s3loader.shard.body import ObjectBody
+from s3loader.shard.index import ShardIndex
+from s3loader.shard.reader import ShardReader
+from s3loader.shard.runs import Run, plan_runs
+from s3loader.store.base import ReadResult
+from s3loader.types import ReadRequest
+
+if TYPE_CHECKING:
+    from s3loader.exchange.store import S3ExchangeStore
+
+__all__ = ["KeyedObjects"]
+
+_KEYS: Final = 4096
+"""Keys planned together ..."""
+_ARCHIVES: Final = 64
+"""... and the most archives among them."""
+_LOADS: Final = 8
+_ENTRIES: Final = 200_000
+"""Members whose entries are kept."""
+_WINDOW: Final = 64 << 20
+
+Item = tuple[ObjectBody, FileEntry]
+
+
+@dataclass(slots=True)
+class _Step:
+    """The next keys, and the one request they need (None: they are opened one by one)."""
+
+    keys: list[str]
+    request: ReadRequest | None = None
+    reader: ShardReader | None = None
+    index: ShardIndex | None = None
+    run: Run | None = None
+
+
+class KeyedObjects(Iterator[Item]):
+    """``(stream, entry)`` for keys, in the order of the keys; `missing` lists those that were not found.
+
+    Args:
+        store: The store.
+        keys: Plain and virtual keys.
+        limit: At most so many streams.
+        on_missing: ``"raise"`` at its turn, or ``"report"`` in `missing` and go on.
+        details: Read the internal manifests for the members' full entries.
+    """
+
+    missing: list[str]
+
+    def __init__(
+        self,
+        store: S3ExchangeStore,
+        keys: Iterable[str],
+        *,
+        limit: int | None = None,
+        on_missing: Literal["raise", "report"] = "raise",
+        details: bool = True,
+    ) -> None:
+        if on_missing not in ("raise", "report"):
+            raise ConfigError(f'on_missing is "raise" or "report", not {on_missing!r}')
+        self.missing = []
+        self._report = on_missing == "report"
+        self._details = details
+        self._store = store
+        self._access = store.access
+        self._entries: OrderedDict[str, dict[str, FileEntry]] = OrderedDict()
+        self._kept = 0
+        wanted = keys if self._report else islice(keys, limit)  # then each key is one item
+        self._items = islice(self._run(iter(wanted)), limit)
+
+    def __iter__(self) -> KeyedObjects:
+        return self
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+    def _run(self, keys: Iterator[str]) -> Iterator[Item]:
+        for batch in _batches(keys):
+            self._load_indexes(batch)
+            steps = [step for archive, run in groupby(batch, _archive_of) for step in self._plan(archive, list(run))]
+            requests = (step.request for step in steps if step.request is not None)
+            answers = self._access.store.read_many(requests, max_bytes=_WINDOW, errors="return")
+            for step in steps:
+                yield from self._deliver(step, next(answers) if step.request is not None else None)
+
+    def _load_indexes(self, batch: list[str]) -> None:
+        """Several at a time, where there are several; what goes wrong is said at the turn of its keys."""
+        archives = {archive for archive in map(_archive_of, batch) if archive is not None}
+        readers = [reader for reader in map(self._access.reader, archives) if not reader.is_loaded]
+        if len(readers) > 1:
+            with ThreadPoolExecutor(min(_LOADS, len(readers)), "s3loader-index") as pool:
+                for future in [pool.submit(reader.has_side_car) for reader in readers]:
+                    future.exception()
+
+    # planning
+
+    def _plan(self, archive: str | None, keys: list[str]) -> Iterator[_Step]:
+        if archive is None:
+            for key in keys:
+                yield _Step([key], self._access.first_request(key, None))
+            return
+        reader = self._access.reader(archive)
+        try:
+            index = reader.index
+        except ObjectNotFoundError:  # the whole key may be a plain one
+            yield from self._plan(None, keys)
+            return
+        paths = [(split_virtual_key(key) or ("", ""))[1] for key in keys]
+        if not index.random_access:
+            yield _Step(keys, reader=reader, index=index)
+            return
+        for there, pairs in groupby(zip(keys, paths, strict=True), lambda pair: pair[1] in index):
+            some = list(pairs)
+            if not there:
+                yield from (_Step([key], reader=reader) for key, _ in some)
+                continue
+            at = 0
+            for run in plan_runs(index, [index.find(path) for _, path in some]):
+                count = len(run.positions)
+                request = reader.request(index, run) if run.low < run.high else None
+                yield _Step([key for key, _ in some[at : at + count]], request, reader, index, run)
+                at += count
+
+    # delivering
+
+    def _deliver(self, step: _Step, answer: Any) -> Iterator[Item]:
+        if step.reader is None:
+            yield from self._plain(step.keys[0], answer)
+        elif step.index is None:
+            self._miss(step.keys[0], step.reader)
+        elif step.run is None:
+            yield from self._sequential(step.reader, step.index, step.keys)
+        elif answer is not None and not isinstance(answer, ReadResult):
+            if not isinstance(answer.error, (ObjectChangedError, ObjectNotFoundError)):
+                raise answer.error
+            for key in step.keys:  # replaced or deleted since its index was read
+                yield from self._alone(key)
+        else:
+            members = step.reader.cut(step.index, step.run, answer)
+            for key, member in zip(step.keys, members, strict=True):
+                yield member.body, self._entry(step.reader, key, member.name, member.size)
+
+    def _plain(self, key: str, answer: Any) -> Iterator[Item]:
+        if isinstance(answer, ReadResult):
+            yield self._access.body_of(answer), self._file(key, answer.size, answer.etag)
+        elif "#" in key and isinstance(answer.error, ObjectNotFoundError):
+            yield from self._alone(key)  # a member of an archive with an unusual suffix
+        else:
+            try:
+                body = self._access.retry_alone(key, answer.error)
+            except ObjectNotFoundError:
+                if not self._report:
+                    raise
+                self.missing.append(key)
+                return
+            yield body, self._file(key, body.size, None)
+
+    def _alone(self, key: str) -> Iterator[Item]:
+        try:
+            body = self._access.open(key)
+        except ObjectNotFoundError:
+            if not self._report:
+                raise
+            self.missing.append(key)
+            return
+        virtual = split_virtual_key(key)
+        yield body, self._file(key, body.size, None) if virtual is None else _member(*virtual, body.size)
+
+    def _miss(self, key: str, reader: ShardReader) -> None:
+        if not self._report:
+            raise ExchangeObjectNotFoundError(key, op="get", url=reader.url, hint="the archive has no such member")
+        self.missing.append(key)
+
+    def _sequential(self, reader: ShardReader, index: ShardIndex, keys: list[str]) -> Iterator[Item]:
+        """gzip and the like: one pass where the keys are in archive order, else one pass for each."""
+        paths = [(split_virtual_key(key) or ("", ""))[1] for key in keys]
+        positions = [index.find(path) if path in index else -1 for path in paths]
+        if -1 not in positions and all(a < b for a, b in pairwise(positions)):
+            wanted = dict(zip(positions, keys, strict=True))
+            for position, member in enumerate(reader.iter_members()):
+                if position in wanted:
+                    yield member.body, self._entry(reader, wanted[position], member.name, member.size)
+                if position == positions[-1]:
+                    return
+            return
+        for key, path, position in zip(keys, paths, positions, strict=True):
+            if position < 0:
+                self._miss(key, reader)
+                continue
+            body = reader.open_at(position)
+            yield body, self._entry(reader, key, path, body.size or 0)
+
+    # entries
+
+    def _file(self, key: str, size: int | None, etag: str | None) -> FileEntry:
+        return file_entry(key, self._store.infer_id(key), None, None, size, etag)
+
+    def _entry(self, reader: ShardReader, key: str, path: str, size: int) -> FileEntry:
+        archive = reader.key
+        if not self._details:
+            return _member(archive, path, size)
+        entries = self._entries.pop(archive, None)
+        if entries is None:
+            shard = Shard(self._store, {"kind": "shard", "archive_key": archive})
+            entries = {entry["member_path"]: entry for entry in shard.iter_entries()}
+            self._kept += len(entries)
+        self._entries[archive] = entries
+        while self._kept > _ENTRIES and len(self._entries) > 1:
+            self._kept -= len(self._entries.popitem(last=False)[1])
+        return entries.get(path) or _member(archive, path, size)
+
+
+def _member(archive: str, path: str, size: int | None) -> FileEntry:
+    return {
+        "kind": "file",
+        "key": f"{archive}#{path}",
+        "member_path": path,
+        "id": infer_id_from_key(path),
+        "meta": None,
+        "size_bytes": size,
+        "archive_key": archive,
+    }
+
+
+def _batches(keys: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    archives: set[str | None] = set()
+    for key in keys:
+        archive = _archive_of(key)
+        if len(batch) == _KEYS or (len(archives) == _ARCHIVES and archive not in archives):
+            yield batch
+            batch, archives = [], set()
+        batch.append(key)
+        archives.add(archive)
+    if batch:
+        yield batch
+
+
+def _archive_of(key: str) -> str | None:
+    virtual = split_virtual_key(key)
+    return virtual[0] if virtual is not None and is_shard_key(virtual[0]) else None
