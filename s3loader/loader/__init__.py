@@ -4,6 +4,7 @@ from s3loader.loader.collate import Collate, Ragged, collate_fixed, collate_ragg
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
 from s3loader.loader.loader import Batch, Loader
+from s3loader.loader.mixture import Mixture, mix_datasets
 from s3loader.loader.options import LoaderOptions
 from s3loader.loader.reading import SampleReader
 from s3loader.loader.samples import Place, Quarantined
@@ -19,6 +20,7 @@ __all__ = [
     "Loader",
     "LoaderOptions",
     "LoaderStats",
+    "Mixture",
     "Place",
     "Quarantined",
     "Ragged",
@@ -29,6 +31,7 @@ __all__ = [
     "from_objects",
     "from_prefix",
     "from_webdataset",
+    "mix_datasets",
     "open_dataset",
     "register_decoder",
 ]

@@ -74,11 +74,20 @@ class Groups:
         return sample
 
 
-def cut(piece: Piece, bodies: Sequence[memoryview], *, grouped: bool, verify: bool) -> Cut:
-    """Verify what came for `piece` and find its samples in it; nothing is copied."""
+def cut(piece: Piece, bodies: Sequence[memoryview | Failed], *, grouped: bool, verify: bool) -> Cut:
+    """Verify what came for `piece` and find its samples in it; nothing is copied.
+
+    Args:
+        piece: What was asked for.
+        bodies: What came for each of its requests.
+        grouped: Make dicts of neighbours.
+        verify: Check checksums.
+    """
     layout = piece.layout
     assert layout is not None
     members = piece.members()
+    if not layout.loose and bodies and isinstance(bodies[0], Failed):
+        return Cut.failed(bodies[0].error, len(piece.numbers))
     try:
         source, starts, ends = _loose(layout, members, bodies) if layout.loose else _slices(layout, piece, members, bodies)
     except S3LoaderError as error:
@@ -99,7 +108,7 @@ def cut(piece: Piece, bodies: Sequence[memoryview], *, grouped: bool, verify: bo
 _Places: TypeAlias = tuple[list[Any], list[int], list[int]]
 
 
-def _slices(layout: Layout, piece: Piece, members: Int64Array, bodies: Sequence[memoryview]) -> _Places:
+def _slices(layout: Layout, piece: Piece, members: Int64Array, bodies: Sequence[Any]) -> _Places:
     assert layout.index is not None
     base, data = piece.start, bodies[0] if bodies else memoryview(b"")
     if layout.index.compression is not None and bodies:
@@ -133,15 +142,18 @@ def _inflate(layout: Layout, piece: Piece, packed: memoryview) -> tuple[int, mem
     return int(index.frames_tar[first]), memoryview(out).toreadonly()
 
 
-def _loose(layout: Layout, members: Int64Array, bodies: Sequence[memoryview]) -> _Places:
-    views, given = [], iter(bodies)
-    for i in members.tolist():
-        expected = int(layout.sizes[i])
+def _loose(layout: Layout, members: Int64Array, bodies: Sequence[memoryview | Failed]) -> _Places:
+    views: list[Any] = []
+    ends, given = [], iter(bodies)
+    for i, expected in zip(members.tolist(), layout.sizes[members].tolist(), strict=True):
         view = memoryview(b"") if expected == 0 else next(given)
-        if expected >= 0 and len(view) != expected:
-            raise TruncatedError(f"it has {len(view)} bytes, the dataset expects {expected}", op="read", url=layout.key(i))
+        size = 0 if isinstance(view, Failed) else len(view)
+        if not isinstance(view, Failed) and expected >= 0 and size != expected:
+            text = f"it has {size} bytes, the dataset expects {expected}"
+            view, size = Failed(TruncatedError(text, op="read", url=layout.key(i)), layout.name(i)), 0
         views.append(view)
-    return views, [0] * len(views), [len(view) for view in views]
+        ends.append(size)
+    return views, [0] * len(views), ends
 
 
 def _mismatches(layout: Layout, members: Int64Array, source: list[Any], starts: list[int], ends: list[int]) -> list[int]:

@@ -10,11 +10,12 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from s3loader.errors import ObjectNotFoundError, PlanError, S3LoaderError, ShardReadError, StateMismatchError
+from s3loader.loader.indexes import find_index
 from s3loader.loader.layout import Layout, LayoutCache, LooseRun, Shard
 from s3loader.loader.options import LoaderOptions
 from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
 from s3loader.plan.permutation import Int64Array
-from s3loader.shard.index import ShardIndex, index_key, is_foreign, load_index, sample_key
+from s3loader.shard.index import ShardIndex, index_key, is_foreign, sample_key
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import ReadRequest
@@ -38,6 +39,7 @@ class Dataset:
         group: See `Group`.
         selected: For a filtered dataset: the samples kept of each part, by number.
         name: For messages.
+        index_dir: See `from_manifest`.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Dataset:
         group: Group = None,
         selected: Sequence[Int64Array] | None = None,
         name: str = "",
+        index_dir: str | None = None,
     ) -> None:
         self.store = store
         self.parts = parts
         self.group: Group = group
         self.selected = selected
         self.name = name or store.url
+        self.index_dir = index_dir
         counts = [part.samples for part in parts] if selected is None else [len(kept) for kept in selected]
         self.catalog = Catalog(np.array(counts, dtype=np.int64), self._total_bytes(), self._digest())
         self.starts = np.cumsum(self.catalog.counts) - self.catalog.counts
@@ -146,10 +150,14 @@ class Dataset:
         for shard, answer in zip(shards, self.store.read_many(requests, errors="return"), strict=True):
             number = answer.request.tag
             try:
-                if isinstance(answer, ReadFailure):
+                # A copy: a view would keep a pooled buffer lent for as long as the layout is cached.
+                data = None if isinstance(answer, ReadFailure) else bytes(answer.data)
+                if isinstance(answer, ReadFailure) and not isinstance(answer.error, ObjectNotFoundError):
                     raise answer.error
-                data = bytes(answer.data)  # a view would keep a pooled buffer lent for as long as the layout is cached
-                index = load_index(self.store, shard.key) if is_foreign(data) else ShardIndex.from_bytes(data)
+                if data is None or is_foreign(data):
+                    index = find_index(self.store, shard.key, self.index_dir)
+                else:
+                    index = ShardIndex.from_bytes(data)
                 found[number] = self._keep(number, self._check(number, shard, index))
             except S3LoaderError as error:
                 found[number] = self._explain(shard, error)

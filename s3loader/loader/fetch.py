@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-from s3loader.loader.cut import Cut, cut
+from s3loader.loader.cut import Cut, Failed, cut
 from s3loader.loader.pieces import Piece
 from s3loader.loader.stats import LoaderStats
 from s3loader.store.base import Driver
@@ -101,11 +101,8 @@ class Fetcher:
         if piece.error is not None:
             return Cut.failed(piece.error, len(piece.numbers))
         self._stats.requests += len(results)
-        failed = next((result for result in results if isinstance(result, ReadFailure)), None)
-        if failed is not None:
-            return Cut.failed(failed.error, len(piece.numbers))
-        bodies = [result.data for result in results]
-        self._stats.bytes_fetched += sum(map(len, bodies))
+        bodies = [Failed(result.error) if isinstance(result, ReadFailure) else result.data for result in results]
+        self._stats.bytes_fetched += sum(len(body) for body in bodies if not isinstance(body, Failed))
         return cut(piece, bodies, grouped=self._grouped, verify=self._verify)
 
     def _again(self, piece: Piece, before: Cut) -> Cut:

@@ -42,7 +42,9 @@ def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -
         else:
             found = _internal(dataset, layout)
         selected.append(_kept(dataset, layout, found, keep))
-    return Dataset(dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name)
+    return Dataset(
+        dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name, index_dir=dataset.index_dir
+    )
 
 
 def _internal(dataset: Dataset, layout: Layout) -> dict[str, Any]:

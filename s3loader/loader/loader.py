@@ -15,7 +15,7 @@ from s3loader.loader.reading import read_samples
 from s3loader.loader.run import Run
 from s3loader.loader.samples import Place, Quarantined, SampleWork, place_of
 from s3loader.loader.stats import LoaderStats
-from s3loader.plan import Plan, PlanState, Schedule, Topology
+from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_plan
 from s3loader.plan.permutation import Int64Array
 from s3loader.units import parse_size
 
@@ -270,3 +270,26 @@ class Loader:
             self.dataset.find(key), epoch, batch_size=options.batch_size, world_size=self.topology.world_size, tail=options.tail
         )
         return (-1, -1) if place is None else (place.step, place.rank)
+
+    def explain(
+        self, *, workers: int | None = None, price_per_1000_gets: float = 0.0004, price_per_gb: float = 0.0
+    ) -> Explanation:
+        """What an epoch costs over all ranks: requests, bytes, memory, price; nothing is read for it.
+
+        Args:
+            workers: Processes per rank; default: as the loader was told.
+            price_per_1000_gets: Of the store; the default is S3 Standard's in us-east-1, in dollars.
+            price_per_gb: Of traffic.
+        """
+        options = self.options
+        return explain_plan(
+            self.plan,
+            batch_size=options.batch_size,
+            world_size=self.topology.world_size,
+            workers=self.topology.workers if workers is None else workers,
+            tail=options.tail,
+            memory_limit=parse_size(options.memory_limit),
+            prefetch=parse_size(options.prefetch),
+            price_per_1000_gets=price_per_1000_gets,
+            price_per_gb=price_per_gb,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from s3loader.plan.permutation import Int64Array
 from s3loader.types import ReadRequest
 
 __all__ = ["Block", "Piece", "cut_into_pieces"]
+
+
+_LOOSE_TOGETHER: Final = 16
+"""Loose samples in one piece: what is done once per piece costs as much as a small sample."""
 
 
 class Slots:
@@ -65,7 +69,7 @@ class Block(Slots):
 
 
 class Piece:
-    """Some samples of one part of a dataset that are cut from one range (or from one loose object each member).
+    """Some samples of one part of a dataset that are cut from one range (or, loose, from one object each member).
 
     Attributes:
         numbers: Their numbers in the part, rising.
@@ -102,8 +106,12 @@ class Piece:
         if layout is None:
             return []
         if layout.index is None:
-            members = self.members().tolist()
-            return [ReadRequest(layout.key(i), 0, None, layout.etag_of(i)) for i in members if layout.sizes[i] != 0]
+            sizes = layout.sizes
+            return [
+                ReadRequest(layout.key(i), 0, None if sizes[i] < 0 else int(sizes[i]), layout.etag_of(i))
+                for i in self.members().tolist()
+                if sizes[i] != 0
+            ]
         if self.start == self.end:
             return []
         start, end = layout.index.fetch_range(self.start, self.end)
@@ -134,8 +142,14 @@ def cut_into_pieces(
         yield Piece(None, numbers, target, at, error=layout)
         return
     if layout.loose:
-        for i in range(len(numbers)):
-            yield Piece(layout, numbers[i : i + 1], target, at + i)
+        sums = np.concatenate([[0], np.cumsum(np.maximum(layout.sizes, 0))])
+        ends = np.cumsum(sums[layout.first[numbers + 1]] - sums[layout.first[numbers]])
+        i = 0
+        while i < len(numbers):
+            before = int(ends[i - 1]) if i else 0
+            j = min(max(i + 1, int(np.searchsorted(ends, before + max_size, side="right"))), i + _LOOSE_TOGETHER)
+            yield Piece(layout, numbers[i:j], target, at + i)
+            i = j
         return
     first, last = layout.first[numbers], layout.first[numbers + 1] - 1
     starts, ends = layout.offsets[first], layout.offsets[last] + layout.sizes[last]

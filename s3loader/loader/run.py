@@ -17,41 +17,21 @@ from s3loader.loader.fetch import Fetcher
 from s3loader.loader.pieces import Block, Piece, Slots, cut_into_pieces
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Gaps, Plan, Schedule, Topology
+from s3loader.plan.budget import Budget
 from s3loader.plan.order import Units
 from s3loader.plan.permutation import Int64Array
 from s3loader.store.base import Driver
 from s3loader.units import KIB, MIB
 
-__all__ = ["Budget", "RawBatch", "Run"]
+__all__ = ["RawBatch", "Run"]
 
 _SLAB_POSITIONS: Final = 8192
 _CHUNK_POSITIONS: Final = 4096
-_CHUNK_BYTES: Final = 8 * MIB
 _FIRST_PIECE: Final = 512 * KIB
 _LARGEST_PIECE: Final = 8 * MIB
 _MAX_GAP: Final = 256 * KIB
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How `memory_limit` is divided, and what follows for the way of fetching."""
-
-    whole_blocks: bool
-    """Fetch whole blocks and keep them while their windows last; else only the samples of a look-ahead."""
-    resident: int
-    """Bytes kept between batches, by average size."""
-    in_flight: int
-    """Bytes fetched or being fetched, not yet taken."""
-    look_ahead: int
-    """Bytes planned at a time where blocks are not kept."""
-
-    @classmethod
-    def divide(cls, memory_limit: int, open_bytes: int, prefetch: int) -> Budget:
-        """Blocks are kept where all that are open at a time fill at most 70 % of the limit."""
-        if open_bytes and open_bytes <= 0.7 * memory_limit:
-            return cls(True, open_bytes, max(1, min(prefetch, memory_limit - open_bytes)), _CHUNK_BYTES)
-        third = max(1, memory_limit // 3)
-        return cls(False, third, min(prefetch, third), third)
+_SEQUENTIAL_GAP: Final = 16 * KIB
+"""In sequential orders the gaps are other workers' samples: reading over them would read everything several times."""
 
 
 class RawBatch(NamedTuple):
@@ -133,7 +113,7 @@ class Run:
         self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
         self._stats = stats
         self._average = max(1, plan.total_bytes // max(1, plan.samples))
-        self.budget = Budget.divide(memory_limit, self._open_bytes(), prefetch)
+        self.budget = Budget.divide(memory_limit, prefetch, open_bytes=self._open_bytes(), total_bytes=plan.total_bytes)
         self._fetcher = Fetcher(
             dataset.store,
             grouped=dataset.group is not None,
@@ -146,6 +126,7 @@ class Run:
         self._chunks: deque[_Chunk] = deque()
         self._open: dict[int, Block] = {}
         self._piece_size = _FIRST_PIECE
+        self._max_gap = _SEQUENTIAL_GAP if plan.spec.get("shuffle") in ("none", "shard") else _MAX_GAP
 
     def _open_bytes(self) -> int:
         """Bytes of the blocks that are open side by side for this worker; 0 where the order has no blocks."""
@@ -250,7 +231,9 @@ class Run:
         edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
         for low, high in itertools.pairwise(edges):
             layout = layouts[int(parts[low])]
-            yield from cut_into_pieces(layout, numbers[low:high], want.target, low, max_gap=_MAX_GAP, max_size=self._piece_size)
+            yield from cut_into_pieces(
+                layout, numbers[low:high], want.target, low, max_gap=self._max_gap, max_size=self._piece_size
+            )
 
     # -- delivery ----------------------------------------------------------------------------
 

@@ -8,18 +8,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from s3loader.errors import ConfigError, InvalidManifestError, ObjectNotFoundError, ShardReadError
+from s3loader.errors import ConfigError, InvalidManifestError, ObjectNotFoundError, S3LoaderError, ShardReadError
 from s3loader.exchange.keys import is_manifest_key, is_shard_key, is_sidecar_key
 from s3loader.exchange.reading import iter_manifest
 from s3loader.exchange.types import ManifestEntry
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.filters import Filter, filtered
+from s3loader.loader.indexes import find_index, make_indexes
 from s3loader.loader.layout import LooseRun, Shard
-from s3loader.shard.index import index_key, is_foreign, load_index, read_counts, sample_key
+from s3loader.shard.index import index_key, is_foreign, read_counts, sample_key
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import open_store
-from s3loader.types import ObjectMeta, ObjectURL, ReadRequest
+from s3loader.types import Buffer, ObjectMeta, ObjectURL, ReadRequest
 from s3loader.units import KIB
 
 __all__ = ["from_manifest", "from_objects", "from_prefix", "from_webdataset", "open_dataset"]
@@ -126,36 +127,31 @@ def _parts_of(entries: Iterable[ManifestEntry], group: Group) -> list[Shard | Lo
     return parts.finish()
 
 
-def _counted(store: ObjectStore, parts: list[Shard | LooseRun], group: Group) -> list[Shard | LooseRun]:
+def _counted(store: ObjectStore, parts: list[Shard | LooseRun], group: Group, index_dir: str | None) -> list[Shard | LooseRun]:
     """`parts` with the number of samples of each shard, from the heads of the indexes where the manifest does not tell."""
-    unknown = [i for i, part in enumerate(parts) if isinstance(part, Shard) and (group is not None or part.samples < 0)]
-    if not unknown:
-        return parts
-    requests = (ReadRequest(index_key(parts[i].key), 0, _HEAD, tag=i) for i in unknown)  # type: ignore[union-attr]  # shards
-    for answer in store.read_many(requests, errors="return"):
-        i = answer.request.tag
-        shard = parts[i]
-        assert isinstance(shard, Shard)
-        parts[i] = _with_counts(store, shard, answer, group)
+    shards = {i: part for i, part in enumerate(parts) if isinstance(part, Shard) and (group is not None or part.samples < 0)}
+    heads: dict[int, Buffer | S3LoaderError] = {}
+    if shards:
+        requests = (ReadRequest(index_key(shard.key), 0, _HEAD, tag=i) for i, shard in shards.items())
+        for answer in store.read_many(requests, errors="return"):
+            heads[answer.request.tag] = answer.error if isinstance(answer, ReadFailure) else bytes(answer.data)
+    missing = [shards[i].key for i, head in heads.items() if isinstance(head, ObjectNotFoundError)]
+    if missing:
+        make_indexes(store, missing, index_dir)
+    for i, head in heads.items():
+        parts[i] = _with_counts(store, shards[i], head, group, index_dir)
     return parts
 
 
-def _with_counts(store: ObjectStore, shard: Shard, answer: Any, group: Group) -> Shard:
-    if isinstance(answer, ReadFailure):
-        if not isinstance(answer.error, ObjectNotFoundError):
-            raise answer.error
-        raise ShardReadError(
-            "the shard has no index",
-            op="read",
-            url=f"{store.url}/{shard.key}",
-            hint="s3loader.shard.build_index makes one beside it",
-        ) from answer.error
+def _with_counts(store: ObjectStore, shard: Shard, head: Buffer | S3LoaderError, group: Group, index_dir: str | None) -> Shard:
+    if isinstance(head, S3LoaderError) and not isinstance(head, ObjectNotFoundError):
+        raise head
     try:
-        if is_foreign(answer.data):
-            index = load_index(store, shard.key)
+        if isinstance(head, S3LoaderError) or is_foreign(head):
+            index = find_index(store, shard.key, index_dir)
             members, samples, etag, size = len(index), index.samples, index.etag, index.archive_size
         else:
-            counts = read_counts(answer.data)
+            counts = read_counts(head)
             members, samples, etag, size = counts.members, counts.samples, counts.archive_etag, counts.archive_size
     except ShardReadError as error:
         raise ShardReadError(error.message, op="read", url=f"{store.url}/{index_key(shard.key)}", hint=error.hint) from error
@@ -175,6 +171,7 @@ def from_manifest(
     store: ObjectStore | None = None,
     group: Group = None,
     where: Filter | None = None,
+    index_dir: str | None = None,
     **store_options: Any,
 ) -> Dataset:
     """The dataset a manifest lists: shards and loose objects, also mixed, references followed.
@@ -185,6 +182,7 @@ def from_manifest(
             needed for the first key to exist.
         group: See `Group`.
         where: Keep only samples whose entry passes; see `Filter`.
+        index_dir: Where indexes of shards that have none are kept, if the store may not be written to.
         store_options: For `open_store`, where no store is given.
 
     Raises:
@@ -197,8 +195,8 @@ def from_manifest(
         store, key = _rooted(open_store(root, **store_options), root, key, store_options)
     else:
         key = manifest
-    parts = _counted(store, _parts_of(iter_manifest(store, key), group), group)
-    dataset = Dataset(store, parts, group=group, name=f"{store.url}/{key}")
+    parts = _counted(store, _parts_of(iter_manifest(store, key), group), group, index_dir)
+    dataset = Dataset(store, parts, group=group, name=f"{store.url}/{key}", index_dir=index_dir)
     return dataset if where is None else filtered(dataset, where, iter_manifest(store, key))
 
 
@@ -283,24 +281,30 @@ def from_webdataset(
     *,
     store: ObjectStore | None = None,
     group: Group = "webdataset",
+    index_dir: str | None = None,
     **store_options: Any,
 ) -> Dataset:
     """Tar shards by their URLs, with braces: ``s3://bucket/train-{000000..000146}.tar``.
+
+    A shard without an index is read once to make one, which is kept beside it.
 
     Args:
         urls: One pattern or several, all of one bucket; with `store`, patterns of its keys.
         store: An open store.
         group: ``"webdataset"``: dicts by extension; None: each member is a sample.
+        index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
         store_options: For `open_store`.
 
     Raises:
-        ShardReadError: a shard has no index, or an unusable one.
+        ObjectNotFoundError: there is no such shard.
+        ShardReadError: a shard is damaged, or its index is unusable.
     """
     patterns = [urls] if isinstance(urls, str) else list(urls)
     names = [name for pattern in patterns for name in expand_braces(pattern)]
     store, keys = _one_store(names, store, store_options)
     parts: list[Shard | LooseRun] = [Shard(key, -1) for key in keys]
-    return Dataset(store, _counted(store, parts, group), group=group, name=patterns[0] if patterns else "")
+    parts = _counted(store, parts, group, index_dir)
+    return Dataset(store, parts, group=group, name=patterns[0] if patterns else "", index_dir=index_dir)
 
 
 def open_dataset(url: str | Iterable[str], *, group: Group = None, **options: Any) -> Dataset:

@@ -92,7 +92,7 @@ class MixtureOrder:
     def __init__(self, orders: Sequence[Order], counts: Sequence[int], length: Length = "all") -> None:
         if any(order.size == 0 for order in orders):
             raise PlanError("a dataset of the mixture has no samples")
-        self._orders = orders
+        self.orders = orders
         self._counts = counts
         self._period = sum(counts)
         self._pattern = deal(counts)
@@ -119,10 +119,10 @@ class MixtureOrder:
         around, slot = np.divmod(positions, self._period)
         dataset = self._pattern[slot]
         groups = []
-        for d in range(len(self._orders)):
+        for d in range(len(self.orders)):
             here = np.flatnonzero(dataset == d)
             index = around[here] * self._counts[d] + self._rank[slot[here]] + epoch * self._per_epoch[d]
-            own_epoch, own = np.divmod(index, self._orders[d].size)
+            own_epoch, own = np.divmod(index, self.orders[d].size)
             for e in np.unique(own_epoch):
                 mine = own_epoch == e
                 groups.append((d, int(e), here[mine], own[mine]))
@@ -132,14 +132,14 @@ class MixtureOrder:
         """See `Order`."""
         out = np.empty_like(positions)
         for d, own_epoch, where, own in self._split(positions, epoch):
-            out[where] = self._orders[d].samples_at(own, own_epoch) + self._base[d]
+            out[where] = self.orders[d].samples_at(own, own_epoch) + self._base[d]
         return out
 
     def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
         """The first position of each sample in this epoch, -1 where it has none."""
         out = np.full_like(samples, -1)
         dataset = np.searchsorted(self._base[1:], samples, side="right")
-        for d, order in enumerate(self._orders):
+        for d, order in enumerate(self.orders):
             here = np.flatnonzero(dataset == d)
             if not here.size:
                 continue
@@ -154,12 +154,12 @@ class MixtureOrder:
         """See `Order`."""
         parts = []
         for d, own_epoch, where, own in self._split(positions, epoch):
-            unit = self._orders[d].units(own, samples[where] - self._base[d], own_epoch)
-            ends = own_epoch * self._orders[d].size - epoch * self._per_epoch[d] + unit.until
+            unit = self.orders[d].units(own, samples[where] - self._base[d], own_epoch)
+            ends = own_epoch * self.orders[d].size - epoch * self._per_epoch[d] + unit.until
             until = np.where(unit.length > 0, self._position(d, np.maximum(ends, 1) - 1) + 1, 0)
             parts.append((where, Units(unit.start + self._base[d], unit.length, until)))
         return join_units(parts, len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
         """See `Order`: of all datasets together."""
-        return sum(self._orders[d].open_samples(own) for d, own_epoch, _, own in self._split(positions, 0) if own_epoch == 0)
+        return sum(self.orders[d].open_samples(own) for d, own_epoch, _, own in self._split(positions, 0) if own_epoch == 0)

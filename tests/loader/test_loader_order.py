@@ -71,7 +71,7 @@ specs = st.builds(
 
 @given(
     st.sampled_from(["block", "block", "full", "shard", "none"]), specs, st.integers(1, 9), st.integers(1, 5),
-    st.integers(1, 50), st.integers(0, 9), st.sampled_from(["512MiB", "100KiB", 4096]),
+    st.integers(1, 50), st.integers(0, 9), st.sampled_from(["700KiB", "100KiB", 4096]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_ranks_workers_resume_and_memory_limits_never_change_the_sequence(
