@@ -103,13 +103,14 @@ class S3LoaderError(Exception):
         request_id: The provider's request id.
         attempts: How many times it was tried.
         retryable: Whether trying again later may help; defaults to the class's `RETRYABLE`.
-        hint: How to fix it.
+        hint: How to fix it; defaults to the class's `HINT`.
 
     All but `message` are optional, so that code which rebuilds an exception from its text
     alone (as torch's DataLoader does) still gets the right type.
     """
 
     RETRYABLE: ClassVar[bool] = False
+    HINT: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class S3LoaderError(Exception):
         self.request_id = request_id
         self.attempts = attempts
         self.retryable = self.RETRYABLE if retryable is None else retryable
-        self.hint = hint
+        self.hint = self.HINT if hint is None else hint
         self.details = details
         """Anything else the raiser knew: `line`, `member`, `position`, `missing`, ..."""
 
@@ -183,9 +184,13 @@ class StoreError(S3LoaderError):
 class ObjectNotFoundError(StoreError, FileNotFoundError):
     """There is no object under this key."""
 
+    HINT = "check the key; listing the store shows what there is"
+
 
 class BucketNotFoundError(ObjectNotFoundError):
     """There is no such bucket or root folder."""
+
+    HINT = "check the name of the bucket or folder, and the endpoint"
 
 
 class AccessDeniedError(StoreError, PermissionError):
@@ -203,19 +208,26 @@ class PreconditionFailedError(StoreError):
 class ObjectExistsError(PreconditionFailedError, FileExistsError):
     """A create-only put found the key taken."""
 
+    HINT = "choose another key, or overwrite it on purpose"
+
 
 class ObjectChangedError(PreconditionFailedError):
     """The object is no longer the one whose ETag was given."""
+
+    HINT = "another writer replaced it: read it again, then decide"
 
 
 class ConflictError(StoreError):
     """Another writer is at work on the same key (409); the same request may succeed later."""
 
     RETRYABLE = True
+    HINT = "another writer is at work on this key: try again later"
 
 
 class OutcomeUnknownError(StoreError):
     """A conditional write was sent, its answer was lost, and reading back did not settle it."""
+
+    HINT = "read the object back before you write again"
 
 
 class RangeError(StoreError, ValueError):
@@ -226,28 +238,34 @@ class ThrottledError(StoreError):
     """The store asked for fewer requests (429, 503 SlowDown)."""
 
     RETRYABLE = True
+    HINT = "send less: lower concurrency, or set max_requests_per_second (StoreOptions)"
 
 
 class UnavailableError(StoreError):
     """The store failed on its side (5xx)."""
 
     RETRYABLE = True
+    HINT = "the fault is on the store's side: try again later, or raise max_attempts (StoreOptions)"
 
 
 class StoreTimeoutError(StoreError, TimeoutError):
     """No answer within the timeout."""
 
     RETRYABLE = True
+    HINT = "check endpoint and network, or raise read_timeout (StoreOptions)"
 
 
 class StoreConnectionError(StoreError, ConnectionError):
     """The endpoint could not be reached, or the connection broke."""
 
     RETRYABLE = True
+    HINT = "check endpoint_url, and that this machine reaches it"
 
 
 class NoSpaceError(StoreError, OSError):
     """The disk, quota or store is full."""
+
+    HINT = "free some space; what was stored before is intact"
 
 
 class UnsupportedOperationError(StoreError, NotImplementedError):
