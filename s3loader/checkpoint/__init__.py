@@ -7,7 +7,7 @@ one conditional write. The protocol is described in docs/commit-protocol.md.
 from s3loader.checkpoint.checkpoint import Checkpoint, TensorSlice
 from s3loader.checkpoint.gc import GCReport
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
-from s3loader.checkpoint.leaves import Shard
+from s3loader.checkpoint.leaves import ArrayShard
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.options import CheckpointOptions
 from s3loader.checkpoint.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
@@ -16,6 +16,7 @@ from s3loader.checkpoint.simple import OpenCheckpoint, load, open_checkpoint, sa
 from s3loader.checkpoint.tree import PerRank
 
 __all__ = [
+    "ArrayShard",
     "BestN",
     "Checkpoint",
     "CheckpointManager",
@@ -30,7 +31,6 @@ __all__ = [
     "Progress",
     "SaveHandle",
     "SaveResult",
-    "Shard",
     "StepInfo",
     "TensorSlice",
     "load",

@@ -147,11 +147,12 @@ class Checkpoint:
         """A view of the tensor `name` that reads what it is indexed with, as `safetensors` has it."""
         return TensorSlice(self, name)
 
-    def read(self, wanted: Iterable[tuple[str, Target]]) -> dict[str, Any]:
+    def read(self, wanted: Iterable[tuple[str, Target]], *, verify: bool = True) -> dict[str, Any]:
         """Read tensors (or boxes of them) into targets, all in one plan; returns their values by name."""
         values: dict[str, Any] = {}
         self._read(
-            (self.chunks(name), target, lambda value, name=name: values.__setitem__(name, value)) for name, target in wanted
+            ((self.chunks(name), target, lambda value, name=name: values.__setitem__(name, value)) for name, target in wanted),
+            verify=verify,
         )
         return values
 

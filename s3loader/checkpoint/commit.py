@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from s3loader.checkpoint import layout, records
 from s3loader.checkpoint.merge import Merged
@@ -15,7 +16,7 @@ from s3loader.checkpoint.session import Session
 from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
 from s3loader.types import ObjectMeta
 
-__all__ = ["Attempt", "expect_free", "publish_or_wait"]
+__all__ = ["Attempt", "expect_free", "publish", "publish_or_wait"]
 
 _TAKE_OVER = 5.0  # seconds after which another rank publishes what the last arriver has not
 
@@ -121,10 +122,32 @@ def _listing(attempt: Attempt) -> dict[str, tuple[int, str]]:
     return {entry.key: (entry.size, entry.etag) for entry in entries if isinstance(entry, ObjectMeta)}
 
 
-def _publish(attempt: Attempt, own: Part, expected: Root, listed: Mapping[str, tuple[int, str]]) -> Root:
+def publish(attempt: Attempt, own: Part, expected: Root, join: Callable[[list[Any]], Any] | None = None) -> Root:
+    """Publish an attempt whose parts are all there.
+
+    Args:
+        attempt: Which.
+        own: This rank's part.
+        expected: The root before, see `expect_free`.
+        join: See `Merged`.
+
+    Raises:
+        IncompleteCheckpointError: they are not.
+        StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
+    """
+    return _publish(attempt, own, expected, _listing(attempt), join)
+
+
+def _publish(
+    attempt: Attempt,
+    own: Part,
+    expected: Root,
+    listed: Mapping[str, tuple[int, str]],
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Root:
     run = attempt.run
     parts = [own if rank == own.rank else _part(attempt, rank) for rank in range(attempt.world)]
-    merged = Merged(parts)
+    merged = Merged(parts, join)
     sizes = dict(listed)
     for file in merged.index.files:
         key = file.id if "/" in file.id else attempt.prefix + file.id
@@ -151,5 +174,5 @@ def _part(attempt: Attempt, rank: int) -> Part:
     key = attempt.prefix + layout.part_id(rank)
     found = attempt.run.get(key)
     if found is None:
-        raise CheckpointError(f"{key} vanished", url=attempt.run.store.url)
+        raise IncompleteCheckpointError(f"{key} is missing", url=attempt.run.store.url, missing=[rank])
     return records.decode(found[0], Part, key)

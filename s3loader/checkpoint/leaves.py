@@ -19,10 +19,10 @@ from s3loader.errors import CheckpointError, UnsupportedStateError
 __all__ = [
     "BYTES",
     "NUMPY",
+    "ArrayShard",
     "Framework",
     "LeafAdapter",
     "Piece",
-    "Shard",
     "Source",
     "Target",
     "adapter_for",
@@ -125,7 +125,7 @@ def _bytes_view(array: Any) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shard:
+class ArrayShard:
     """A box of a larger array that this rank holds: saved as that part of it, restored as that part of it.
 
     The ranks' boxes must tile the whole array exactly.
@@ -145,22 +145,22 @@ class Shard:
 
 
 class _Shard:
-    """`Shard`: one box of an array whose other boxes other ranks hold."""
+    """`ArrayShard`: one box of an array whose other boxes other ranks hold."""
 
     kind = "numpy"
 
-    def source(self, value: Shard) -> Source:
+    def source(self, value: ArrayShard) -> Source:
         inner = NUMPY.source(value.array)
         pieces = [piece._replace(offset=tuple(value.offset)) for piece in inner.pieces]
         return Source(self.kind, inner.dtype, tuple(value.shape), pieces, sharded=True)
 
-    def into(self, value: Shard) -> Target | None:
+    def into(self, value: ArrayShard) -> Target | None:
         inner = NUMPY.into(value.array)
         if inner is None:
             return None
         pieces = [piece._replace(offset=tuple(value.offset)) for piece in inner.pieces]
 
-        def finish() -> Shard:
+        def finish() -> ArrayShard:
             inner.finish()
             return value
 
@@ -282,7 +282,7 @@ def adapter_for(value: Any) -> LeafAdapter | None:
     """How `value` is saved as a leaf; None where it is none."""
     if isinstance(value, bytes | bytearray | memoryview):
         return BYTES
-    if isinstance(value, Shard):
+    if isinstance(value, ArrayShard):
         return _SHARD
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):

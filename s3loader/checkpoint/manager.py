@@ -62,7 +62,7 @@ class CheckpointManager:
         self.run = Run(self.store, settle=self.options.settle)
         self._rank, self._world, self._job = rank, world_size, job
         Identity(rank, world_size, job)
-        self._pool = BufferPool(self.options.staging_budget, self.options.part_size)
+        self.pool = BufferPool(self.options.staging_budget, self.options.part_size)
         self._session: Session | None = None
         self._savers: list[Saver] = []
         self._base: Base | None = None
@@ -112,11 +112,11 @@ class CheckpointManager:
             saver = Saver(
                 attempt,
                 plan,
-                self._pool,
+                self.pool,
                 self.options,
                 on_exists=on_exists,
                 after=running[-1] if running else None,
-                retire=self._retire,
+                retire=self.retire,
             )
             self._savers = [*(saver for saver in self._savers if not saver.handle.over), saver]
         saver.stage()
@@ -154,11 +154,12 @@ class CheckpointManager:
                 self._session = open_session(self.run, identity, self.latest, self.options.deadline)
             return self._session
 
-    def _retire(self, session: Session) -> list[int]:
-        if self.keep is None or session.identity.rank:
+    def retire(self) -> list[int]:
+        """Delete the steps that `keep` does not keep; done after every save, by rank 0. Returns them."""
+        if self.keep is None or self._rank:
             return []
         doomed = retention.to_retire(self.run.scan().committed(), self.keep)
-        return retention.retire_all(self.run, doomed, session.epoch) if doomed else []
+        return retention.retire_all(self.run, doomed, self._epoch()) if doomed else []
 
     # finding
 
@@ -290,7 +291,7 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
-            self._pool.clear()
+            self.pool.clear()
             if self._own_store:
                 self.store.close()
 

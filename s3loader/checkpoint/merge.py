@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import zstandard
@@ -26,11 +26,15 @@ _MAX_INDEX = 4 << 30
 class Merged:
     """What the parts amount to.
 
+    Args:
+        parts: Of all ranks, in their order.
+        join: Makes one tree of the ranks' trees; by default they must be equal, but for what is per rank.
+
     Raises:
         CheckpointError: they contradict each other, or leave gaps.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], join: Callable[[list[Any]], Any] | None = None) -> None:
         first = parts[0]
         for part in parts:
             told = (part.step, part.epoch, part.attempt, part.world, part.block)
@@ -54,7 +58,7 @@ class Merged:
             block=first.block,
             files=[files[name] for name in sorted(files)],
             chunks=sorted(chunks, key=lambda c: (c.name, box_of(c)[0])),
-            tree=_merge_trees([part.tree for part in parts]),
+            tree=(join or _merge_trees)([part.tree for part in parts]),
         )
         _check_leaves(self.index)
         self.packed = zstandard.ZstdCompressor(level=3).compress(records.encode(self.index))

@@ -17,7 +17,7 @@ from s3loader.checkpoint.leaves import LeafAdapter
 from s3loader.checkpoint.options import CheckpointOptions, OnExists
 from s3loader.checkpoint.records import Chunk, Failure, Intent, Part
 from s3loader.checkpoint.replicas import owned, replica
-from s3loader.checkpoint.session import Session
+from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.staging import BufferPool, FilePlan, SavedPiece, plan_files, stage
 from s3loader.checkpoint.upload import Upload
 from s3loader.errors import (
@@ -97,6 +97,7 @@ class Saver:
         on_exists: What to do where the step is committed already.
         after: The save before this one, which is committed first.
         retire: Deletes old steps afterwards.
+        publishes: Whether the commit is this saver's work too; else it ends with the part manifest.
     """
 
     def __init__(
@@ -108,10 +109,12 @@ class Saver:
         *,
         on_exists: OnExists,
         after: Saver | None,
-        retire: Callable[[Session], list[int]],
+        retire: Callable[[], list[int]] | None,
+        publishes: bool = True,
     ) -> None:
         self._attempt, self._plan, self._pool, self._options = attempt, plan, pool, options
-        self._on_exists, self._after, self._retire = on_exists, after, retire
+        self._on_exists, self._after, self._retire, self._publishes = on_exists, after, retire, publishes
+        self.part: Part | None = None
         self._began = time.monotonic()
         self._staged_s = 0.0
         self._abandoned = threading.Event()
@@ -182,7 +185,9 @@ class Saver:
             _log.info("cleaning up after a save: %s", error)
 
     def _commit(self) -> SaveResult:
-        attempt, run, plan = self._attempt, self._attempt.run, self._plan
+        attempt, plan = self._attempt, self._plan
+        if not self._publishes:
+            return self._upload_part(None)
         try:
             expected = expect_free(attempt, replace=self._on_exists == "replace")
         except StepExistsError as error:
@@ -190,6 +195,10 @@ class Saver:
                 raise
             self._upload.cancel(error)
             return SaveResult(attempt.step, "", plan.bytes, 0, self._staged_s, time.monotonic() - self._began, skipped=True)
+        return self._upload_part(expected)
+
+    def _upload_part(self, expected: Root | None) -> SaveResult:
+        attempt, run, plan = self._attempt, self._attempt.run, self._plan
         references = plan.references
         intent = Intent(
             format=records.FORMAT,
@@ -203,11 +212,12 @@ class Saver:
         run.put(layout.intent_key(attempt.step, attempt.id, attempt.rank), records.encode(intent))
         self._upload.begin()
         self._upload.wait()
-        part = self._part()
+        part = self.part = self._part()
         run.put(attempt.prefix + layout.part_id(attempt.rank), records.encode(part))
         if self._after is not None:
             self._after.join()
-        publish_or_wait(attempt, part, expected, self._abandoned.is_set)
+        if expected is not None:
+            publish_or_wait(attempt, part, expected, self._abandoned.is_set)
         if references is not None:
             self._quietly(lambda: run.store.delete(layout.pin_key(attempt.id, attempt.rank)))
         seconds = time.monotonic() - self._began
@@ -218,7 +228,7 @@ class Saver:
 
     def _clean_up(self) -> tuple[list[int], Exception | None]:
         try:
-            return self._retire(self._attempt.session), None
+            return self._retire() if self._retire is not None else [], None
         except Exception as error:  # noqa: BLE001 - the step is committed; what retention met is part of the result
             return [], error
 

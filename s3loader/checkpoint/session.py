@@ -55,7 +55,7 @@ class Session:
     """What this process knows of its incarnation."""
 
     def __init__(self, run: Run, identity: Identity, record: EpochRecord) -> None:
-        self.run, self.identity = run, identity
+        self.run, self.identity, self.record = run, identity, record
         self.epoch, self.nonce, self.resume_step = record.epoch, record.nonce, record.resume_step
         self.pid = os.getpid()
         self._saves = 0

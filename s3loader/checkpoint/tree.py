@@ -110,13 +110,13 @@ def expand(value: Any) -> Any:
     return state
 
 
-def encode(value: Any, add: AddLeaf, rank: int = 0) -> Any:
+def encode(value: Any, add: AddLeaf, rank: int = 0, name: str = "") -> Any:
     """The JSON of `value`; `add` is called for each leaf: name, adapter, value, and whether it lies in a `PerRank`.
 
     Raises:
         UnsupportedStateError: something in it is neither leaf nor JSON nor a container of them.
     """
-    return _Encoder(add, rank).node(value, "")
+    return _Encoder(add, rank).node(value, name)
 
 
 class _Encoder:

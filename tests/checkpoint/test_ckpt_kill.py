@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, PerRank, Shard
+from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, LatestN, PerRank
 from s3loader.errors import FencedError, IncompleteCheckpointError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.base import Backend
@@ -177,7 +177,7 @@ def test_one_process(folder: Path, name: str) -> None:
 def rank_work(manager: CheckpointManager, rank: int) -> None:
     want = state(30)["model"]
     boxes = {
-        k: Shard(np.array_split(v, 3)[rank], (sum(len(p) for p in np.array_split(v, 3)[:rank]),), v.shape)
+        k: ArrayShard(np.array_split(v, 3)[rank], (sum(len(p) for p in np.array_split(v, 3)[:rank]),), v.shape)
         for k, v in want.items()
     }
     try:

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3loader.checkpoint import (
+    ArrayShard,
     BestN,
     CheckpointManager,
     CheckpointOptions,
     EveryNSteps,
     LatestN,
-    Shard,
     StepInfo,
     boxes,
     segments,
@@ -89,9 +89,9 @@ def test_a_tiling_is_told_from_gaps_and_overlaps(data: st.DataObject, shape: tup
     assert "overlap" in str(boxes.problem_in_tiling(shape, [*tiles, tiles[victim]]))
 
 
-def shard(full: np.ndarray[Any, Any], box: boxes.Box) -> Shard:
+def shard(full: np.ndarray[Any, Any], box: boxes.Box) -> ArrayShard:
     index = tuple(slice(o, o + n) for o, n in zip(*box, strict=True))
-    return Shard(np.array(full[index]), box[0], full.shape)
+    return ArrayShard(np.array(full[index]), box[0], full.shape)
 
 
 @given(st.data(), shapes, st.sampled_from([np.int8, np.float32, np.complex128]))
@@ -132,8 +132,8 @@ _serial = itertools.count()
 def test_ranks_that_leave_gaps_or_differ_do_not_commit() -> None:
     full = np.arange(12.0)
     cases: list[tuple[list[Any], str]] = [
-        ([Shard(full[:6], (0,), (12,)), Shard(full[7:], (7,), (12,))], "1 of 12 elements are missing"),
-        ([Shard(full[:7], (0,), (12,)), Shard(full[6:], (6,), (12,))], "overlap"),
+        ([ArrayShard(full[:6], (0,), (12,)), ArrayShard(full[7:], (7,), (12,))], "1 of 12 elements are missing"),
+        ([ArrayShard(full[:7], (0,), (12,)), ArrayShard(full[6:], (6,), (12,))], "overlap"),
         ([full, full + 1], "is not the same on all ranks"),
         ([{"a": 1}, {"a": 2}], "'w/a' is not the same on rank 0 and rank 1"),
         ([{"a": 1}, {"b": 1}], "is not the same on rank 0 and rank 1"),

@@ -248,7 +248,7 @@ def test_large_state_goes_through_a_small_budget(url: str) -> None:
         for handle in handles:
             handle.result(60)
             assert handle.progress.sent == handle.progress.total > 280_000
-        assert manager._pool.allocated <= SMALL.staging_budget
+        assert manager.pool.allocated <= SMALL.staging_budget
         assert same(manager.restore()["s"], saved)
         assert len(manager.open().files()) > 10
 

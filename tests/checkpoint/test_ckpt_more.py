@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, Preemption, Shard, load, open_checkpoint, save
+from s3loader.checkpoint import (
+    ArrayShard,
+    CheckpointManager,
+    CheckpointOptions,
+    LatestN,
+    Preemption,
+    load,
+    open_checkpoint,
+    save,
+)
 from s3loader.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -214,7 +223,7 @@ def test_a_rank_that_fails_tells_the_others_at_once(tmp_path: Path) -> None:
         options = CheckpointOptions(deadline=60)
         manager = CheckpointManager(ObjectStore(store.url, backend), rank=rank, world_size=2, job="j", options=options)
         try:
-            manager.save(1, {"w": Shard(full[rank * 5 : rank * 5 + 5], (rank * 5,), (10,))}).result(50)
+            manager.save(1, {"w": ArrayShard(full[rank * 5 : rank * 5 + 5], (rank * 5,), (10,))}).result(50)
         except S3LoaderError as error:
             found[rank] = error
 

@@ -5,6 +5,7 @@ Found by the core through `FRAMEWORK`, by name, at the first sight of one of tor
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
-__all__ = ["DTYPES", "FRAMEWORK", "TORCH", "tensor_bytes", "torch_dtype"]
+__all__ = ["DTYPES", "FRAMEWORK", "SHARDED", "TORCH", "tensor_bytes", "torch_dtype"]
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     name: getattr(torch, torch_name)
@@ -100,8 +101,73 @@ class _Tensor:
 TORCH: Final[LeafAdapter] = _Tensor()
 
 
+class _Sharded:
+    """`DTensor` (FSDP2, tensor parallel) and `ShardedTensor` (FSDP1): every rank saves and restores its own boxes.
+
+    Of the replicas along a mesh dimension only the first saves.
+    """
+
+    kind = "torch"
+
+    def source(self, value: Any) -> Source:
+        boxes, mine = _local_boxes(value)
+        pieces = [Piece(offset, shape, functools.partial(_host, local)) for offset, shape, local in boxes] if mine else []
+        if value.dtype not in _NAMES:
+            raise UnsupportedStateError(f"tensors of {value.dtype} cannot be saved")
+        return Source(self.kind, _NAMES[value.dtype], tuple(value.size()), pieces, sharded=True)
+
+    def into(self, value: Any) -> Target | None:
+        boxes, _ = _local_boxes(value)
+        inner = [(offset, shape, TORCH.into(local)) for offset, shape, local in boxes]
+        pieces = [
+            piece._replace(offset=offset, shape=shape)
+            for offset, shape, target in inner
+            for piece in (target.pieces if target is not None else ())
+        ]
+
+        def finish() -> Any:
+            for _, _, target in inner:
+                if target is not None:
+                    target.finish()
+            return value
+
+        return Target(_NAMES[value.dtype], tuple(value.size()), pieces, finish, True)
+
+    def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
+        return TORCH.fresh(dtype, shape)
+
+
+SHARDED: Final[LeafAdapter] = _Sharded()
+_Box = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]
+
+
+def _local_boxes(value: Any) -> tuple[list[_Box], bool]:
+    """Offset, shape and data of what this rank holds, and whether it is this rank that saves it."""
+    if type(value).__name__ == "ShardedTensor":
+        shards = value.local_shards()
+        return [(tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes), s.tensor) for s in shards], True
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(placement.is_partial() for placement in value.placements):
+        raise UnsupportedStateError("a DTensor of partial sums has no value yet", hint="redistribute it first")
+    coordinate = value.device_mesh.get_coordinate()
+    shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    if coordinate is None or 0 in shape:
+        return [], False
+    first = all(at == 0 for at, placement in zip(coordinate, value.placements, strict=True) if placement.is_replicate())
+    return [(tuple(offset), tuple(shape), value.to_local())], first
+
+
+def _is_sharded(value: Any) -> bool:
+    return any(
+        cls.__name__ in ("DTensor", "ShardedTensor") and cls.__module__.startswith("torch.") for cls in type(value).__mro__
+    )
+
+
 class _Torch:
     def adapter(self, value: Any) -> LeafAdapter | None:
+        if _is_sharded(value):
+            return SHARDED
         return TORCH if isinstance(value, torch.Tensor) else None
 
     def adapter_of_kind(self, kind: str) -> LeafAdapter | None:

@@ -1,0 +1,226 @@
+"""What `torch.distributed.checkpoint` needs of us, without torch: attempts that somebody else coordinates.
+
+DCP plans with collectives and calls us on every rank: `Writing.begin` on the coordinator makes the attempt and a ticket for
+every rank, each rank uploads its part, the coordinator publishes. The state dict comes flattened: names with a path each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from s3loader.checkpoint import tree
+from s3loader.checkpoint.checkpoint import Checkpoint
+from s3loader.checkpoint.commit import Attempt, expect_free, publish
+from s3loader.checkpoint.leaves import LeafAdapter, Source
+from s3loader.checkpoint.manager import CheckpointManager
+from s3loader.checkpoint.records import EpochRecord, Part
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.saving import SavePlan, Saver
+from s3loader.checkpoint.session import Identity, Session
+from s3loader.checkpoint.staging import SavedPiece, plan_files
+from s3loader.errors import CheckpointError, ConfigError
+from s3loader.types import ObjectURL
+
+__all__ = ["FlatEntry", "PartWriter", "Ticket", "Writing", "flat_entries", "known_url"]
+
+
+def known_url(url: str | os.PathLike[str]) -> bool:
+    """Whether `open_store` would take it."""
+    try:
+        ObjectURL.parse(os.fspath(url))
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a rank must know of an attempt. Pickles."""
+
+    step: int
+    attempt: str
+    epoch: EpochRecord
+    rank: int
+    world: int
+
+
+class Writing:
+    """One save that DCP coordinates."""
+
+    def __init__(self, manager: CheckpointManager, step: int | None) -> None:
+        self._manager, self._step = manager, step
+        self._attempt: Attempt | None = None
+        self._expected: Root | None = None
+        self._part: Part | None = None
+
+    def begin(self, world: int) -> list[Ticket]:
+        """Begin an attempt; only on the coordinator.
+
+        Raises:
+            StepExistsError: an explicit step is committed already.
+        """
+        session = self._manager.session()
+        step = self._step
+        if step is None:
+            latest = self._manager.latest()
+            step = 0 if latest is None else latest + 1
+        own = Session(session.run, Identity(0, world, "dcp"), session.record)
+        self._attempt = Attempt(self._manager.run, own, step, session.next_attempt(), self._manager.options.deadline)
+        self._expected = expect_free(self._attempt, replace=False)
+        return [Ticket(step, self._attempt.id, session.record, rank, world) for rank in range(world)]
+
+    def part(self, ticket: Ticket) -> PartWriter:
+        """What takes this rank's tensors."""
+        session = Session(self._manager.run, Identity(ticket.rank, ticket.world, "dcp"), ticket.epoch)
+        attempt = Attempt(self._manager.run, session, ticket.step, ticket.attempt, self._manager.options.deadline)
+        return PartWriter(self, self._manager, attempt)
+
+    def publish(self) -> Root:
+        """Make the checkpoint appear, then apply the retention policy; only on the coordinator."""
+        if self._attempt is None or self._expected is None or self._part is None:
+            raise CheckpointError("nothing was begun here")
+        root = publish(self._attempt, self._part, self._expected, _join)
+        self._manager.retire()
+        return root
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self._manager.close()
+
+
+class PartWriter:
+    """Collects and uploads what one rank saves."""
+
+    def __init__(self, writing: Writing, manager: CheckpointManager, attempt: Attempt) -> None:
+        self._writing, self._manager, self._attempt = writing, manager, attempt
+        self._pieces: list[SavedPiece] = []
+        self._flat: dict[str, dict[str, Any]] = {}
+
+    def add_box(
+        self, fqn: str, path: Sequence[str | int], source: Source, shape: tuple[int, ...], offset: tuple[int, ...]
+    ) -> None:
+        """Save a box of the tensor `fqn`, which is of `shape` as a whole."""
+        name = _name(path)
+        self._flat[fqn] = {"path": list(path), "node": {"$": "leaf", "of": source.kind}}
+        for piece in source.pieces:
+            self._pieces.append(SavedPiece(name, source.dtype, shape, piece._replace(offset=offset)))
+
+    def add_value(self, fqn: str, path: Sequence[str | int], value: Any) -> None:
+        """Save what is no tensor.
+
+        Raises:
+            UnsupportedStateError: it is neither JSON nor made of arrays.
+        """
+
+        def add(name: str, adapter: LeafAdapter, leaf: Any, per_rank: bool) -> None:
+            source = adapter.source(leaf)
+            self._pieces.extend(SavedPiece(name, source.dtype, source.shape, piece) for piece in source.pieces)
+
+        self._flat[fqn] = {"path": list(path), "node": tree.encode(value, add, name=_name(path))}
+
+    def upload(self) -> dict[str, int]:
+        """Upload everything and this rank's part manifest; returns the bytes of each tensor by its FQN."""
+        attempt, options = self._attempt, self._manager.options
+        about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
+        files = plan_files(self._pieces, attempt.rank, options.file_size, options.block, about, hashed=options.incremental)
+        plan = SavePlan({"$": "dcp", "of": self._flat}, files, sum(p.end - p.begin for p in self._pieces), {}, {}, [], None)
+        saver = Saver(attempt, plan, self._manager.pool, options, on_exists="error", after=None, retire=None, publishes=False)
+        saver.stage()
+        saver.handle.result()
+        self._writing._part = saver.part
+        names = {_name(told["path"]): fqn for fqn, told in self._flat.items()}
+        sizes: dict[str, int] = {}
+        for piece in self._pieces:
+            fqn = names.get(piece.name, piece.name)
+            sizes[fqn] = sizes.get(fqn, 0) + piece.end - piece.begin
+        return sizes
+
+
+def _name(path: Sequence[str | int]) -> str:
+    name = ""
+    for key in path:
+        name = tree.child_name(name, key)
+    return name
+
+
+@dataclass(slots=True)
+class _Branch:
+    children: dict[str | int, Any] = field(default_factory=dict)
+
+
+def _join(trees: list[Any]) -> Any:
+    """One tree of the ranks' flat ones."""
+    flat: dict[str, dict[str, Any]] = {}
+    for each in trees:
+        flat.update(each["of"])
+    top = _Branch()
+    for fqn, told in flat.items():
+        branch = top
+        *way, last = told["path"]
+        for key in way:
+            inner = branch.children.setdefault(key, _Branch())
+            if not isinstance(inner, _Branch):
+                raise CheckpointError(f"{fqn!r} lies inside {key!r}, which is a value")
+            branch = inner
+        branch.children[last] = told["node"]
+    return _node(top)
+
+
+def _node(branch: Any) -> Any:
+    if not isinstance(branch, _Branch):
+        return branch
+    inside = {key: _node(child) for key, child in branch.children.items()}
+    if all(isinstance(key, str) for key in inside):
+        return {"$": "dict", "of": inside}
+    if any(isinstance(key, str) for key in inside) or set(inside) != set(range(len(inside))):
+        raise CheckpointError(f"a list has the places {sorted(map(str, inside))}")
+    return [inside[i] for i in range(len(inside))]
+
+
+class FlatEntry(NamedTuple):
+    """One entry of a state dict as DCP flattens it."""
+
+    fqn: str
+    path: tuple[str | int, ...]
+    name: str
+    is_tensor: bool
+    value: Any
+
+
+def flat_entries(checkpoint: Checkpoint, tensor: Callable[[str], Any]) -> list[FlatEntry]:
+    """A checkpoint's items as DCP flattens a state dict: mappings are opened, and lists that hold mappings or tensors;
+    everything else is one entry.
+
+    Args:
+        checkpoint: Which.
+        tensor: Reads a tensor that lies inside a value (a tuple of tensors), by its name.
+    """
+    entries: list[FlatEntry] = []
+    _flatten(checkpoint.tree, (), "", entries, tensor)
+    return entries
+
+
+def _flatten(node: Any, path: tuple[str | int, ...], name: str, entries: list[FlatEntry], tensor: Callable[[str], Any]) -> None:
+    fqn = ".".join(map(str, path))
+    if _is(node, "leaf"):
+        entries.append(FlatEntry(fqn, path, name, True, None))
+    elif _is_mapping(node) or (isinstance(node, list) and _opens(node)):
+        for key, inner, child in tree.children(node, name):
+            _flatten(child, (*path, key if isinstance(node, list) else str(key)), inner, entries, tensor)
+    else:
+        entries.append(FlatEntry(fqn, path, name, False, tree.decode(node, tensor, name)))
+
+
+def _is(node: Any, *tags: str) -> bool:
+    return isinstance(node, Mapping) and node.get("$") in tags
+
+
+def _is_mapping(node: Any) -> bool:
+    return _is(node, "dict", "odict", "counter")
+
+
+def _opens(node: list[Any]) -> bool:
+    return any(_is_mapping(item) or _is(item, "leaf") or (isinstance(item, list) and _opens(item)) for item in node)
