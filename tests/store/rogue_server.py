@@ -184,6 +184,11 @@ class General(MemoryBackend):
         super().__init__("rogue")
         self.server = server
         self.asked: list[str] = []
+        self.engine_name = "memory"
+
+    @property
+    def engine(self) -> str:
+        return self.engine_name
 
     def _load(self, key: str) -> tuple[bytes, str]:
         if key not in self.server.objects:

@@ -331,6 +331,11 @@ def test_tls_is_verified_against_the_bundle(tmp_path: object) -> None:
         server.cut_connections()
         assert read(backend, "pump", LARGE) == DATA[LARGE.start : LARGE.end]
         assert not general.asked
+        general.engine_name = "obstore"  # then it is the one to stand beside a busy main thread
+        assert read(backend, "threads", LARGE) == DATA[LARGE.start : LARGE.end]
+        assert general.asked == ["k"] * 3
+        assert read(backend, "pump", LARGE) == DATA[LARGE.start : LARGE.end]
+        assert general.asked == ["k"] * 3
         backend.close()
         seen = len(server.requests)
         for bundle in (bundles["wrong"], None):

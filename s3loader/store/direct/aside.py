@@ -58,12 +58,17 @@ class Aside:
         """Forget what is still running: it ends by itself, and what it brings is closed."""
         with self._lock:
             self._closed = True
-            if self.fd >= 0:
-                os.close(self.fd)
-                os.close(self._wake)
-                self.fd = self._wake = -1
+            self.abandon()
         while self._results:
             _discard(self._results.popleft()[1])
+
+    def abandon(self) -> None:
+        """For a forked child: close its copies of the descriptors. The threads are the parent's, and
+        so may the lock be."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            os.close(self._wake)
+            self.fd = self._wake = -1
 
 
 def _discard(result: object) -> None:

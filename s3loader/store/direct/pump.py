@@ -280,8 +280,10 @@ class Pump:
 
     def _release(self) -> None:
         """Let go of everything; what is under way is cut off."""
-        self._aside.close()
-        if self._connections.generation == self._generation:
+        if self._connections.generation != self._generation:  # all of it is the parent's
+            self._aside.abandon()
+        else:
+            self._aside.close()
             for connection in self._by_fd.values():
                 if connection.job is None:
                     self._connections.give(connection)
