@@ -218,7 +218,7 @@ class KeyedObjects(Iterator[Item]):
         entries = self._entries.pop(archive, None)
         if entries is None:
             shard = Shard(self._store, {"kind": "shard", "archive_key": archive})
-            entries = {entry["member_path"]: entry for entry in shard.iter_entries()}
+            entries = {entry.get("member_path", ""): entry for entry in shard.iter_entries()}
             self._kept += len(entries)
         self._entries[archive] = entries
         while self._kept > _ENTRIES and len(self._entries) > 1:

@@ -192,16 +192,16 @@ class Shard(Mapping[str, Any]):
             sizes = reader.index.sizes.tolist()
         except ObjectNotFoundError as error:
             raise not_found(self.archive_key, error) from error
-        if [entry["member_path"] for entry in said] == names:
+        if [_path(entry) for entry in said] == names:
             return list(enumerate(said))
         free: dict[str, deque[int]] = {}
         for position, name in enumerate(names):
             free.setdefault(name, deque()).append(position)
         pairs = []
         for entry in said:
-            positions = free.get(entry["member_path"])
+            positions = free.get(_path(entry))
             if not positions:
-                raise self._absent(entry["member_path"])
+                raise self._absent(_path(entry))
             pairs.append((positions.popleft(), entry))
         rest = sorted(position for positions in free.values() for position in positions)
         return pairs + [(position, self._made_up(names[position], sizes[position])) for position in rest]
@@ -210,7 +210,7 @@ class Shard(Mapping[str, Any]):
         """One pass over an archive without random access."""
         said: dict[str, deque[FileEntry]] = {}
         for entry in self._said(reader.peek_internal_manifest()):
-            said.setdefault(entry["member_path"], deque()).append(entry)
+            said.setdefault(_path(entry), deque()).append(entry)
         for member in reader.iter_members():
             entries = said.get(member.name)
             yield member.body, entries.popleft() if entries else self._of(member)
@@ -248,6 +248,10 @@ class Shard(Mapping[str, Any]):
         except InvalidManifestError as error:
             raise ShardReadError(f"internal manifest: {error.message}", op="read", url=self.reader.url) from error
         return entries
+
+
+def _path(entry: FileEntry) -> str:
+    return entry.get("member_path", "")  # `iter_members` gives none without
 
 
 def entry_of(entry: ManifestEntry | Shard) -> ManifestEntry:

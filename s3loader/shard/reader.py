@@ -165,11 +165,12 @@ class ShardReader:
         return self._fetch(index, self.internal_manifest_path, index.internal_manifest)
 
     def _fetch(self, index: ShardIndex, name: str, member: MemberRange) -> Buffer:
+        found = 0
         for _ in range(2):  # a mismatch may be the way here: fetch again once
             data = self._tar_range(index, member.offset, member.offset + member.size)
-            if not self._verify or member.crc32c is None or crc32c(data) == member.crc32c:
+            if not self._verify or member.crc32c is None or (found := crc32c(data)) == member.crc32c:
                 return data
-        raise self._mismatch(name, member, crc32c(data))
+        raise self._mismatch(name, member, found)
 
     def _mismatch(self, name: str, member: MemberRange, found: int) -> IntegrityError:
         return IntegrityError(
