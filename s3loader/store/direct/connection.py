@@ -61,7 +61,7 @@ class Connection:
         """Whether an answer was received on it: the server may close such a one at any time."""
         self.idle_since = 0.0
         self.job: Job | None = None
-        """For the pump: what is under way here."""
+        """What is under way here."""
         self.pending: list[memoryview] = []
         """For the pump: what is still to be sent."""
         self.deadline = 0.0
@@ -318,6 +318,7 @@ def perform(
         while True:
             if connection is None:
                 connection = connections.open()
+            connection.job = job
             if track is not None:
                 track(connection)
             try:
@@ -346,6 +347,7 @@ def perform(
     else:
         if track is not None:
             track(None)
+        connection.job = None
         if job.head is not None and job.head.keep_alive:
             connections.give(connection)
         else:

@@ -139,7 +139,8 @@ class Threads:
         for _ in self._threads:
             self._todo.put(None)
         for connection in list(self._in_use.values()):
-            connection.shut()
+            if connection.job is not None and not connection.job.done:
+                connection.shut()
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
