@@ -11,7 +11,7 @@ from s3loader.exchange.journal import Journal, Written
 from s3loader.exchange.keys import is_shard_key, is_sidecar_key, split_virtual_key
 from s3loader.exchange.reading import read_manifest_object
 from s3loader.exchange.types import DeleteReport, ManifestEntry
-from s3loader.shard.index import index_key, is_foreign, second_index_key
+from s3loader.shard.index import index_key, second_index_key
 from s3loader.store.objectstore import ObjectStore
 
 __all__ = ["DeletedKeys", "delete_archive", "delete_key", "delete_manifest", "delete_prefix", "empty_report", "remove_written"]
@@ -38,22 +38,13 @@ def empty_report() -> DeleteReport:
 
 def delete_archive(store: ObjectStore, key: str) -> None:
     """Delete an archive and its index."""
-    failures = store.delete_many(_with_sidecars(store, key))
-    if failures:
-        raise failures[0].error
+    for failure in store.delete_many(with_indexes(key)):
+        raise failure.error
 
 
-def _with_sidecars(store: ObjectStore, archive_key: str) -> list[str]:
-    """The archive, and the side-cars that are ours (Energon keeps its own under the first name)."""
-    keys = [archive_key]
-    try:
-        if is_foreign(store.get(index_key(archive_key))):
-            keys.append(second_index_key(archive_key))
-        else:
-            keys.append(index_key(archive_key))
-    except ObjectNotFoundError:
-        pass
-    return keys
+def with_indexes(archive_key: str) -> list[str]:
+    """What goes with an archive: its index, whoever wrote it. Keys that do not exist are no error to delete."""
+    return [index_key(archive_key), second_index_key(archive_key), archive_key]
 
 
 def delete_key(store: ObjectStore, key: str, *, dry_run: bool = False) -> DeleteReport:
@@ -70,7 +61,7 @@ def delete_key(store: ObjectStore, key: str, *, dry_run: bool = False) -> Delete
         )
     report = empty_report()
     shard = is_shard_key(key)
-    keys = _with_sidecars(store, key) if shard else [key]
+    keys = with_indexes(key) if shard else [key]
     for failure in [] if dry_run else store.delete_many(keys):
         raise failure.error
     report["deleted_archive_count" if shard else "deleted_object_count"] = 1
@@ -214,9 +205,7 @@ def _delete_written(store: ObjectStore, wanted: Journal, report: DeleteReport, *
 
     def keys() -> Iterator[str]:
         for what, key in wanted:
-            if what == "archive":
-                yield from _with_sidecars(store, key)[1:]
-            yield key
+            yield from with_indexes(key) if what == "archive" else [key]
 
     failed = {} if dry_run else {failure.key: describe(failure.error) for failure in store.delete_many(keys())}
     report["errors"].update(failed)

@@ -85,11 +85,6 @@ class UploadPool:
     def _room(self, size: int) -> bool:
         return self._jobs == 0 or (self._bytes + size <= self._max_bytes and self._jobs < 4 * self.max_in_flight)
 
-    def settle(self) -> None:
-        """Wait until no job is running or waiting."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs == 0)
-
     def stop(self) -> None:
         """End the threads; jobs that have not begun are dropped, their futures cancelled."""
         if self._pid != os.getpid():
