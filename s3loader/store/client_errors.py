@@ -57,6 +57,8 @@ def _from_client_error(response: Mapping[str, Any], where: Where) -> S3LoaderErr
 
 
 _UNREACHABLE: Final = "is the endpoint right, and is it running? check endpoint_url"
+_SLOW: Final = "the store is slow or silent: StoreOptions.read_timeout says how long to wait for its next bytes"
+_BROKE: Final = "is it http or https that the endpoint speaks, and does a proxy cut long connections?"
 _CA_HINT: Final = "give ca_bundle= (or AWS_CA_BUNDLE) a PEM file with the authority that signed the store's certificate"
 
 
@@ -79,11 +81,8 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         return made(ConfigError, f"boto3 refuses the request: {error}")
     if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError, TimeoutError)):
         connecting = isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError))
-        return made(
-            StoreTimeoutError,
-            "no connection in time" if connecting else "no answer in time",
-            _UNREACHABLE if connecting else None,
-        )
+        text = "no connection in time" if connecting else "no answer in time"
+        return made(StoreTimeoutError, text, _UNREACHABLE if connecting else _SLOW)
     if isinstance(error, (boto.SSLError, http.SSLError)) and "ertificate" in str(error):
         return made(
             StoreConnectionError, f"the store's certificate is not trusted: {_ssl_reason(error)}", _CA_HINT, retryable=False
@@ -95,7 +94,7 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
     if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead)):
         return made(TruncatedError, "the body ended early", retryable=True)
     if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError)):
-        return made(StoreConnectionError, f"the connection broke ({name})")
+        return made(StoreConnectionError, f"the connection broke ({name})", _BROKE)
     if isinstance(error, boto.BotoCoreError) and "ResponseParserError" in name:
         return made(UnavailableError, "the answer is not S3's", "does the endpoint speak S3?")
     return made(StoreError, f"{name}: {error}")
@@ -160,7 +159,7 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
     if "error: InvalidCertificate(" in debug:
         return made(StoreConnectionError, "the store's certificate is not trusted", _CA_HINT, retryable=False)
     if "Timeout" in kinds:
-        return made(StoreTimeoutError, "no answer in time")
+        return made(StoreTimeoutError, "no answer in time", _SLOW)
     if "Connect" in kinds:
         return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
     if "IncompleteBody" in debug:
@@ -170,6 +169,6 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
     if "source: UnexpectedRange" in debug:
         return made(StoreError, "the answer holds another range than was asked for", retryable=True)
     if kinds:
-        return made(StoreConnectionError, f"the connection broke ({', '.join(sorted(kinds))})")
+        return made(StoreConnectionError, f"the connection broke ({', '.join(sorted(kinds))})", _BROKE)
     # the first line may quote whatever obstore was given: only its own sentence is kept
     return made(StoreError, clean(str(error).partition("\n")[0]))
