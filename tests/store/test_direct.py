@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -142,6 +143,30 @@ def test_whole_objects_of_every_size(server: RogueServer) -> None:
         meta, data = backend.get(f"o{i}")
         assert (meta.size, bytes(data)) == (sizes[i], server.objects[f"o{i}"])
     assert not general.asked
+    backend.close()
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_a_result_holds_little_more_memory_than_it_shows(server: RogueServer, driver: str) -> None:
+    backend, _ = direct(server)
+    sizes = [500_000, 500_000, 40_000, 100, 200_000, 3 * MIB, 50_000, 5000]
+    for i, size in enumerate(sizes):
+        server.objects[f"o{i}"] = bytes(size)
+    requests = [ReadRequest(f"o{i}") for i in range(len(sizes))]
+    requests += [ReadRequest(f"o{i}", 0, end) for i in range(len(sizes)) for end in (1 << 40, 500_000)]
+    for result in backend.read_many(requests, max_bytes=8 * MIB, concurrency=2, driver=driver):  # type: ignore[arg-type]
+        assert len(result.data) == min(result.size, result.request.end or result.size)
+        assert len(result.data.obj) <= max(4096, 2 * len(result.data))
+    assert len(backend.get("o2", 0, 1 << 40)[1]) == 40_000
+    backend.close()
+
+
+def test_bodies_are_aligned_once_the_length_of_heads_is_known(server: RogueServer) -> None:
+    backend, _ = direct(server)
+    results = list(backend.read_many([ReadRequest("k", 0, 100_000)] * 5, max_bytes=MIB, concurrency=1))
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(result.data)) for result in results]
+    bases = [ctypes.addressof(ctypes.c_char.from_buffer(result.data.obj)) for result in results]
+    assert {(address - base) % 64 for address, base in zip(addresses[1:], bases[1:], strict=True)} == {0}
     backend.close()
 
 
