@@ -1,0 +1,311 @@
+"""Stores that fail in the middle of an epoch: a typed error that names the sample, never a shorter epoch, a hang or a double.
+
+The s3dlio defects D1, D2, D3, D4, D5, D7, D13 and D14 stand here as things that must not happen.
+"""
+
+import threading
+
+import pytest
+
+from s3loader.errors import (
+    AccessDeniedError,
+    IntegrityError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    S3LoaderError,
+    SampleError,
+    ShardReadError,
+    TruncatedError,
+)
+from s3loader.loader import Loader, from_manifest, from_objects, from_prefix, from_webdataset
+from s3loader.store.open import open_store
+from s3loader.store.options import StoreOptions
+from s3loader.testing import FaultProxy, Rule, server
+from s3loader.testing.datasets import write_shard, write_sharded_dataset
+
+SHARDED, LOOSE = 120, 24
+
+
+def content(i):
+    return f"{i:06d}-".encode() * (20 + i)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with server("moto") as s3:
+        store = s3.open_store(s3.bucket("loader-faults"))
+        write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(SHARDED)), per_shard=40)
+        for i in range(LOOSE):
+            store.put(f"loose/{i:02d}.bin", content(i))
+        store.close()
+        yield s3
+
+
+@pytest.fixture(params=["direct", "boto3"])
+def engine(request):
+    return request.param
+
+
+def through(s3, rules, engine="direct", **options):
+    proxy = FaultProxy(s3.endpoint_url, rules, seed=1)
+    store = s3.open_store(
+        "loader-faults",
+        endpoint_url=proxy.endpoint_url,
+        engine=engine,
+        options=StoreOptions(max_attempts=3, read_timeout=20.0, **options),
+    )
+    return proxy, store
+
+
+def numbers(samples):
+    return [int(bytes(sample[:6])) for sample in samples]
+
+
+def run_until_error(loader):
+    got = []
+    with pytest.raises(S3LoaderError) as caught:
+        got.extend(i for batch in loader for i in numbers(batch))
+    return got, caught.value
+
+
+def test_a_403_on_one_object_of_24_is_raised_in_its_place(s3, engine):  # D1
+    rule = Rule("error", method="GET", path=r"loose/05\.bin", status=403, code="AccessDenied")
+    proxy, store = through(s3, [rule], engine)
+    with proxy, store:
+        got, error = run_until_error(Loader(from_prefix("loose/", store=store), batch_size=5, shuffle="none"))
+    assert got == list(range(5))
+    assert isinstance(error, AccessDeniedError)
+    assert (error.key, error.position) == ("loose/05.bin", 5)
+    assert "loose/05.bin" in str(error)
+
+
+def test_a_shard_that_vanished_after_the_epoch_began(s3, engine):
+    rule = Rule("error", method="GET", path=r"shard-000002\.tar$", status=404, code="NoSuchKey")
+    proxy, store = through(s3, [rule], engine)
+    with proxy, store:
+        got, error = run_until_error(Loader(from_manifest("manifest.jsonl", store=store), batch_size=8, shuffle="none"))
+    assert got == list(range(80))
+    assert isinstance(error, ObjectNotFoundError)
+    assert (error.shard, error.position) == ("shards/shard-000002.tar", 80)
+
+
+def test_a_shard_that_was_replaced_meanwhile(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    members = [(f"s{i:05d}.bin", content(i)) for i in range(60)]
+    write_sharded_dataset(store, members, per_shard=20)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    batches = iter(Loader(dataset, batch_size=10, shuffle="none", memory_limit=8192))
+    assert numbers(next(batches)) == list(range(10))
+    write_shard(store, "shards/shard-000002.tar", reversed(members[40:]))
+    with pytest.raises((ObjectChangedError, ShardReadError)) as caught:
+        list(batches)
+    assert caught.value.position == 40
+
+
+def test_a_flipped_bit_on_the_wire_is_fetched_again_and_one_at_rest_is_an_error(s3, tmp_path):
+    rule = Rule("flip", method="GET", path=r"shard-\d+\.tar$", nth=2)
+    proxy, store = through(s3, [rule])
+    with proxy, store:
+        loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=8)
+        got = numbers(sample for batch in loader for sample in batch)
+    assert sorted(got) == list(range(SHARDED))
+    assert rule.fired == 1
+    assert loader.stats.refetched <= 1  # 0 where the bit fell into a header between members
+    always = Rule("flip", method="GET", path=r"shard-000001\.tar$", bit=8 * 1030)  # in the second member
+    proxy, store = through(s3, [always])
+    with proxy, store:
+        loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=8, shuffle="shard")
+        _, error = run_until_error(loader)
+    assert isinstance(error, IntegrityError)
+    assert error.member.endswith(".bin")
+    assert error.range[1] > error.range[0]
+    assert loader.stats.refetched >= 1
+
+
+@pytest.mark.parametrize("action", ["truncate", "reset", "drop_reply"])
+def test_broken_connections_are_tried_again_and_nothing_is_lost_or_doubled(s3, engine, action):
+    rule = Rule(action, method="GET", path=r"\.tar$", times=2)
+    proxy, store = through(s3, [rule], engine)
+    with proxy, store:
+        loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=8)
+        assert sorted(numbers(s for b in loader for s in b)) == list(range(SHARDED))
+    assert rule.fired >= 1
+
+
+def test_slow_down_is_waited_out(s3, engine):
+    rule = Rule("error", method="GET", path=r"\.tar$", status=503, code="SlowDown", times=3)
+    proxy, store = through(s3, [rule], engine)
+    with proxy, store:
+        loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=8)
+        assert sorted(numbers(s for b in loader for s in b)) == list(range(SHARDED))
+
+
+def test_a_truncated_shard_is_an_error_with_its_member(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"s{i:05d}.bin", content(i)) for i in range(60)], per_shard=20)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    path = tmp_path / "shards" / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[:30_000])
+    with pytest.raises((ObjectChangedError, TruncatedError, IntegrityError, S3LoaderError)) as caught:
+        list(Loader(dataset, batch_size=10, shuffle="none"))
+    assert caught.value.shard == "shards/shard-000002.tar"
+    assert caught.value.position >= 40
+
+
+def test_an_index_that_vanished_fails_only_its_own_samples(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"s{i:05d}.bin", content(i)) for i in range(60)], per_shard=20)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    store.delete("shards/shard-000001.tar.idx")
+    loader = Loader(dataset, batch_size=10, on_error="skip")
+    assert sorted(numbers(s for b in loader for s in b)) == [*range(20), *range(40, 60)]
+    assert len(loader.quarantine) == loader.stats.skipped == 20
+    assert "index" in loader.quarantine[0].error
+    with pytest.raises(ShardReadError, match="index") as caught:
+        list(Loader(dataset, batch_size=10, shuffle="none"))
+    assert caught.value.position == 20
+    assert caught.value.shard == "shards/shard-000001.tar"
+
+
+def explode_on_7(sample):
+    if bytes(sample[:6]) == b"000007":
+        raise KeyError("seven")
+    return sample
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_policies_for_a_transform_that_raises(tmp_path, threads):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"s{i:05d}.bin", content(i)) for i in range(40)], per_shard=20)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    options = {"batch_size": 8, "transform": explode_on_7, "decode_threads": threads, "seed": 11}
+    plain = numbers(s for b in Loader(dataset, batch_size=8, seed=11) for s in b)
+    _, error = run_until_error(Loader(dataset, **options))
+    assert isinstance(error, SampleError)
+    assert isinstance(error.__cause__, KeyError)
+    assert error.position == plain.index(7)
+    skip = Loader(dataset, on_error="skip", **options)
+    assert numbers(s for b in skip for s in b) == [i for i in plain if i != 7]
+    replace = Loader(dataset, on_error="replace", **options)
+    got = numbers(s for b in replace for s in b)
+    assert len(got) == 40
+    assert [g for g, p in zip(got, plain, strict=True) if p != 7] == [i for i in plain if i != 7]
+    assert got == numbers(s for b in Loader(dataset, on_error="replace", **options) for s in b)
+    assert replace.stats.replaced == 1
+    assert skip.state_dict()["consumed"] == replace.state_dict()["consumed"] == 40
+
+
+def test_when_every_sample_is_bad_replacing_ends_with_an_error(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [("a.bin", content(7))] * 3, per_shard=3)
+    loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=2, transform=explode_on_7, on_error="replace")
+    with pytest.raises(SampleError, match="no replacement"):
+        list(loader)
+    assert list(Loader(loader.dataset, batch_size=2, transform=explode_on_7, on_error="skip")) == []
+
+
+# -- what s3dlio's loaders do and ours must not -----------------------------------------------------
+
+
+@pytest.fixture
+def loose(s3):
+    proxy, store = through(s3, [])
+    with proxy, store:
+        yield from_prefix("loose/", store=store)
+
+
+def test_sharding_is_honoured(loose):  # D2
+    parts = [numbers(s for b in Loader(loose, batch_size=3, rank=r, world_size=2) for s in b) for r in range(2)]
+    assert sorted(parts[0] + parts[1]) == list(range(LOOSE))
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_shuffle_and_seed_are_honoured(loose):  # D3
+    orders = [numbers(s for b in Loader(loose, batch_size=3, seed=seed) for s in b) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != list(range(LOOSE))
+
+
+def test_batch_size_and_dropping_the_last_are_honoured(loose):  # D4
+    assert [len(b) for b in Loader(loose, batch_size=5, tail="drop")] == [5, 5, 5, 5]
+    assert [len(b) for b in Loader(loose, batch_size=5)] == [5, 5, 5, 5, 4]
+    assert [len(b) for b in Loader(loose, batch_size=32)] == [24]
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_small_batches_still_have_many_requests_in_flight(s3, driver):  # D5
+    hold = Rule("hold", method="GET", path=r"loose/00\.bin")
+    proxy, store = through(s3, [hold])
+    with proxy, store:
+        dataset = from_prefix("loose/", store=store)
+        others = []
+
+        def release():
+            assert hold.reached.wait(30)
+            while sum(r.status == 206 or r.status == 200 for r in proxy.requests if "/loose/" in r.path) < 8:
+                if done.wait(0.01):
+                    return
+            others.append(True)
+            hold.release.set()
+
+        done = threading.Event()
+        thread = threading.Thread(target=release)
+        thread.start()
+        got = numbers(s for b in Loader(dataset, batch_size=1, shuffle="none", driver=driver) for s in b)
+        done.set()
+        thread.join()
+    assert got == list(range(LOOSE))
+    assert others, "the first object was answered before eight others had been: nothing was read ahead"
+
+
+def test_breaking_off_leaves_no_thread_behind(loose):  # D7
+    before = set(threading.enumerate())
+    for driver in ("threads", "pump"):
+        for _ in range(2):
+            batches = iter(Loader(loose, batch_size=1, driver=driver))
+            next(batches)
+            batches.close()
+    ours = [t for t in threading.enumerate() if t not in before and t.name.startswith("s3loader") and "proxy" not in t.name]
+    for thread in ours:
+        thread.join(timeout=15)
+    assert not any(thread.is_alive() for thread in ours)
+
+
+def test_an_object_listed_twice_is_two_samples_in_their_places(loose):  # D13
+    keys = ["loose/03.bin", "loose/01.bin", "loose/03.bin"]
+    dataset = from_objects(keys, store=loose.store)
+    assert numbers(s for b in Loader(dataset, batch_size=2, shuffle="none") for s in b) == [3, 1, 3]
+
+
+def test_samples_are_buffers_that_can_be_indexed_and_bytes_are_bytes(loose):  # D14
+    raw = next(iter(Loader(loose, batch_size=1, shuffle="none")))[0]
+    assert raw[0] == ord("0")
+    assert raw[:3] == b"000"
+    plain = next(iter(Loader(loose, batch_size=1, shuffle="none", decode="bytes")))[0]
+    assert type(plain) is bytes
+
+
+def test_webdataset_shards_without_an_index_that_may_not_be_written_to(s3, tmp_path):
+    import io
+    import tarfile
+
+    plain = s3.open_store("loader-faults")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(10):
+            for extension, data in (("txt", content(i)), ("cls", b"%d" % i)):
+                info = tarfile.TarInfo(f"x{i}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    plain.put("foreign/a-000.tar", buffer.getvalue())
+    plain.close()
+    proxy, store = through(s3, [Rule("error", method="PUT", path="", status=403, code="AccessDenied")])
+    with proxy, store:
+        tried = []
+        for _ in range(2):  # the second time from the folder
+            dataset = from_webdataset("foreign/a-{000..000}.tar", store=store, index_dir=str(tmp_path))
+            batch = next(iter(Loader(dataset, batch_size=10, decode="auto", shuffle="none")))
+            assert [sample["cls"] for sample in batch] == list(range(10))
+            assert batch[3] == {"__key__": "x3", "txt": content(3).decode(), "cls": 3}
+            tried.append(proxy.count("PUT"))
+        assert tried[0] == tried[1] >= 1
