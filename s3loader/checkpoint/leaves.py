@@ -29,6 +29,7 @@ __all__ = [
     "adapter_of_kind",
     "framework_for",
     "framework_of_tag",
+    "framework_that_expands",
 ]
 
 
@@ -75,7 +76,7 @@ class LeafAdapter(Protocol):
 
     @property
     def kind(self) -> str:
-        """Recorded with every leaf: ``numpy``, ``bytes``, ``torch``, ``jax``, ``tensorflow``."""
+        """Recorded with every leaf: ``numpy``, ``bytes``, ``torch``, ``jax``, ``jax.key.<implementation>``, ``tensorflow``."""
         ...
 
     def source(self, value: Any) -> Source:
@@ -106,9 +107,10 @@ class Framework(Protocol):
         """The state of one of the framework's containers as a tree, None for anything else."""
         ...
 
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> None:
+    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
         """Give a restored tree back to the container it was `expand`-ed from; with `in_place`,
-        every leaf of it has been written into the container's own memory already."""
+        every leaf of it has been written into the container's own memory already. Returns the
+        container, or, where it cannot be changed, a new one."""
         ...
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
@@ -272,6 +274,18 @@ def framework_for(value: Any) -> Framework | None:
     return None
 
 
+def framework_that_expands(value: Any) -> tuple[Framework, Any] | None:
+    """An integration that can open `value`, and its state; also asks those of frameworks in use about classes of
+    nobody's (a user's own pytree node)."""
+    owner = framework_for(value)
+    others = [_load(name) for package, name in _KINDS.items() if package in sys.modules]
+    for framework in [owner] if owner is not None else others:
+        state = framework.expand(value) if framework is not None else None
+        if framework is not None and state is not None:
+            return framework, state
+    return None
+
+
 def framework_of_tag(tag: str) -> Framework | None:
     """The integration whose `encode` made `tag`."""
     name = _KINDS.get(tag.partition(".")[0])
@@ -299,8 +313,9 @@ def adapter_of_kind(kind: str) -> LeafAdapter:
     """
     if kind in ("numpy", "bytes"):
         return NUMPY if kind == "numpy" else BYTES
-    if kind not in _KINDS:
+    name = _KINDS.get(kind.partition(".")[0])
+    if name is None:
         raise CheckpointError(f"unknown kind of leaf {kind!r}", hint="the checkpoint was written by a newer s3loader")
-    framework = _load(_KINDS[kind])
+    framework = _load(name)
     adapter = framework.adapter_of_kind(kind) if framework is not None else None
     return adapter if adapter is not None else NUMPY

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from s3loader.checkpoint import tree
-from s3loader.checkpoint.leaves import Target, adapter_for, adapter_of_kind, framework_for
+from s3loader.checkpoint.leaves import Target, adapter_for, adapter_of_kind, framework_that_expands
 from s3loader.checkpoint.records import Chunk
 from s3loader.errors import CheckpointError
 
@@ -121,10 +121,7 @@ class Restoration:
             value = tree.decode(node, self._values.__getitem__, name, self._rank)
         else:
             value = self._filled(node, inside, name)
-        if name in self._states:
-            self._load(target, value, node, name)
-            return target
-        return value
+        return self._load(target, value, node, name) if name in self._states else value
 
     def _filled(self, node: Any, target: Any, name: str) -> Any:
         """A container, with the types of the target's where they are richer than what is stored."""
@@ -132,19 +129,19 @@ class Restoration:
         by_name = {tree.child_name(name, key): value for key, value in built.items()}
         if tree.is_namedtuple(target) and set(tree.fields_of(target)) == set(built):
             return type(target)(**built)
-        if dataclasses.is_dataclass(target) and not isinstance(target, type):
+        if tree.is_dataclass(target) and not tree.is_stateful(target):
             return dataclasses.replace(target, **built)
         if not built:
             return tree.decode(node, self._values.__getitem__, name, self._rank)
         return _rebuilt(node, name, by_name)
 
-    def _load(self, target: Any, state: Any, node: Any, name: str) -> None:
-        framework = framework_for(target)
-        if framework is not None and framework.expand(target) is not None:
+    def _load(self, target: Any, state: Any, node: Any, name: str) -> Any:
+        known = framework_that_expands(target)
+        if known is not None:
             in_place = all(self._in_place[leaf] for leaf, _ in tree.leaf_names(node, name))
-            framework.absorb(target, state, in_place=in_place)
-        else:
-            target.load_state_dict(state)
+            return known[0].absorb(target, state, in_place=in_place)
+        target.load_state_dict(state)
+        return target
 
 
 def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
@@ -168,7 +165,7 @@ def _per_rank(node: Any) -> bool:
 def _is_container(target: Any) -> bool:
     if isinstance(target, Mapping | list | tuple | set | frozenset | str | int | float | complex) or target is None:
         return True
-    return dataclasses.is_dataclass(target) and not isinstance(target, type) and not tree.is_stateful(target)
+    return tree.is_dataclass(target) and not tree.is_stateful(target)
 
 
 def _child(target: Any, key: Any) -> Any:

@@ -8,13 +8,14 @@ object is a tagged node ``{"$": tag, "of": ...}``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from s3loader.checkpoint.leaves import LeafAdapter, adapter_for, framework_for, framework_of_tag
+from s3loader.checkpoint.leaves import LeafAdapter, adapter_for, framework_for, framework_of_tag, framework_that_expands
 from s3loader.errors import CheckpointError, FormatError, UnsupportedStateError
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "PerRank",
     "child_name",
     "children",
+    "dataclass_fields",
     "decode",
     "encode",
+    "expand",
     "fields_of",
+    "is_dataclass",
     "is_namedtuple",
     "is_stateful",
     "leaf_names",
@@ -103,11 +107,22 @@ def is_stateful(value: Any) -> bool:
 
 def expand(value: Any) -> Any:
     """The state of a container object (stateful, or known to an integration); None for anything else."""
-    framework = framework_for(value)
-    state = framework.expand(value) if framework is not None else None
-    if state is None and is_stateful(value):
-        state = value.state_dict()
-    return state
+    if is_stateful(value):
+        return value.state_dict()
+    if is_dataclass(value):
+        return {name: getattr(value, name) for name in dataclass_fields(value)}
+    known = framework_that_expands(value)
+    return known[1] if known is not None else None
+
+
+def is_dataclass(value: Any) -> bool:
+    """Whether `value` is an instance of a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def dataclass_fields(value: Any) -> list[str]:
+    """Names of a dataclass's fields, but those that it marks as no part of the pytree (flax: ``pytree_node=False``)."""
+    return [field.name for field in dataclasses.fields(value) if field.metadata.get("pytree_node", True)]
 
 
 def encode(value: Any, add: AddLeaf, rank: int = 0, name: str = "") -> Any:

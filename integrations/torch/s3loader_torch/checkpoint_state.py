@@ -177,11 +177,11 @@ class _Torch:
         """The state of a module; everything else that has ``state_dict()`` is the core's."""
         return value.state_dict() if isinstance(value, torch.nn.Module) else None
 
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> None:
+    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
         """Nothing is left to do for a module whose tensors were all filled in place."""
-        if in_place and set(state) == set(value.state_dict()):
-            return
-        value.load_state_dict(state)
+        if not (in_place and set(state) == set(value.state_dict())):
+            value.load_state_dict(state)
+        return value
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
         if isinstance(value, torch.dtype):

@@ -1,0 +1,115 @@
+"""TensorFlow and Keras state; all in one child process, since the import is slow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHILD = """
+import os, signal, sys, warnings
+import numpy as np
+import tensorflow as tf
+import keras
+from pathlib import Path
+from s3loader.checkpoint import CheckpointManager, LatestN, load
+from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader.tensorflow import S3BackupAndRestore
+
+folder = Path(sys.argv[1])
+keras.utils.set_random_seed(1)
+tf.config.experimental.enable_op_determinism()
+
+def make():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.BatchNormalization(),
+                              keras.layers.Dropout(0.3, seed=5), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss="mse")
+    return model
+
+x = np.random.default_rng(0).standard_normal((48, 4)).astype("float32")
+y = x.sum(1, keepdims=True)
+data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+class Stop(Exception): pass
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, at): super().__init__(); self.at = at
+    def on_train_batch_end(self, batch, logs=None):
+        self.at -= 1
+        if self.at == 0: raise Stop
+
+start = make().get_weights()
+def begin():
+    model = make(); model.set_weights(start); return model
+
+# exact to the batch: 3 epochs of 6 batches, stopped after 10 batches with the last backup at 9
+straight = begin()
+straight.fit(data, epochs=3, verbose=0, shuffle=False)
+first = begin()
+backup = S3BackupAndRestore(folder / "keras", save_freq=3)
+assert not backup.restore(first)
+try:
+    first.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[backup, StopAt(10)])
+    raise AssertionError
+except Stop:
+    backup.manager.close()
+second = begin()
+backup = S3BackupAndRestore(folder / "keras", save_freq=3)
+assert backup.restore(second)
+assert (backup.epoch, backup.batch, backup.step) == (1, 3, 9), (backup.epoch, backup.batch, backup.step)
+rest = data.skip(backup.batch)
+second.fit(rest, initial_epoch=backup.epoch, epochs=backup.epoch + 1, verbose=0, shuffle=False, callbacks=[backup])
+backup = S3BackupAndRestore(folder / "keras", save_freq="epoch", delete_checkpoint=True)
+assert backup.restore(second)
+assert backup.step == 12, backup.step
+second.fit(data, initial_epoch=2, epochs=3, verbose=0, shuffle=False, callbacks=[backup])
+for a, b in zip(straight.get_weights() + [np.asarray(v) for v in straight.optimizer.variables],
+                second.get_weights() + [np.asarray(v) for v in second.optimizer.variables]):
+    assert np.array_equal(a, b)
+with CheckpointManager(folder / "keras") as manager:
+    assert manager.latest() is None
+
+# tf.Module, variables, tensors, generators, constants
+class Module(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = tf.Variable(tf.random.stateless_normal((3, 2), (1, 2)))
+        self.layers = [tf.Variable([1, 2]), {"deep": tf.Variable(True)}]
+
+module, generator = Module(), tf.random.Generator.from_seed(3)
+tensor = tf.constant([[1.5, 2.5]], tf.bfloat16)
+with CheckpointManager(folder / "module") as manager:
+    constants = [tf.float16, tf.TensorShape([2, None])]
+    before = module.w.numpy()
+    manager.save(1, {"module": module, "generator": generator, "tensor": tensor, "constants": constants})
+    drawn = generator.normal((3,)).numpy()
+    module.w.assign_add(tf.ones((3, 2)))
+    manager.wait()
+    other, other_generator = Module(), tf.random.Generator.from_seed(9)
+    other.layers[0].assign([0, 0])
+    variable = other.w
+    restored = manager.restore(target={"module": other, "generator": other_generator})
+    assert restored["module"] is other and other.w is variable
+    assert np.array_equal(other.w.numpy(), before) and other.layers[0].numpy().tolist() == [1, 2]
+    assert np.array_equal(other_generator.normal((3,)).numpy(), drawn)
+    rest = manager.restore(items=["tensor", "constants"])
+    assert rest["tensor"].dtype == tf.bfloat16 and rest["tensor"].numpy().tolist() == [[1.5, 2.5]]
+    assert rest["constants"] == [tf.float16, tf.TensorShape([2, None])]
+    try:
+        manager.restore(target={"module": tf.Module()})
+        raise AssertionError
+    except CheckpointError as error:
+        assert "beside what the object has" in str(error)
+    try:
+        manager.save(2, {"a": {"b": tf.constant("text")}})
+        raise AssertionError
+    except UnsupportedStateError as error:
+        assert error.path == "a/b"
+print("good")
+"""
+
+
+def test_tensorflow_and_keras(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=250
+    )
+    assert done.stdout.strip().endswith("good"), done.stderr
