@@ -17,7 +17,8 @@ from s3loader.loader.samples import Place, Quarantined, SampleWork, place_of
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_plan
 from s3loader.plan.permutation import Int64Array
-from s3loader.units import parse_size
+from s3loader.transfer.diskcache import DiskCache
+from s3loader.units import parse_duration, parse_size
 
 __all__ = ["Batch", "Loader"]
 
@@ -226,6 +227,8 @@ class Loader:
             concurrency=options.concurrency,
             verify=options.verify,
             stats=self.stats,
+            cache=None if options.cache_dir is None else DiskCache(options.cache_dir, parse_size(options.cache_limit)),
+            hedge_after=None if options.hedge_after is None else parse_duration(options.hedge_after),
         )
 
     def _read(self, samples: Int64Array) -> list[Any]:

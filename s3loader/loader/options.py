@@ -11,7 +11,7 @@ from s3loader.loader.collate import Collate, make_collate
 from s3loader.loader.decode import Decode, make_decoder
 from s3loader.plan import OrderSpec, Shuffle, Tail
 from s3loader.store.base import Driver
-from s3loader.units import parse_size
+from s3loader.units import parse_duration, parse_size
 
 __all__ = ["LoaderOptions", "OnError"]
 
@@ -61,6 +61,8 @@ class LoaderOptions:
     """Keep fetched ranges in this folder, shared by all processes of the node."""
     cache_limit: int | str = "16GiB"
     """Most bytes in `cache_dir`; what was not used for longest goes first."""
+    hedge_after: float | str | None = None
+    """Ask a second time for a range that has not come after this time (``"200ms"``), and take what comes first."""
     skip_steps: Sequence[tuple[int, int]] = ()
     """``(first, end)`` steps that are left out of the loader's first epoch, in its own batch and world size."""
     exclude: Sequence[str] = ()
@@ -77,6 +79,8 @@ class LoaderOptions:
             raise ConfigError(f"decode_threads cannot be negative: {self.decode_threads}")
         for name in ("memory_limit", "prefetch", "cache_limit"):
             parse_size(getattr(self, name))
+        if self.hedge_after is not None:
+            parse_duration(self.hedge_after)
         make_decoder(self.decode)
         make_collate(self.collate)
 

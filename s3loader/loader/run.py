@@ -21,6 +21,7 @@ from s3loader.plan.budget import Budget
 from s3loader.plan.order import Units
 from s3loader.plan.permutation import Int64Array
 from s3loader.store.base import Driver
+from s3loader.transfer.diskcache import DiskCache
 from s3loader.units import KIB, MIB
 
 __all__ = ["RawBatch", "Run"]
@@ -102,6 +103,8 @@ class Run:
         concurrency: int | None,
         verify: bool,
         stats: LoaderStats,
+        cache: DiskCache | None = None,
+        hedge_after: float | None = None,
     ) -> None:
         self._dataset = dataset
         self._plan = plan
@@ -122,6 +125,8 @@ class Run:
             driver=driver,
             concurrency=concurrency,
             stats=stats,
+            cache=cache,
+            hedge_after=hedge_after,
         )
         self._chunks: deque[_Chunk] = deque()
         self._open: dict[int, Block] = {}

@@ -27,6 +27,8 @@ class LoaderStats:
     requests: int = 0
     refetched: int = 0
     """Ranges fetched a second time because a checksum did not fit."""
+    hedged: int = 0
+    """Ranges asked for a second time because they took long."""
     cache_hits: int = 0
     skipped: int = 0
     replaced: int = 0
