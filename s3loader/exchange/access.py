@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 from s3loader.errors import ObjectNotFoundError, RangeError
 from s3loader.exchange.errors import ExchangeObjectNotFoundError
@@ -32,11 +33,21 @@ class ObjectAccess:
     def __init__(self, store: ObjectStore, *, verify: bool = True) -> None:
         self.store = store
         self.verify = verify
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing kept yet; also in a forked child, whose copy of the lock another thread may hold for ever."""
         self._readers: OrderedDict[tuple[str, str | None, str], ShardReader] = OrderedDict()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.store, self.verify)
 
     def reader(self, key: str, *, etag: str | None = None, internal: str = INTERNAL_MANIFEST) -> ShardReader:
         """The reader of an archive, with its index where it was used before."""
+        if self._pid != os.getpid():
+            self._start()
         with self._lock:
             pin = etag if self.verify else None
             reader = self._readers.pop((key, pin, internal), None)
@@ -49,6 +60,8 @@ class ObjectAccess:
 
     def forget(self, key: str) -> None:
         """Drop what is kept of an archive that was replaced or deleted."""
+        if self._pid != os.getpid():
+            self._start()
         with self._lock:
             for known in [k for k in self._readers if k[0] == key]:
                 del self._readers[known]
@@ -141,6 +154,10 @@ class ObjectAccess:
         if isinstance(error, ObjectNotFoundError):
             raise not_found(key, error) from error
         raise error
+
+
+def _rebuild(store: ObjectStore, verify: bool) -> ObjectAccess:
+    return ObjectAccess(store, verify=verify)
 
 
 class _NoArchiveError(Exception):

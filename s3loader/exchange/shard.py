@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from s3loader.exchange.removal import delete_archive
 from s3loader.exchange.types import FileEntry, ManifestEntry, ShardEntry
 from s3loader.shard.body import ArchiveMemberBody
 from s3loader.shard.compression import infer_archive_format
-from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.shard.index import INTERNAL_MANIFEST, ShardIndex
 from s3loader.shard.reader import Member, ShardReader
 from s3loader.types import Buffer
 
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
     from s3loader.exchange.manifest import Manifest
     from s3loader.exchange.store import S3ExchangeStore
 
-__all__ = ["Shard", "entry_of"]
+__all__ = ["PreparedShard", "Shard", "entry_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedShard:
+    """Index and entries of a shard."""
+
+    index: ShardIndex
+    pairs: list[tuple[int, FileEntry]]
+    """Position in the index, and entry, of every member."""
 
 
 class Shard(Mapping[str, Any]):
@@ -147,18 +157,36 @@ class Shard(Mapping[str, Any]):
 
         The internal manifest is not among them (`get_member` gives it by name).
         """
-        if limit is not None and limit <= 0:
-            return
+        if limit is None or limit > 0:
+            yield from self.iter_prepared(self.prepare(), limit)
+
+    def prepare(self) -> PreparedShard | None:
+        """What `iter_prepared` needs to know beforehand: index and entries; None where the archive must be streamed.
+
+        Raises: as `iter_entries`.
+        """
         reader = self.reader
         try:
-            if reader.has_side_car() and reader.index.random_access:
-                index = reader.index
-                pairs = list(islice(self._listed(), limit))
-                members = reader.iter_members([position for position, _ in pairs], index=index)
-                for member, (_, entry) in zip(members, pairs, strict=True):
-                    yield member.body, entry
+            if not reader.has_side_car() or not reader.index.random_access:
+                return None
+            index = reader.index
+        except ObjectNotFoundError as error:
+            raise not_found(self.archive_key, error) from error
+        return PreparedShard(index, self._listed())
+
+    def iter_prepared(
+        self, prepared: PreparedShard | None, limit: int | None = None
+    ) -> Iterator[tuple[ArchiveMemberBody, FileEntry]]:
+        """As `iter_objects`, with what `prepare` returned, perhaps in another thread while something else was read."""
+        reader = self.reader
+        try:
+            if prepared is None:
+                yield from islice(self._stream(reader), limit)
                 return
-            yield from islice(self._stream(reader), limit)
+            pairs = prepared.pairs[:limit]
+            members = reader.iter_members([position for position, _ in pairs], index=prepared.index)
+            for member, (_, entry) in zip(members, pairs, strict=True):
+                yield member.body, entry
         except ObjectNotFoundError as error:
             raise not_found(self.archive_key, error) from error
 

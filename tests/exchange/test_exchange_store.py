@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import pickle
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from s3loader.errors import (
     ShardReadError,
 )
 from s3loader.exchange.errors import ExchangeObjectNotFoundError, ManifestNotFoundError
+from s3loader.exchange.lines import encode_manifest
 from s3loader.exchange.manifest import Manifest
 from s3loader.exchange.shard import Shard
 from s3loader.exchange.store import S3ExchangeStore
@@ -281,3 +284,40 @@ def test_a_boto3_client_inside_mock_aws() -> None:
         assert store.s3_client is client
         store.write_manifest("m.jsonl", [entry], mode="append_parts")
         assert [body.read() for body, _ in store.iter_objects("m.jsonl")] == [b"fake audio data..."]
+
+
+def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
+    store = S3ExchangeStore(tmp_path / "store", base_prefix="p", verify=False)
+    store.put_shard_archive("s.tar", [{"source": b"1", "member_path": "m"}], compression=None)
+    assert store.get_object("s.tar#m").read() == b"1"
+    again = pickle.loads(pickle.dumps(store))
+    assert again.get_object("s.tar#m").read() == b"1"
+    assert (again.base_prefix, again.access.verify) == ("p", False)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store.get_object("s.tar#m").read() == b"1" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_in_a_manifest_comes_after_all_that_stands_before_it() -> None:
+    store = S3ExchangeStore(f"memory://{uuid.uuid4().hex}")
+    for name in ("a", "b"):
+        store.put_shard_archive(f"{name}.tar", [{"source": name.encode(), "member_path": "m"}], compression=None)
+    shards = [store.get_shard(f"{name}.tar").entry for name in ("a", "b")]
+    lines = encode_manifest([shards[0], *files("k"), shards[1]]) + b"nope\n"
+    store.put_object("k", b"loose")
+    store.put_object("m.jsonl", lines)
+    reader = store.iter_objects("m.jsonl")
+    assert [next(reader)[0].read() for _ in range(3)] == [b"a", b"loose", b"b"]
+    with pytest.raises(InvalidManifestError):
+        next(reader)
+    store.put_object("loose.jsonl", encode_manifest(files("k", "k", "k")) + b"nope\n")
+    reader = store.iter_objects("loose.jsonl")
+    assert [next(reader)[0].read() for _ in range(3)] == [b"loose"] * 3
+    with pytest.raises(InvalidManifestError):
+        next(reader)
+    store.delete_key("b.tar")
+    reader = store.iter_objects("m.jsonl")
+    assert [next(reader)[0].read() for _ in range(2)] == [b"a", b"loose"]
+    with pytest.raises(ExchangeObjectNotFoundError):
+        next(reader)
