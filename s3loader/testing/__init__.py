@@ -7,14 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from s3loader.store.fault import Fault, FaultBackend
 from s3loader.testing.faults import FaultAction, Request, Rule
+from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.proxy import FaultProxy
 from s3loader.testing.servers import Server, ServerKind, server
 
 if TYPE_CHECKING:
     from s3loader.testing.suite import StoreSuite
 
-__all__ = ["FaultAction", "FaultProxy", "Request", "Rule", "Server", "ServerKind", "StoreSuite", "server"]
+__all__ = [
+    "Fault",
+    "FaultAction",
+    "FaultBackend",
+    "FaultProxy",
+    "Request",
+    "Rule",
+    "Server",
+    "ServerKind",
+    "StoreSuite",
+    "open_faulty_store",
+    "server",
+]
 
 
 def __getattr__(name: str) -> Any:

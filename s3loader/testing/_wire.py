@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
 import http.client
 import socket
+import zlib
+from collections.abc import Callable
 from io import BufferedReader
 from typing import Final
 
+from s3loader.checksum import crc32c
 from s3loader.testing.faults import Rule
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "chunks",
     "end_to_end",
     "error_reply",
+    "mismatch",
     "read_reply",
     "read_request",
     "rewrite",
@@ -69,6 +75,25 @@ def error_reply(rule: Rule, path: str) -> Reply:
     headers = [("Content-Type", "application/xml"), ("x-amz-request-id", "FAULT")]
     headers += [(k, v) for k, v in rule.headers.items() if v is not None]
     return Reply(f"HTTP/1.1 {status} {reason}", headers, rule.error_body(path), status)
+
+
+def mismatch(request: Message) -> str | None:
+    """The name of a checksum header that the body does not match, if there is one."""
+    from awscrt.checksums import crc64nvme
+
+    checks: dict[str, Callable[[bytes], bytes]] = {
+        "content-md5": lambda body: hashlib.md5(body, usedforsecurity=False).digest(),
+        "x-amz-checksum-crc32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
+        "x-amz-checksum-crc32c": lambda body: crc32c(body).to_bytes(4, "big"),
+        "x-amz-checksum-crc64nvme": lambda body: crc64nvme(body).to_bytes(8, "big"),
+        "x-amz-checksum-sha1": lambda body: hashlib.sha1(body, usedforsecurity=False).digest(),
+        "x-amz-checksum-sha256": lambda body: hashlib.sha256(body).digest(),
+    }
+    for name, check in checks.items():
+        claimed = request.get(name)
+        if claimed and claimed != base64.b64encode(check(request.body)).decode():
+            return name
+    return None
 
 
 def rewrite(reply: Reply, rule: Rule) -> None:

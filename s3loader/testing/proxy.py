@@ -25,6 +25,7 @@ from s3loader.testing._wire import (
     chunks,
     end_to_end,
     error_reply,
+    mismatch,
     read_reply,
     read_request,
     rewrite,
@@ -54,10 +55,18 @@ class FaultProxy:
         rules: The faults; the first rule that strikes a request decides. None: it only records.
         seed: For probabilities and for bits that are not given.
         ssl_context: Speak TLS to the client with this server-side context.
+        verify_checksums: Refuse a body that its ``x-amz-checksum-*`` header or Content-MD5 does not match,
+            as S3 does; the servers from pip do not know CRC32C, or do not look.
     """
 
     def __init__(
-        self, target: str, rules: Iterable[Rule] = (), *, seed: int = 0, ssl_context: ssl.SSLContext | None = None
+        self,
+        target: str,
+        rules: Iterable[Rule] = (),
+        *,
+        seed: int = 0,
+        ssl_context: ssl.SSLContext | None = None,
+        verify_checksums: bool = False,
     ) -> None:
         parts = urlsplit(target)
         if parts.scheme != "http" or parts.hostname is None:
@@ -65,6 +74,7 @@ class FaultProxy:
         self._target = (parts.hostname, parts.port or 80)
         self.plan = Plan(rules, seed)
         self._ssl = ssl_context
+        self._verify = verify_checksums
         self._lock = threading.Lock()
         self._requests: dict[int, Request] = {}
         self._next = 0
@@ -226,6 +236,8 @@ class FaultProxy:
         return reply
 
     def _forward(self, request: Message) -> Reply:
+        if self._verify and (name := mismatch(request)) is not None:
+            return error_reply(Rule("error", status=400, code="BadDigest"), name)
         headers = end_to_end(request.headers)
         if request.body or request.get("content-length") or request.get("transfer-encoding"):
             headers.append(("Content-Length", str(len(request.body))))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 
+from s3loader import events
 from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.testing import Server, ServerKind, StoreSuite
+from s3loader.testing import Fault, Server, ServerKind, StoreSuite, open_faulty_store
 from s3loader.types import Capabilities
 
 EVERYTHING = Capabilities(
@@ -55,6 +57,63 @@ class TestFile(StoreSuite):
             yield store
 
 
+FAULTS = [
+    Fault(kind, probability=0.015, times=None)
+    for kind in ("unavailable", "throttled", "timeout", "reset", "drop_reply", "truncate")
+]
+
+
+class Faulty(StoreSuite):
+    """Every tenth request fails in some way, and nobody notices."""
+
+    steady = False
+    start_methods = ("fork",)
+
+    seed: int
+
+    @pytest.fixture(autouse=True)
+    def _seed(self, request: pytest.FixtureRequest) -> None:
+        self.seed = zlib.crc32(request.node.name.encode())  # each test has faults of its own, every time the same
+
+    def open(self, url: str) -> ObjectStore:
+        store, _ = open_faulty_store(url, FAULTS, seed=self.seed, options=StoreOptions(max_attempts=9))
+        return store
+
+    def reopen(self, store: ObjectStore) -> ObjectStore:
+        return self.open(store.url)
+
+
+class TestMemoryWithFaults(Faulty):
+    shared = False
+    capabilities = EVERYTHING
+
+    @pytest.fixture
+    def store(self, _seed: None) -> Iterator[ObjectStore]:
+        with self.open(f"memory://{uuid.uuid4().hex}/folder") as store:
+            yield store
+
+    @pytest.fixture
+    def crowded(self, _seed: None) -> Iterator[ObjectStore]:
+        with open_store("memory://crowded-for-faults") as plain, self.open(plain.url) as store:
+            if not plain.exists(self.crowd()[-1]):
+                self.fill(plain)
+            yield store
+
+
+class TestFileWithFaults(Faulty):
+    capabilities = EVERYTHING
+
+    @pytest.fixture
+    def store(self, _seed: None, tmp_path: Path) -> Iterator[ObjectStore]:
+        with self.open(f"file://{tmp_path}") as store:
+            yield store
+
+    @pytest.fixture
+    def crowded(self, _seed: None, crowded_folder: Path) -> Iterator[ObjectStore]:
+        with self.open(f"file://{crowded_folder}") as store:
+            yield store
+
+
 class S3Suite(StoreSuite):
     """An S3 server through one engine."""
 
@@ -79,6 +138,24 @@ class S3Suite(StoreSuite):
         with self.server.open_store(crowded_bucket(self.kind), engine=self.engine) as store:
             yield store
 
+    def test_the_engine_that_was_asked_for_does_the_work(self, store: ObjectStore) -> None:
+        assert store.engine == self.engine
+        seen: list[events.OpEvent] = []
+        unsubscribe = events.subscribe(seen.append)
+        try:
+            store.put("k", b"x" * 10)
+            store.get("k")
+            store.get_range("k", 1, 3)
+            list(store.get_many(["k"] * 3, driver="pump"))
+            list(store.get_many(["k"] * 3, driver="threads"))
+        finally:
+            unsubscribe()
+        used = {(event.op, event.engine) for event in seen if event.error is None}
+        assert ("GET", self.engine) in used
+        assert {engine for op, engine in used if op == "GET"} == {self.engine}
+        if self.kind != "ministack":  # which refuses CRC32C, so that another engine has to write
+            assert {engine for op, engine in used if op == "PUT"} == {self.engine}
+
     def broken(self, store: ObjectStore, how: Literal["bucket", "credentials", "endpoint"]) -> ObjectStore | None:
         options: dict[str, Any] = {
             "engine": self.engine,
@@ -97,7 +174,7 @@ class S3Suite(StoreSuite):
 
 class MiniStack(S3Suite):
     kind = "ministack"
-    capabilities = EVERYTHING
+    capabilities = EVERYTHING  # its upload checksum is a Content-MD5: it refuses every CRC32C, right or wrong
 
 
 class Moto(S3Suite):
@@ -108,8 +185,8 @@ class Moto(S3Suite):
 class RClone(S3Suite):
     kind = "rclone"
     capabilities = NOTHING
-    # A folder; file names that are too long; and paths it refuses, but two seconds late.
-    mangled_keys = frozenset({"trail/", "n" * 1024, "n" * 1025, "/lead", "../a", ".", "./a", "a/.", "a/./b"})
+    # A folder; file names that are too long; and paths it refuses, but two seconds late (".." stands for them).
+    mangled_keys = frozenset({"trail/", "n" * 1024, "n" * 1025, "a//b", "/lead", "a/../b", "../a", ".", "./a", "a/.", "a/./b"})
     delimiters = ("/",)
 
 

@@ -68,6 +68,9 @@ class Base:
     shared: ClassVar[bool] = True
     """Whether another process sees the same objects (a store in memory: no)."""
 
+    steady: ClassVar[bool] = True
+    """Whether a request fails only where it must (a store with injected faults: no)."""
+
     delimiters: ClassVar[tuple[str, ...]] = ("/", "-")
     """Delimiters a listing takes."""
 
