@@ -355,6 +355,16 @@ def test_tls_is_verified_against_the_bundle(tmp_path: object) -> None:
             assert server.objects.pop("p") == DATA * 9
         server.cut_connections()
         assert read(backend, "pump", LARGE) == DATA[LARGE.start : LARGE.end]
+        for i in range(8):
+            server.objects[f"o{i}"] = DATA * 20
+        for bound in (64 * MIB, 7 * MIB):  # sizes unknown: some have to wait
+            for size in (1 << 16, None):
+                requests = [ReadRequest(f"o{i}", 0, size) for i in range(8)]
+                for result in backend.read_many(requests, max_bytes=bound, concurrency=4):
+                    assert result.data == (DATA * 20)[:size]
+                backend._setting.size_hint = 0
+        server.fault = once(GOOD["head drips"])
+        assert read(backend, "pump", LARGE) == DATA[LARGE.start : LARGE.end]
         assert not general.asked
         general.engine_name = "obstore"  # then it is the one to stand beside a busy main thread
         assert read(backend, "threads", LARGE) == DATA[LARGE.start : LARGE.end]

@@ -175,6 +175,10 @@ class Connection:
                     job.was_short()
             return done
 
+    def decrypted(self) -> int:
+        """Bytes that TLS has ready, which a poller does not see."""
+        return self.sock.pending() if isinstance(self.sock, ssl.SSLSocket) else 0
+
     def shut(self) -> None:
         """End what another thread waits for here."""
         with contextlib.suppress(OSError):

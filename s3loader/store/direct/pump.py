@@ -179,28 +179,31 @@ class Pump:
                     self._aside.collect()
                 continue
             connection.deadline = deadline
-            job = connection.job
-            if job is None:  # closed by the server, or it talks unasked
+            if connection.job is None:  # closed by the server, or it talks unasked
                 self._idle.remove(connection)
                 self._drop(connection)
-                continue
-            try:
-                if mask & _OUT and connection.pending:
-                    self._send_rest(connection)
-                if mask & ~_OUT:
-                    self._receive(connection, job)
-            except _AGAIN:
-                continue
-            except (OSError, OddAnswer) as error:
-                self._failed(connection, error)
+            else:
+                self._serve(connection, connection.job, mask)
         if now - self._checked > _PATIENCE:
             self._check_deadlines()
         self._looked = time.monotonic()
 
+    def _serve(self, connection: Connection, job: Job, mask: int) -> None:
+        try:
+            if mask & _OUT and connection.pending:
+                self._send_rest(connection)
+            if mask & ~_OUT:
+                self._receive(connection, job)
+        except _AGAIN:
+            pass
+        except (OSError, OddAnswer) as error:
+            self._failed(connection, error)
+
     def _receive(self, connection: Connection, job: Job) -> None:
-        cost = job.cost
-        for _ in range(RECORDS if connection.tls else 1):
-            count = connection.sock.recv_into(job.target())
+        sock, rounds = connection.sock, 0
+        while True:
+            cost = job.cost
+            count = sock.recv_into(job.target())
             if not count:
                 raise ConnectionResetError("the server closed the connection")
             connection.used = True
@@ -208,8 +211,12 @@ class Pump:
                 self._held += job.cost - cost
                 self._completed(connection, job)
                 return
-            if job.cost != cost:
-                self._grow(connection, job, job.cost - cost)
+            if job.cost != cost and not self._grow(connection, job, job.cost - cost):
+                return
+            if not connection.tls:
+                return
+            rounds += 1
+            if rounds >= RECORDS and not connection.decrypted():
                 return
 
     def _completed(self, connection: Connection, job: Job) -> None:
@@ -227,14 +234,16 @@ class Pump:
             self._idle.append(connection)
             self._ask_general(following)
 
-    def _grow(self, connection: Connection, job: Job, more: int) -> None:
-        """An object of unknown size has one now, `more` bytes above what was counted for it."""
+    def _grow(self, connection: Connection, job: Job, more: int) -> bool:
+        """An object of unknown size has one now, `more` bytes above what was counted for it; whether
+        it may go on."""
         if more > 0 and self._held + more > self._max_bytes and job is not self._order[0]:
             job.cost -= more
             self._parked.append((connection, more))
             self._poller.unregister(connection.fd)
-        else:
-            self._held += more
+            return False
+        self._held += more
+        return True
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
@@ -245,6 +254,8 @@ class Pump:
                 self._held += more
                 connection.deadline = time.monotonic() + self._connections.read_timeout
                 self._poller.register(connection.fd, _IN)
+                if connection.tls:
+                    self._serve(connection, job, _IN)
             else:
                 self._parked.append((connection, more))
 
