@@ -3,6 +3,7 @@
 from s3loader.loader.collate import Collate, Ragged, collate_fixed, collate_ragged
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
+from s3loader.loader.grain import GrainSource
 from s3loader.loader.loader import Batch, Loader
 from s3loader.loader.mixture import Mixture, mix_datasets
 from s3loader.loader.options import LoaderOptions
@@ -16,6 +17,7 @@ __all__ = [
     "Collate",
     "Dataset",
     "Decode",
+    "GrainSource",
     "Group",
     "Loader",
     "LoaderOptions",

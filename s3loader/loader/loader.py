@@ -100,16 +100,19 @@ class Loader:
             self._plan = self.dataset.plan(spec, skip=skip, exclude=exclude)
         return self._plan
 
-    def schedule(self, consumed: int = 0) -> Schedule:
-        """How the current epoch, from `consumed` on, is cut into batches."""
-        options = self.options
-        return self.plan.schedule(
-            self.position.epoch, options.batch_size, world_size=self.topology.world_size, tail=options.tail, consumed=consumed
-        )
+    def schedule(self, consumed: int = 0, *, epoch: int | None = None) -> Schedule:
+        """How an epoch (default: the current one), from `consumed` on, is cut into batches."""
+        options, epoch = self.options, self.position.epoch if epoch is None else epoch
+        world_size = self.topology.world_size
+        return self.plan.schedule(epoch, options.batch_size, world_size=world_size, tail=options.tail, consumed=consumed)
 
     def __len__(self) -> int:
         """Batches that the next (or running) iteration gives this rank and worker."""
-        return len(self.schedule(self.position.start).worker_steps(self.topology))
+        start = self.position.start
+        schedule = self.schedule(start)
+        if start and not schedule.steps(self.topology.rank):
+            schedule = self.schedule(epoch=self.position.epoch + 1)  # the state was taken behind the last batch
+        return len(schedule.worker_steps(self.topology))
 
     # -- epochs and state --------------------------------------------------------------------
 

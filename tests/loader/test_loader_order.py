@@ -231,3 +231,14 @@ def test_a_dataset_without_samples_gives_no_batches(tmp_path):
     loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)
     assert list(loader) == []
     assert len(loader) == 0
+
+
+def test_len_behind_the_last_batch_is_that_of_the_next_epoch(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [b"%d" % i for i in range(20)], per_shard=5)
+    first = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)
+    list(first)
+    resumed = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)
+    resumed.load_state_dict(first.state_dict())
+    assert len(resumed) == len(list(resumed)) == 5
+    assert resumed.epoch == 1
