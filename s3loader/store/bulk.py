@@ -22,6 +22,7 @@ from s3loader.store.limit import pace_of
 from s3loader.store.ordered import Budget, Slot, run_ordered
 from s3loader.store.prefix import prefix_of
 from s3loader.store.retry import may_retry
+from s3loader.store.threads import after_failure
 from s3loader.store.wrapper import Wrapper
 from s3loader.types import ObjectMeta, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB
@@ -232,7 +233,8 @@ def _second_try(request: Any, error: BaseException, single: Callable[[Any], Any]
     try:
         if not isinstance(error, S3LoaderError) or not may_retry(error):
             raise error
-        return single(request)
+        with after_failure(error):
+            return single(request)
     except S3LoaderError as final:
         if errors == "raise":
             raise

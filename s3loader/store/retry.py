@@ -14,7 +14,7 @@ from s3loader import events
 from s3loader.errors import ClosedError, S3LoaderError, TruncatedError
 from s3loader.store.base import Backend
 from s3loader.store.settle import WRITE_ID, Settler
-from s3loader.store.threads import current_attempt, pause, set_attempt
+from s3loader.store.threads import current_attempt, pause, set_attempt, take_failure
 from s3loader.store.wrapper import Interceptor, Op
 from s3loader.types import Buffer, CommonPrefix, DeleteFailure, ObjectMeta, PartResult, PutMode, PutResult
 
@@ -76,9 +76,13 @@ class RetryBackend(Interceptor):
                 the result after all (None: it is a failure), what it raises ends the matter.
         """
         round_ = _Round(self, op, key)
+        earlier = take_failure()
         try:
             while True:
                 try:
+                    if earlier is not None:
+                        failure, earlier = earlier, None
+                        raise failure
                     return run()
                 except S3LoaderError as error:
                     last = round_.is_last(error)

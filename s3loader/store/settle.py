@@ -2,8 +2,9 @@
 
 A write that is refused may have been refused by its own earlier attempt, whose answer never came.
 Each conditional write therefore carries an id of its own in the object's metadata, and reading that
-back tells: ours is success, another's is the refusal, no answer is `OutcomeUnknownError`. (The
-rule and its cases are those of icechunk's design document 017 on lost responses.)
+back tells: ours is success, no answer is `OutcomeUnknownError`. Another's refuses a create, since the
+key is taken in any case; of an update it proves nothing, as the other writer may have built on ours:
+that is unknown, too. (The other cases are those of icechunk's design document 017 on lost responses.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from typing import Final
 
 from s3loader.errors import (
-    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     OutcomeUnknownError,
@@ -23,7 +23,7 @@ from s3loader.errors import (
     UnavailableError,
 )
 from s3loader.store.base import Backend
-from s3loader.types import ObjectMeta, PutMode, PutResult, Update
+from s3loader.types import ObjectMeta, PutMode, PutResult
 
 __all__ = ["WRITE_ID", "Settler", "is_ambiguous"]
 
@@ -64,8 +64,8 @@ class Settler:
         """The result, if `error` hides a success; None where it is a plain failure.
 
         Raises:
-            ObjectExistsError, ObjectChangedError: another's write is there.
-            OutcomeUnknownError: it cannot be told, and no attempt is left.
+            ObjectExistsError: a create found another's write there; `.ambiguous` is set.
+            OutcomeUnknownError: it cannot be told whether the write happened.
         """
         refused = isinstance(error, (PreconditionFailedError, ObjectNotFoundError))
         if not self.unsure and not is_ambiguous(error):
@@ -77,13 +77,10 @@ class Settler:
         found = self._read_back(error)
         if found is not None and self.write_id is not None and found.metadata.get(WRITE_ID) == self.write_id:
             return PutResult(self.key, found.etag, found.size, found.version_id)
-        if isinstance(error, PreconditionFailedError) and found is not None and self.write_id is not None:
-            error.details["ambiguous"] = True  # ours may have been there for a moment before the other's
-            raise error
         if self.mode == "overwrite" and not refused:
             return None  # nothing hangs on whether it happened
-        if found is not None and self.write_id is not None:
-            self._raise_overtaken(found, error)
+        if self.mode == "create" and found is not None and self.write_id is not None:
+            raise self._taken(error) from error  # ours may have been there for a moment before the other's
         raise self._unknown(error)
 
     def _read_back(self, error: S3LoaderError) -> ObjectMeta | None:
@@ -98,16 +95,11 @@ class Settler:
                 return None
             raise self._unknown(error) from failure
 
-    def _raise_overtaken(self, found: ObjectMeta, error: S3LoaderError) -> None:
-        """No attempt is left; if the condition cannot hold any more, that is the answer."""
-        kind: type[PreconditionFailedError]
-        if self.mode == "create":
-            kind, why = ObjectExistsError, "the key is taken"
-        elif isinstance(self.mode, Update) and found.etag != self.mode.etag:
-            kind, why = ObjectChangedError, "its ETag is not the one asked for"
-        else:
-            return
-        raise kind(why, op=self.op, url=error.url, attempts=error.attempts, ambiguous=True) from error
+    def _taken(self, error: S3LoaderError) -> ObjectExistsError:
+        facts = {"status": error.status, "code": error.code} if isinstance(error, ObjectExistsError) else {}
+        return ObjectExistsError(
+            "the key is taken", op=self.op, url=error.url, attempts=error.attempts, ambiguous=True, **facts
+        )
 
     def _unknown(self, error: S3LoaderError) -> OutcomeUnknownError:
         unknown = OutcomeUnknownError(

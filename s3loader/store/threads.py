@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from s3loader.errors import ClosedError
 
-__all__ = ["Crew", "current_attempt", "pause", "set_attempt"]
+__all__ = ["Crew", "after_failure", "current_attempt", "pause", "set_attempt", "take_failure"]
 
 _here = threading.local()
 
@@ -74,3 +75,22 @@ def current_attempt() -> int:
 def set_attempt(number: int) -> None:
     """Note which try of a request runs in this thread from now on."""
     _here.attempt = number
+
+
+@contextlib.contextmanager
+def after_failure(error: Exception) -> Iterator[None]:
+    """The request made inside was tried once already, elsewhere, and failed with `error`: what retries
+    counts that try, and waits before the next one."""
+    _here.failed = error
+    try:
+        yield
+    finally:
+        _here.failed = None
+
+
+def take_failure() -> Exception | None:
+    """The error that `after_failure` told of; only the first who asks gets it."""
+    error: Exception | None = getattr(_here, "failed", None)
+    if error is not None:
+        _here.failed = None
+    return error

@@ -431,6 +431,26 @@ def test_what_it_fails_at_goes_through_the_wrappers(prefix: str) -> None:
     assert store.get("7") == b"seven"
 
 
+def test_its_try_counts() -> None:
+    """The engine's own try is the first of the request's: there is a wait behind it, and one less to come."""
+    waits: list[float] = []
+    engine = Engine(uuid.uuid4().hex)
+    broken: Any = RetryBackend(engine, max_attempts=3, sleep=waits.append)
+    store = ObjectStore("memory://", broken)
+    engine.failures = {"k": [UnavailableError("for now")]}
+    calls = 0
+
+    def failing(*_: Any, **__: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        raise UnavailableError("for now")
+
+    engine.get = failing  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError) as caught:
+        list(store.get_many(["k"]))
+    assert (calls, len(waits), caught.value.attempts) == (2, 2, 3)
+
+
 def test_a_crash_of_the_engine_is_not_taken_for_an_answer() -> None:
     store, engine = through()
     store.put("k", b"")
