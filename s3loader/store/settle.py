@@ -80,7 +80,8 @@ class Settler:
         if self.mode == "overwrite" and not refused:
             return None  # nothing hangs on whether it happened
         if self.mode == "create" and found is not None and self.write_id is not None:
-            raise self._taken(error) from error  # ours may have been there for a moment before the other's
+            taken = self._taken(error)
+            raise taken from (None if taken is error else error)  # ours may have been there for a moment before the other's
         raise self._unknown(error)
 
     def _read_back(self, error: S3LoaderError) -> ObjectMeta | None:
@@ -96,10 +97,10 @@ class Settler:
             raise self._unknown(error) from failure
 
     def _taken(self, error: S3LoaderError) -> ObjectExistsError:
-        facts = {"status": error.status, "code": error.code} if isinstance(error, ObjectExistsError) else {}
-        return ObjectExistsError(
-            "the key is taken", op=self.op, url=error.url, attempts=error.attempts, ambiguous=True, **facts
-        )
+        if isinstance(error, ObjectExistsError):
+            error.details["ambiguous"] = True
+            return error
+        return ObjectExistsError("the key is taken", op=self.op, url=error.url, attempts=error.attempts, ambiguous=True)
 
     def _unknown(self, error: S3LoaderError) -> OutcomeUnknownError:
         unknown = OutcomeUnknownError(

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from s3loader import events
 from s3loader.errors import (
     ConflictError,
-    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     OutcomeUnknownError,
@@ -238,6 +237,24 @@ def test_another_writer_is_no_success() -> None:
     assert store.get("k") == b"theirs"
 
 
+def test_an_update_that_was_overtaken_is_unknown() -> None:
+    """Ours was done, its answer lost, and another writer built on it: their refusal of our second try is
+    no proof that ours did not happen."""
+    holder: list[MemoryBackend] = []
+
+    def hook(seen: Seen, moment: str) -> None:
+        if seen.number == 1 and moment == "after":
+            ours = holder[0].head("k")
+            holder[0].put("k", b"ours and theirs", mode=Update(ours.etag))
+
+    store, memory, _, _ = make(Fault("drop_reply", op="put"), hook=hook)
+    holder.append(memory)
+    old = memory.put("k", b"old")
+    with pytest.raises(OutcomeUnknownError):
+        store.put("k", b"ours", mode=Update(old.etag))
+    assert isinstance(_error(lambda: store.put("k", b"ours", mode=Update(old.etag))), ObjectChangedError)
+
+
 @pytest.mark.parametrize("mode", ["create", "update"])
 def test_nothing_left_to_read_back_is_unknown(mode: str) -> None:
     """Ours may have been there and been deleted, or never have been: nobody can tell."""
@@ -277,8 +294,24 @@ def test_never_arrived_is_unknown_not_failed() -> None:
         store.put("k", b"mine", mode=Update(old.etag))
     with pytest.raises(OutcomeUnknownError):
         store.put("new", b"mine", mode="create")
-    assert isinstance(_error(lambda: store.put("k", b"mine", mode=Update("another"))), ObjectChangedError)
+    with pytest.raises(OutcomeUnknownError):  # what is there now may have been built on ours
+        store.put("k", b"mine", mode=Update("another"))
     assert isinstance(_error(lambda: store.put("k", b"mine", mode="create")), ObjectExistsError)
+
+
+def test_an_update_that_another_built_upon_is_no_failure() -> None:
+    """Ours happened, its answer was lost, a rival updated the result: "changed" would have us write twice."""
+    holder: list[MemoryBackend] = []
+
+    def hook(seen: Seen, moment: str) -> None:
+        if seen.op == "put" and moment == "after":
+            holder[0].put("k", holder[0].get("k")[1] + b" theirs", mode=Update(holder[0].head("k").etag))
+
+    store, memory, _, _ = make(Fault("drop_reply", op="put", nth=1), hook=hook)
+    holder.append(memory)
+    with pytest.raises(OutcomeUnknownError):
+        store.put("k", b"mine", mode=Update(memory.put("k", b"old").etag))
+    assert memory.get("k")[1] == b"mine theirs"
 
 
 def test_refused_connections_are_plain_failures() -> None:
