@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import chain
 from typing import Any, Final
 
 from s3loader.errors import ObjectNotFoundError, RangeError
@@ -15,7 +13,7 @@ from s3loader.exchange.keys import is_shard_key, split_virtual_key
 from s3loader.shard.body import ArchiveMemberBody, ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.reader import ShardReader
-from s3loader.shard.source import CHUNK, read_chunks
+from s3loader.shard.source import CHUNK, read_chunks, rest_of
 from s3loader.store.base import Backend, ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.wrapper import Wrapper
@@ -130,18 +128,7 @@ class ObjectAccess:
 
     def body_of(self, result: ReadResult) -> ObjectBody:
         """A stream over an object of which `first_request` was answered."""
-        return ObjectBody(self._rest(result), size=result.size)
-
-    def _rest(self, result: ReadResult) -> Iterator[Buffer]:
-        first: list[Buffer] = [result.data] if len(result.data) else []
-        if len(result.data) >= result.size:
-            return iter(first)
-        key, at = result.request.key, len(result.data)
-
-        def rest() -> Iterator[Buffer]:
-            yield from read_chunks(self.store, key, start=at, etag=result.etag or None)[1]
-
-        return chain(first, rest())
+        return ObjectBody(rest_of(self.store, result), size=result.size)
 
     def retry_alone(self, key: str, error: Exception) -> ObjectBody:
         """What to do with a failed `first_request`: an empty object has no range, all else is an error.

@@ -8,10 +8,11 @@ from typing import Final
 
 from s3loader.errors import RangeError
 from s3loader.shard.compression import decompressor
+from s3loader.store.base import ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
-__all__ = ["RangeSource", "StreamSource", "TarSource", "get_from_start", "read_chunks", "sniff_compression"]
+__all__ = ["RangeSource", "StreamSource", "TarSource", "get_from_start", "read_chunks", "rest_of", "sniff_compression"]
 
 CHUNK: Final = 4 << 20
 AHEAD: Final = 4
@@ -84,6 +85,14 @@ def _rest(
     requests = (ReadRequest(key, low, high, if_match=pin) for low, high in cuts)
     for result in store.read_many(requests, max_bytes=ahead * chunk, concurrency=ahead):
         yield result.data
+
+
+def rest_of(store: ObjectStore, answer: ReadResult) -> Iterator[Buffer]:
+    """All of an object of which the first bytes came in a bulk read."""
+    if len(answer.data):
+        yield answer.data
+    if len(answer.data) < answer.size:
+        yield from read_chunks(store, answer.request.key, start=len(answer.data), etag=answer.etag or None)[1]
 
 
 class TarSource:

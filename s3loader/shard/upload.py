@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Final
 
-from s3loader.errors import S3LoaderError
+from s3loader.errors import ObjectExistsError, S3LoaderError
 from s3loader.shard.index import ShardIndex, index_key
 from s3loader.shard.pool import UploadPool
 from s3loader.shard.writer import BuiltShard
@@ -120,8 +120,19 @@ class ShardUpload:
         size = len(first) + len(last) + sum(part.size for part in parts[1:-1])
         if size != built.index.archive_size:
             raise S3LoaderError(f"uploaded {size} bytes of a shard of {built.index.archive_size}", url=self.key)
-        result = backend.complete_multipart(self.key, self._upload_id, parts, mode=self._mode)
+        result = backend.complete_multipart(self.key, self._upload_id, parts, mode=self._completion_mode())
         return replace(result, size=size)
+
+    def _completion_mode(self) -> PutMode:
+        """GCS and Azure complete no upload on a condition: their engine would put the archive, whole from memory.
+
+        Other writers keep away from a name that is claimed; a look keeps us from what one without claims put there.
+        """
+        if self._mode == "overwrite" or not self._store.url.startswith(("gs://", "az://")):
+            return self._mode
+        if self._store.exists(self.key):
+            raise ObjectExistsError("the key is taken", op="create", url=f"{self._store.url}/{self.key}")
+        return "overwrite"
 
     def abort(self) -> None:
         """Drop what was uploaded of an archive that will not be finished."""

@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 import pytest
+from exchange_helpers import files, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,6 +151,11 @@ def test_references_are_followed_once_depth_first_and_never_in_circles(store: S3
     assert [e["key"] for e in store.iter_manifest_entries("root", limit=2)] == ["1", "2"]
     assert list(store.iter_manifest_entries("root", limit=0)) == []
     assert [e["key"] for e in store.iter_manifest_entries([ref("b"), file("x")])] == ["3", "x"]
+    tree = {"r": [ref("p"), ref("q"), ref("s"), ref("t"), file("z")], "p": [], "q": [ref("s")]}
+    tree |= {"s": [file("s1")], "t": [file("t1")]}
+    for key, entries in tree.items():
+        store.write_manifest(key, entries)
+    assert [e["key"] for e in store.iter_manifest_entries("r")] == ["s1", "t1", "z"]  # s: met before its turn
     store.write_manifest("broken", [ref("gone")])
     with pytest.raises(ManifestNotFoundError) as caught:
         list(store.iter_manifest_entries("broken"))
@@ -158,6 +164,39 @@ def test_references_are_followed_once_depth_first_and_never_in_circles(store: S3
         store.write_manifest(f"deep{i}", [ref(f"deep{i + 1}")])
     with pytest.raises(InvalidManifestError, match="nested deeper"):
         list(store.iter_manifest_entries("deep0"))
+
+
+def test_parts_are_fetched_ahead_and_errors_keep_their_turn() -> None:
+    seen, backend = watched(open_store(f"memory://{uuid.uuid4().hex}"))
+    store = S3ExchangeStore(seen)
+    for i in range(100):
+        store.write_manifest("m.jsonl", files(f"k{i}"), mode="append_parts")
+    backend.clear()
+    assert [e["key"] for e in store.iter_manifest_entries("m.jsonl")] == [f"k{i}" for i in range(100)]
+    assert len(backend.reads) == 101
+    backend.clear()
+    assert [e["key"] for e in store.iter_manifest_entries("m.jsonl", limit=3)] == ["k0", "k1", "k2"]
+    assert len(backend.reads) < 10
+    refs = seen.get("m.jsonl").splitlines(keepends=True)
+    gone = json.loads(refs[60])["key"]
+    seen.put("m.jsonl", b"".join(refs[:70]) + b"nope\n" + b"".join(refs[70:]))
+    with pytest.raises(InvalidManifestError) as caught:
+        list(store.iter_manifest_entries("m.jsonl"))
+    assert caught.value.line_number == 71
+    reader = store.iter_manifest_entries("m.jsonl")
+    assert [next(reader)["key"] for _ in range(70)] == [f"k{i}" for i in range(70)]
+    seen.delete(gone)
+    reader = store.iter_manifest_entries("m.jsonl")
+    assert [next(reader)["key"] for _ in range(60)] == [f"k{i}" for i in range(60)]
+    with pytest.raises(ManifestNotFoundError) as lost:
+        next(reader)
+    assert lost.value.key == gone
+    empty: Any = [{"kind": "manifest_ref", "key": key} for key in ("e1", "e2", "e3", "e1", "x")]
+    for key in ("e1", "e2", "e3"):
+        seen.put(key, b"")
+    store.write_manifest("x", [*files("last"), *empty])
+    store.write_manifest("n.jsonl", empty)
+    assert [e["key"] for e in store.iter_manifest_entries("n.jsonl")] == ["last"]
 
 
 def test_a_bad_line_is_said_with_its_manifest(store: S3ExchangeStore) -> None:
