@@ -128,7 +128,7 @@ class Saver:
         """Copy the state into staging buffers; returns when all of it was copied, or the save has failed."""
         try:
             for file in self._plan.files:
-                for part in stage(file, self._pool, lambda: self._upload.stopped):
+                for part in stage(file, self._pool, lambda: self._upload.stopped, self._upload.hurry):
                     self._upload.put(part)
         except BaseException as error:
             self._upload.fail(error)
@@ -136,6 +136,7 @@ class Saver:
             self.handle.observed = True  # it is raised here
             raise
         finally:
+            self._upload.hurry()
             self._staged_s = time.monotonic() - self._began
             self.handle._staged.set()
 
@@ -210,7 +211,7 @@ class Saver:
             base=references.base if references is not None else None,
         )
         run.put(layout.intent_key(attempt.step, attempt.id, attempt.rank), records.encode(intent))
-        self._upload.begin()
+        self._upload.allow()
         self._upload.wait()
         part = self.part = self._part()
         run.put(attempt.prefix + layout.part_id(attempt.rank), records.encode(part))

@@ -51,7 +51,8 @@ class Upload:
         self._queue: queue.SimpleQueue[StagedPart | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._finished = threading.Event()
-        self._gate = threading.Event()
+        self._allowed = threading.Event()
+        self._wanted = threading.Event()
         self._error: BaseException | None = None
         self._drained = False
         if not self._left:
@@ -79,9 +80,14 @@ class Upload:
                 return
         self._pool.release(part.buffer)
 
-    def begin(self) -> None:
-        """Let the threads send; until then parts are only staged."""
-        self._gate.set()
+    def allow(self) -> None:
+        """Sending is allowed from now on: the intent is written."""
+        self._allowed.set()
+
+    def hurry(self) -> None:
+        """Sending is wanted from now on: everything is staged, or the staging memory is used up. Before, it would only
+        keep the caller's thread from its copying."""
+        self._wanted.set()
 
     def cancel(self, reason: BaseException) -> None:
         """End the upload; whatever was sent is left to garbage collection."""
@@ -94,7 +100,8 @@ class Upload:
             if self._error is None and not self._finished.is_set():
                 self._error = error
         self._finished.set()
-        self._gate.set()
+        self._allowed.set()
+        self._wanted.set()
         for _ in self._threads:
             self._queue.put(None)
         self._pool.wake()
@@ -118,7 +125,8 @@ class Upload:
         raise self._error
 
     def _work(self) -> None:
-        self._gate.wait()
+        self._wanted.wait()
+        self._allowed.wait()
         while (part := self._queue.get()) is not None:
             try:
                 if not self.stopped:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from s3loader.checkpoint.dtypes import nbytes
 from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
@@ -25,6 +27,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     }.items()
     if hasattr(torch, torch_name)
 }  # fmt: skip
+_HUGE: Final = 4 << 20
+_ALIGNMENT: Final = 64
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,10 +96,21 @@ class _Tensor:
         made: list[torch.Tensor] = []
 
         def allocate() -> memoryview:
-            made.append(torch.empty(shape, dtype=torch_dtype(dtype)))
+            made.append(_empty(dtype, shape))
             return tensor_bytes(made[0])
 
         return Target(dtype, shape, [Piece((0,) * len(shape), shape, allocate)], lambda: made[0])
+
+
+def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that was never written to. Large ones take numpy's memory, which asks for huge pages: touching
+    it for the first time is a quarter of the work."""
+    size = nbytes(dtype, shape)
+    if size < _HUGE:
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[skip : skip + size]).view(torch_dtype(dtype)).reshape(shape)
 
 
 TORCH: Final[LeafAdapter] = _Tensor()
