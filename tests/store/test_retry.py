@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from s3loader import events
 from s3loader.errors import (
     ConflictError,
+    ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     OutcomeUnknownError,
