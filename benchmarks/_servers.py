@@ -183,7 +183,7 @@ worker_rlimit_nofile 65536;
 events {{ worker_connections 4096; multi_accept on; }}
 http {{
   access_log off;
-  sendfile on; sendfile_max_chunk 4m; tcp_nopush on; tcp_nodelay on;
+  sendfile on; sendfile_max_chunk 4m; tcp_nopush off; tcp_nodelay on;
   keepalive_timeout 1h; keepalive_requests 1000000000;
   open_file_cache max=200000 inactive=1h; open_file_cache_valid 1h;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;

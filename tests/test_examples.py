@@ -18,7 +18,7 @@ def run(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("name", ["train_torch", "train_tensorflow", "train_jax"])
+@pytest.mark.parametrize("name", ["train_torch", "train_tensorflow", "train_jax", "train_accelerate", "train_lightning"])
 def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     straight = run(name, tmp_path, "--run", "straight")
     assert straight.returncode == 0, straight.stderr

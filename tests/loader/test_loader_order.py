@@ -235,7 +235,7 @@ def test_a_dataset_without_samples_gives_no_batches(tmp_path):
 
 def test_len_behind_the_last_batch_is_that_of_the_next_epoch(tmp_path):
     store = open_store(tmp_path.as_uri())
-    write_sharded_dataset(store, [b"%d" % i for i in range(20)], per_shard=5)
+    write_sharded_dataset(store, [(f"{i:02d}", b"x") for i in range(20)], per_shard=5)
     first = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)
     list(first)
     resumed = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)

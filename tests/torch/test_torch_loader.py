@@ -72,7 +72,7 @@ def test_resume_is_exact_with_other_workers_and_batch_size(url, before, after):
     del batches
     second = S3DataLoader(url, batch_size=5, num_workers=after)
     second.load_state_dict(state)
-    assert len(second) == 43
+    assert second.remaining == 43
     assert head + numbers(second) == sequence(url, batch_size=8)
     assert second.epoch == 0
     assert sorted(numbers(second)) == list(range(SAMPLES))  # the whole next epoch
@@ -246,3 +246,17 @@ def test_from_prefix_and_from_objects_are_called_as_s3torchconnector_calls_them(
 def test_pin_memory_walks_through_our_batches(url):
     loader = S3DataLoader(url, batch_size=16, num_workers=0, pin_memory=False)
     assert len(next(iter(loader))) == 16
+
+
+def test_len_is_the_whole_epoch_and_remaining_what_is_left(url):
+    loader = S3DataLoader(url, batch_size=16)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    resumed = S3DataLoader(url, batch_size=16)
+    resumed.load_state_dict(loader.state_dict())
+    assert (len(resumed), resumed.remaining) == (19, 14)
+    assert len(list(resumed)) == 14
+    after = S3DataLoader(url, batch_size=16)
+    after.load_state_dict(resumed.state_dict())
+    assert after.remaining == len(list(after)) == 19

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from s3loader.errors import ConfigError, S3LoaderError, WorkerError
 from s3loader.loader import Dataset, LoaderStats, Quarantined
 from s3loader.loader.position import Position
-from s3loader.plan import PlanState, Schedule
+from s3loader.plan import PlanState
 from s3loader_torch.iterable import Delivery, S3IterableDataset
 
 __all__ = ["S3DataLoader"]
@@ -91,23 +91,28 @@ class S3DataLoader(DataLoader[Any]):
         assert isinstance(dataset, S3IterableDataset)
         return dataset
 
-    def _schedule(self, consumed: int) -> Schedule:
-        loader = self._dataset.loader(self._dataset.whole_rank())
-        loader.position.load(self._position.epoch, consumed)
-        return loader.schedule(consumed)
-
     def __len__(self) -> int:
-        """Batches that the next (or running) iteration gives this rank."""
-        return self._schedule(self._position.start).steps(self._dataset.whole_rank().rank)
+        """Batches of a whole epoch for this rank, also in the middle of one, as schedulers and trainers expect it."""
+        return self._steps(0)
+
+    @property
+    def remaining(self) -> int:
+        """Batches that the next (or running) iteration gives this rank; less than ``len`` after a state was loaded."""
+        start = self._position.start
+        return (self._steps(start) if start else 0) or len(self)
+
+    def _steps(self, consumed: int) -> int:
+        rank = self._dataset.whole_rank()
+        return self._dataset.loader(rank).schedule(consumed, epoch=self._position.epoch).steps(rank.rank)
 
     # -- iteration ---------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator, as torch allows
-        position, rank = self._position, self._dataset.whole_rank().rank
+        position = self._position
         consumed = position.begin()
-        if consumed and not self._schedule(consumed).steps(rank):
+        if consumed and not self._steps(consumed):
             consumed = position.skip_to_next_epoch()
-        expected = self._schedule(consumed).steps(rank)
+        expected = self._steps(consumed)
         self._dataset.begin_at(position.epoch, consumed)
         size = self._dataset.loader(self._dataset.whole_rank()).plan.size
         self._past, self._worker_stats = self.stats, {}
