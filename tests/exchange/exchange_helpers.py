@@ -106,3 +106,13 @@ def run_together(work: Callable[..., None], workers: int, *args: Any) -> None:
         process.kill()
         process.join()
     assert codes == [0] * workers
+
+
+def write_until_killed(store: Any, manifest: str, ready: Any) -> None:
+    """Writes shards for ever; says when the first are there."""
+    exchange = S3ExchangeStore(store)
+    writer = exchange.open_manifest_writer(manifest, part_max_entries=1, shard_size=ShardSizePolicy(max_entries=2))
+    for i in range(1 << 30):
+        writer.add_to_shard(f"{i}", b"x" * 1000)
+        if i == 9:
+            ready.set()

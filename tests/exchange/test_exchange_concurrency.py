@@ -6,11 +6,12 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
-from exchange_helpers import append_many, files, run_together, watched, write_shards
+from exchange_helpers import append_many, files, run_together, watched, write_shards, write_until_killed
 
 from s3loader.errors import ConflictError, ObjectChangedError, ObjectExistsError, OutcomeUnknownError
 from s3loader.exchange import commit
@@ -77,6 +78,26 @@ def test_nothing_is_lost_or_doubled_when_one_reply_in_ten_is_dropped_after_it_to
     store = s3.open_store(bucket)
     assert sorted(all_keys(store, "d/a.jsonl")) == wanted(4, 12)
     check_shards(store, "d/m.jsonl", 4, 7)
+
+
+def test_a_killed_writer_changes_no_manifest_and_stands_in_nobodys_way(tmp_path: Path) -> None:
+    store = S3ExchangeStore(str(tmp_path))
+    store.write_manifest("d/m.jsonl", files("before"))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["exchange_helpers"])
+    ready = context.Event()
+    process = context.Process(target=write_until_killed, args=(str(tmp_path), "d/m.jsonl", ready))
+    process.start()
+    assert ready.wait(60)
+    process.kill()
+    process.join()
+    assert all_keys(store.objects, "d/m.jsonl") == ["before"]
+    with store.open_manifest_writer("d/m.jsonl", shard_size=ShardSizePolicy(max_entries=2)) as writer:
+        for i in range(4):
+            writer.add_to_shard(f"after {i}", b"y")
+    keys = list(store.get_manifest("d/m.jsonl").get_keys())
+    assert [key.partition("#")[2] for key in keys] == ["", "after 0", "after 1", "after 2", "after 3"]
+    assert [store.get_object(key).read() for key in keys[1:]] == [b"y"] * 4
 
 
 def drop_answers(key: str, error: type[Exception] = OutcomeUnknownError) -> tuple[ObjectStore, list[str]]:

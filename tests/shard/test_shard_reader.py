@@ -15,13 +15,21 @@ from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundError, ShardReadError
 from s3loader.exchange.store import S3ExchangeStore
+from s3loader.shard.build import index_archive
 from s3loader.shard.compression import decompressor, read_seek_table
 from s3loader.shard.extract import extract, list_archive
 from s3loader.shard.index import index_key
-from s3loader.shard.reader import AT_ONCE, ShardReader
+from s3loader.shard.pool import UploadPool
+from s3loader.shard.reader import ShardReader
+from s3loader.shard.runs import AT_ONCE
+from s3loader.shard.tar import unsafe_reason
+from s3loader.shard.upload import ShardUpload
+from s3loader.shard.writer import ShardBuilder
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import open_store
 
@@ -69,6 +77,40 @@ def test_all_members_and_single_ones(store: ObjectStore, compression: str | None
     assert len(reader.open("__manifest__.jsonl").read().splitlines()) == len(DATA)
     with pytest.raises(KeyError):
         reader.open("nope")
+
+
+PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=130).filter(
+    lambda path: not path.endswith("/") and unsafe_reason(path) is None and path != "__manifest__.jsonl"
+)
+
+
+@given(
+    st.lists(st.tuples(PATHS, st.binary(max_size=900)), max_size=12),
+    st.sampled_from([None, "gzip", "bz2", "xz", "zstd"]),
+    st.integers(1, 2000),
+    st.data(),
+)
+@settings(max_examples=50, deadline=None)
+def test_what_goes_in_comes_out_and_the_index_is_the_one_a_reader_would_make(
+    members: list[tuple[str, bytes]], compression: str | None, frame_size: int, data: Any
+) -> None:
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    builder = ShardBuilder(compression=compression, frame_size=frame_size)
+    pool = UploadPool(1)
+    upload = ShardUpload(store, "a.tar", pool=pool, compression=compression)
+    for path, content in members:
+        if data.draw(st.booleans()):
+            upload.write(builder.add(path, content))
+        else:
+            half = data.draw(st.integers(0, len(content)))
+            for pieces in (builder.begin(path, len(content)), builder.write(content[:half]), builder.write(content[half:])):
+                upload.write(pieces)
+            upload.write(builder.end())
+    _, index = upload.finish(builder.finish(b"{}\n"))
+    assert index_archive(store, "a.tar").to_bytes() == index.to_bytes() == store.get(index_key("a.tar"))
+    assert read_all(ShardReader(store, "a.tar")) == members
+    positions = data.draw(st.lists(st.integers(0, len(members) - 1), max_size=8)) if members else []
+    assert read_all(ShardReader(store, "a.tar"), positions) == [members[i] for i in positions]
 
 
 def test_zstd_tools_read_our_zstd_shards(store: ObjectStore, tmp_path: Path) -> None:
