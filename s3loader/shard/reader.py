@@ -64,6 +64,7 @@ class ShardReader:
         self._verify = verify
         self._index = index
         self._etag = etag or None
+        self._has_none = False
         self._lock = threading.RLock()
 
     @property
@@ -85,10 +86,12 @@ class ShardReader:
             return self._index
 
     def _side_car(self) -> ShardIndex | None:
-        try:
-            return load_index(self.store, self.key, etag=self._etag)
-        except (ObjectNotFoundError, ShardReadError):
-            return None  # none, another tool's, corrupt: the archive itself is the truth
+        if not self._has_none:
+            try:
+                return load_index(self.store, self.key, etag=self._etag)
+            except (ObjectNotFoundError, ShardReadError):
+                self._has_none = True  # none, another tool's, corrupt: the archive itself is the truth
+        return None
 
     def _made(self) -> ShardIndex:
         internal = self.internal_manifest_path
@@ -186,7 +189,7 @@ class ShardReader:
     def _refresh(self) -> None:
         """The archive is not the one the index was made for: take the newer side-car, or make an index."""
         with self._lock:
-            old = self._index
+            old, self._has_none = self._index, False
             fresh = self._side_car()
             self._index = fresh if fresh is not None and old is not None and fresh.etag != old.etag else self._made()
 
