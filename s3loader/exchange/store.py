@@ -43,7 +43,6 @@ from s3loader.exchange.writer_config import WriterProgress
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.prefix import PrefixBackend
 from s3loader.types import PutMode
 
 __all__ = ["S3ExchangeStore"]
@@ -88,14 +87,12 @@ class S3ExchangeStore:
                 "give one of: a boto3 S3 client, S3Settings, an ObjectStore, or a URL",
                 hint='S3ExchangeStore(s3_client=client, bucket="b") or S3ExchangeStore("s3://b")',
             )
-        root, self.bucket, self.s3_client = open_root(store if s3_client is None else s3_client, bucket)
+        prefix = normalize_key(base_prefix) if prefix_all else ""
+        root, self.bucket, self.s3_client = open_root(store if s3_client is None else s3_client, bucket, prefix)
         self.base_prefix = base_prefix
         self.prefix_all = prefix_all
         self.default_vars = dict(default_vars or {})
         self.infer_id = infer_id or infer_id_from_key
-        prefix = normalize_key(base_prefix)
-        if prefix_all and prefix:
-            root = ObjectStore(f"{root.url}/{prefix}", PrefixBackend(root.backend, prefix + "/"), options=root.options)
         self.objects: ObjectStore = root
         """The object store all data calls go to."""
         self.access = ObjectAccess(root, verify=verify)

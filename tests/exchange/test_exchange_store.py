@@ -293,6 +293,9 @@ def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(store))
     assert again.get_object("s.tar#m").read() == b"1"
     assert (again.base_prefix, again.access.verify) == ("p", False)
+    whole = S3ExchangeStore(tmp_path / "store", base_prefix="p", prefix_all=True)
+    whole.put_object("k", b"x")
+    assert pickle.loads(pickle.dumps(whole)).get_object("k").read() == store.get_object("p/k").read() == b"x"
     child = os.fork()
     if child == 0:
         os._exit(0 if store.get_object("s.tar#m").read() == b"1" else 1)
