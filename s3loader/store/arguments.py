@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import ConfigError, IntegrityError
 from s3loader.types import Buffer, PutMode, Update
 
-__all__ = ["check_crc32c", "checked_key", "checked_mode", "readable", "writable"]
+__all__ = ["check_crc32c", "checked_key", "checked_mode", "readable", "refuse_str", "writable"]
 
 
 def checked_key(key: str) -> str:
@@ -31,6 +32,16 @@ def checked_mode(mode: PutMode) -> PutMode:
     if mode in ("overwrite", "create") or (isinstance(mode, Update) and mode.etag and isinstance(mode.etag, str)):
         return mode
     raise ConfigError(f"unknown put mode {mode!r}", hint='use "overwrite", "create" or Update(etag)')
+
+
+def refuse_str(keys: Iterable[str]) -> None:
+    """A single str where several are meant would be taken letter by letter.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if isinstance(keys, (str, bytes)):
+        raise ConfigError(f"one key where several are expected: {keys!r}", hint="pass a list of keys")
 
 
 def readable(data: Any) -> memoryview:

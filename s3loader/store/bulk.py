@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 from s3loader.errors import ConfigError, ObjectChangedError, RangeError, S3LoaderError
 from s3loader.store.arguments import checked_key, checked_mode, readable, writable
@@ -27,9 +27,20 @@ from s3loader.store.wrapper import Wrapper
 from s3loader.types import ObjectMeta, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB
 
-__all__ = ["OnError", "OutcomeBackend", "PutFailure", "ReadFailure", "empty_read", "put_many", "read_many"]
+__all__ = ["BulkOptions", "OnError", "OutcomeBackend", "PutFailure", "ReadFailure", "empty_read", "put_many", "read_many"]
 
 OnError: TypeAlias = Literal["raise", "return"]
+
+
+class BulkOptions(TypedDict):
+    """How a bulk call is made; see `ObjectStore.read_many`."""
+
+    max_bytes: int
+    concurrency: int
+    driver: Driver
+    errors: OnError
+
+
 _FIRST: Final = 4 * MIB
 """Bytes asked for first where an object's size is unknown: most objects fit, the rest is a second request."""
 _SLOW: Final = 0.001

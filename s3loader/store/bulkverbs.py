@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
+from s3loader.errors import ConfigError
+from s3loader.store.arguments import refuse_str
 from s3loader.store.base import Backend, Driver, ReadResult
-from s3loader.store.bulk import OnError, PutFailure, ReadFailure, put_many, read_many
+from s3loader.store.bulk import BulkOptions, OnError, PutFailure, ReadFailure, put_many, read_many
 from s3loader.store.options import StoreOptions
 from s3loader.types import PutRequest, PutResult, ReadRequest
 from s3loader.units import parse_size
@@ -67,14 +69,7 @@ class BulkVerbs(ABC):
         Yields:
             `ReadResult`; its `data` stays valid as long as a view of it lives.
         """
-        return read_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
+        return read_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
 
     @overload
     def get_many(
@@ -106,15 +101,8 @@ class BulkVerbs(ABC):
         errors: OnError = "raise",
     ) -> Iterator[Any]:
         """Many whole objects; as `read_many` with one request per key."""
-        requests = map(ReadRequest, keys)
-        return read_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
+        refuse_str(keys)
+        return read_many(self.backend, map(ReadRequest, keys), **self._bulk_options(max_bytes, concurrency, driver, errors))
 
     @overload
     def put_many(
@@ -150,11 +138,15 @@ class BulkVerbs(ABC):
         Args and errors as in `read_many`, with `PutFailure`; `max_bytes` counts data taken from
         `requests` and not yet written.
         """
-        return put_many(
-            self.backend,
-            requests,
-            max_bytes=parse_size(max_bytes),
-            concurrency=concurrency or self.options.concurrency,
-            driver=driver,
-            errors=errors,
-        )
+        return put_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
+
+    def _bulk_options(self, max_bytes: int | str, concurrency: int | None, driver: Driver, errors: OnError) -> BulkOptions:
+        if concurrency is None:
+            concurrency = self.options.concurrency
+        if not isinstance(concurrency, int) or concurrency < 1:
+            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}")
+        if driver not in get_args(Driver):
+            raise ConfigError(f"unknown driver {driver!r}", hint=f"use one of {', '.join(get_args(Driver))}")
+        if errors not in get_args(OnError):
+            raise ConfigError(f"errors is 'raise' or 'return', not {errors!r}")
+        return {"max_bytes": parse_size(max_bytes), "concurrency": concurrency, "driver": driver, "errors": errors}

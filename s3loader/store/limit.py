@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,6 +18,17 @@ from s3loader.store.wrapper import Interceptor, Op, Wrapper
 __all__ = ["LimitBackend", "pace_of"]
 
 T = TypeVar("T")
+
+
+_all: weakref.WeakSet[LimitBackend] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for limited in list(_all):  # another thread of the parent may have held it
+        limited._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 class LimitBackend(Interceptor):
@@ -42,23 +55,18 @@ class LimitBackend(Interceptor):
         self._sleep = sleep
         self._next = 0.0
         self._lock = threading.Lock()
+        _all.add(self)
 
     def __reduce__(self) -> tuple[type[LimitBackend], tuple[Backend, float]]:
         return LimitBackend, (self.inner, self.rate)
 
     def reserve(self) -> float:
         """Take the next turn; returns the seconds to wait for it."""
-        # Only arithmetic under the lock, yet a fork may find it held: then the child takes a new one.
-        if not self._lock.acquire(timeout=1.0):
-            self._lock = threading.Lock()
-            self._lock.acquire()
-        try:
+        with self._lock:
             now = self._clock()
             turn = max(now, self._next)
             self._next = turn + 1 / self.rate
             return turn - now
-        finally:
-            self._lock.release()
 
     def wait(self) -> None:
         """Wait for a turn."""

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
-from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectNotFoundError, RangeError
-from s3loader.store.arguments import checked_key, checked_mode, readable, writable
+from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
+from s3loader.store.arguments import checked_key, checked_mode, readable, refuse_str, writable
 from s3loader.store.base import Backend
 from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
@@ -29,7 +29,7 @@ from s3loader.types import (
     PutResult,
     ReadRequest,
 )
-from s3loader.units import parse_size
+from s3loader.units import MIB, parse_size
 
 if TYPE_CHECKING:
     from s3loader.store.aio import AsyncObjectStore
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["ObjectStore"]
 
 _DELETE_BATCH: Final = 1000
+_PIECE: Final = 16 * MIB
+"""Bytes of one request of a large `read_into`."""
+_UNBOUNDED: Final = 1 << 62
+"""Where the caller holds all bytes in any case."""
 
 
 _probed: dict[tuple[str, ...], Capabilities] = {}
@@ -55,6 +59,7 @@ class ObjectStore(BulkVerbs):
         options: See `StoreOptions`.
         reopen: Makes the same store again elsewhere, for pickling: a function and its arguments.
         identity: Stores of the same identity can do the same things; None: like no other.
+        bound: What it holds that no other process can have; empty: nothing.
     """
 
     def __init__(
@@ -65,12 +70,14 @@ class ObjectStore(BulkVerbs):
         options: StoreOptions | None = None,
         reopen: tuple[Callable[..., ObjectStore], tuple[Any, ...]] | None = None,
         identity: tuple[str, ...] | None = None,
+        bound: str = "",
     ) -> None:
         self.url = url
         self.options = options or StoreOptions()
         self._backend = backend
         self._reopen = reopen
         self._identity = identity
+        self._bound = bound
         self._closed = False
         self._capabilities: Capabilities | None = None
         self._aio: AsyncObjectStore | None = None
@@ -147,10 +154,11 @@ class ObjectStore(BulkVerbs):
         if not spans:
             empty_read(self.backend, key, max((start for start, _ in wanted), default=0), if_match)
             return found
-        if if_match is None and len(spans) > 1:
-            if_match = self.head(key).etag or None
         requests = [ReadRequest(key, span.start, span.end, if_match) for span in spans]
-        for span, result in zip(spans, self.read_many(requests, max_bytes="1GiB"), strict=True):
+        for span, result in zip(spans, self.read_many(requests, max_bytes=_UNBOUNDED), strict=True):
+            if_match = if_match or result.etag
+            if result.etag != if_match:
+                raise ObjectChangedError("it was replaced while it was read", op="get ranges", url=self._at(key))
             for i in span.members:
                 start, end = wanted[i]
                 if end > result.size:
@@ -161,7 +169,7 @@ class ObjectStore(BulkVerbs):
         return found
 
     def read_into(self, key: str, start: int, buffer: Any, *, if_match: str | None = None) -> ObjectMeta:
-        """Fill `buffer` with the bytes from `start`; nothing is allocated.
+        """Fill `buffer` with the bytes from `start`; nothing is allocated. Large ones come in several parts at once.
 
         Args:
             buffer: Anything writable and contiguous with the buffer protocol (bytearray, memoryview, numpy array).
@@ -175,7 +183,18 @@ class ObjectStore(BulkVerbs):
             raise ConfigError(f"a start cannot be negative: {start}")
         if not len(view):
             return empty_read(self.backend, checked_key(key), start, if_match)
-        return self.backend.read_into(checked_key(key), start, view, if_match=if_match)
+        backend = self.backend
+        if len(view) < 2 * _PIECE or backend.engine in ("file", "memory"):
+            return backend.read_into(checked_key(key), start, view, if_match=if_match)
+        meta = backend.head(checked_key(key))
+        requests = (
+            ReadRequest(key, start + a, into=view[a:b], if_match=if_match or meta.etag or None)
+            for a, b in ranges_.split(0, len(view), _PIECE)
+        )
+        for result in self.read_many(requests, max_bytes=_UNBOUNDED):
+            if (result.etag, result.size) != (meta.etag, meta.size):
+                raise ObjectChangedError("it was replaced while it was read", op="read", url=self._at(key))
+        return meta
 
     def open(self, key: str, *, version_id: str | None = None) -> io.BufferedReader:
         """A read-only, seekable, buffered binary file over the object, pinned to its ETag of now."""
@@ -207,6 +226,8 @@ class ObjectStore(BulkVerbs):
             delimiter: Where given, keys that have it after the prefix are rolled up into `CommonPrefix`.
             start_after: Leave out keys up to and including this one.
         """
+        if not all(isinstance(text, str) for text in (prefix, delimiter, start_after)):
+            raise ConfigError("prefix, delimiter and start_after are str")
         return self.backend.list(prefix, delimiter=delimiter, start_after=start_after)
 
     # writing
@@ -286,8 +307,9 @@ class ObjectStore(BulkVerbs):
 
     def delete_many(self, keys: Iterable[str]) -> builtins.list[DeleteFailure]:
         """Delete all of them; returns those that could not be, each with its error."""
-        failures: list[DeleteFailure] = []
-        batch: list[str] = []
+        refuse_str(keys)
+        failures: builtins.list[DeleteFailure] = []
+        batch: builtins.list[str] = []
         for key in keys:
             batch.append(checked_key(key))
             if len(batch) == _DELETE_BATCH:
@@ -341,6 +363,10 @@ class ObjectStore(BulkVerbs):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._bound:
+            raise ConfigError(
+                f"this store cannot be pickled: {self._bound}", url=self.url, hint="open it in each process, from settings"
+            )
         if self._reopen is None:
             return _rebuild, (self.url, self._backend, self.options)
         return self._reopen

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import builtins
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from s3loader import events
 from s3loader.errors import S3LoaderError
 from s3loader.store.threads import current_attempt
 from s3loader.store.wrapper import Interceptor, Op
-from s3loader.types import CommonPrefix, ObjectMeta
+from s3loader.types import CommonPrefix, DeleteFailure, ObjectMeta
 
 __all__ = ["ObservedBackend"]
 
@@ -70,6 +71,22 @@ class ObservedBackend(Interceptor):
                 objects=objects,
             )
         )
+
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
+        """See `Backend.delete_many`. The event counts the keys; its error is the first failure's."""
+        start = events.now()
+        failed: Exception | None = None
+        try:
+            failures = self.inner.delete_many(keys)
+            failed = failures[0].error if failures else None
+        except S3LoaderError as error:
+            failed = error
+            raise
+        finally:
+            if events.active():
+                told = failed if isinstance(failed, S3LoaderError) else None
+                self._emit("delete many", keys[0] if keys else "", 0, start, told, len(keys))
+        return failures
 
     def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
         """See `Backend.list`. The event comes at its end and counts the entries; the consumer's time is not in it."""

@@ -103,6 +103,7 @@ def _open(
         options=options,
         reopen=(_open, (target, engine, settings, options)) if s3_client is None else None,
         identity=identity if s3_client is None else None,
+        bound="" if s3_client is None else "it uses your own boto3 client",
     )
 
 

@@ -248,6 +248,75 @@ def test_puts(driver: Any) -> None:
         list(store.put_many([PutRequest("a", "text")], driver=driver))  # type: ignore[arg-type]
 
 
+class Remote(MemoryBackend):
+    """Memory that passes for a store far away."""
+
+    @property
+    def engine(self) -> str:
+        return "remote"
+
+
+def test_a_large_read_into_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3loader.store.objectstore._PIECE", 1000)
+    holder: list[ObjectStore] = []
+    replace_at = 0
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.number == replace_at and moment == "before":
+            holder[0].put("k", bytes(6000))
+
+    broken = FaultBackend(Remote(uuid.uuid4().hex), hook=hook)
+    store = ObjectStore("remote://", broken)
+    holder.append(store)
+    data = os.urandom(6000)
+    store.put("k", data)
+    buffer = bytearray(5500)
+    assert store.read_into("k", 400, buffer).size == 6000
+    assert buffer == data[400:5900]
+    assert [seen.op for seen in broken.seen] == ["put", "head", *["read"] * 6]
+    with pytest.raises(RangeError):
+        store.read_into("k", 600, buffer)
+    replace_at = len(broken.seen) + 4
+    with pytest.raises(ObjectChangedError):
+        store.read_into("k", 0, buffer)
+
+
+def test_ranges_of_two_versions_are_no_answer() -> None:
+    """Also where the store ignores If-Match: the ETags that come are compared."""
+    holder: list[ObjectStore] = []
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.number == 3 and moment == "before":
+            holder[0].put("k", bytes(10_000))
+
+    store, _ = make(hook=hook)
+    holder.append(store)
+    store.put("k", os.urandom(10_000))
+    with pytest.raises(ObjectChangedError):
+        store.get_ranges("k", [(0, 10), (5000, 5010), (9000, 9010)], max_gap=0)
+    assert len(store.get_ranges("k", [(0, 10), (5000, 5010)], max_gap=0)) == 2
+
+
+def test_options_are_checked_at_the_call() -> None:
+    store, _ = make()
+    wrong: list[dict[str, Any]] = [
+        {"concurrency": 0},
+        {"concurrency": -1},
+        {"concurrency": 1.5},
+        {"driver": "horses"},
+        {"errors": "ignore"},
+        {"max_bytes": "lots"},
+    ]
+    for options in wrong:
+        with pytest.raises(ConfigError):
+            store.get_many(["k"], **options)
+        with pytest.raises(ConfigError):
+            store.put_many([], **options)
+    for letters in (store.get_many, store.delete_many):
+        with pytest.raises(ConfigError, match="one key"):
+            letters("abc")  # type: ignore[operator]
+
+
 # -- being left -------------------------------------------------------------------------------------
 
 

@@ -551,5 +551,12 @@ def test_pickles_keep_the_options(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(wrapped)).get("k") == b"x"
 
 
+def test_a_client_of_your_own_stays_in_its_process() -> None:
+    store = ObjectStore("memory://w", MemoryBackend("w"), bound="it uses your own boto3 client")
+    with pytest.raises(ConfigError, match="own boto3 client") as caught:
+        pickle.dumps(store)
+    assert caught.value.hint
+
+
 def test_relative_path_is_a_law() -> None:
     assert _files.relative_path("a/ b/ç") == os.fsencode("a/ b/ç")
