@@ -13,7 +13,17 @@ import pytest
 
 from s3loader import events
 from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.testing import Fault, Server, ServerKind, StoreSuite, open_faulty_store
+from s3loader.testing import (
+    Fault,
+    FaultAction,
+    FaultProxy,
+    Rule,
+    Server,
+    ServerKind,
+    StoreSuite,
+    open_faulty_store,
+)
+from s3loader.testing.suite import BulkTests, ListTests, MultipartTests, ReadTests, WriteTests
 from s3loader.types import Capabilities
 
 EVERYTHING = Capabilities(
@@ -224,3 +234,47 @@ class TestRCloneObstore(RClone):
 
 class TestRCloneBoto3(RClone):
     engine = "boto3"
+
+
+NETWORK: tuple[FaultAction, ...] = ("refuse", "drop_reply", "truncate", "reset")
+ANSWERS = {500: "InternalError", 503: "SlowDown"}
+
+
+class TestDirectThroughABadNetwork(ReadTests, WriteTests, MultipartTests, BulkTests, ListTests):
+    """Faults below the engine, where its own parsing and its connections are."""
+
+    capabilities = MOTO
+    steady = False
+    test_abandoned_iterators_leave_nothing = None  # the proxy has threads and sockets in this process, too
+
+    @pytest.fixture
+    def proxy(self, request: pytest.FixtureRequest, servers: Callable[[ServerKind], Server]) -> Iterator[FaultProxy]:
+        rules = [Rule(action, probability=0.01) for action in NETWORK]
+        rules += [Rule("error", status=status, code=code, probability=0.01) for status, code in ANSWERS.items()]
+        with FaultProxy(servers("moto").endpoint_url, rules, seed=zlib.crc32(request.node.name.encode())) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    def store(
+        self,
+        proxy: FaultProxy,
+        servers: Callable[[ServerKind], Server],
+        shared_bucket: Callable[[ServerKind], str],
+    ) -> Iterator[ObjectStore]:
+        with self._open(servers("moto"), f"{shared_bucket('moto')}/{uuid.uuid4().hex}", proxy) as store:
+            yield store
+
+    @pytest.fixture
+    def crowded(
+        self,
+        proxy: FaultProxy,
+        servers: Callable[[ServerKind], Server],
+        crowded_bucket: Callable[[ServerKind], str],
+    ) -> Iterator[ObjectStore]:
+        with self._open(servers("moto"), crowded_bucket("moto"), proxy) as store:
+            yield store
+
+    @staticmethod
+    def _open(running: Server, bucket: str, proxy: FaultProxy) -> ObjectStore:
+        options = StoreOptions(max_attempts=9)
+        return running.open_store(bucket, engine="direct", endpoint_url=proxy.endpoint_url, options=options)

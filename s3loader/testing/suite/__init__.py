@@ -8,7 +8,8 @@
 
 The fixture gives an empty store for each test. The knobs in `s3loader.testing.suite._base.Base`
 (`capabilities`, `mangled_keys`, `shared`, `crowded`, `broken`, ...) say what a server is known to
-do differently; without them the suite asks for everything.
+do differently; without them the suite asks for everything. Its parts (`ReadTests`, ...) can be
+inherited alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from s3loader.testing.suite._multipart import MultipartTests
 from s3loader.testing.suite._reading import ReadTests
 from s3loader.testing.suite._writing import WriteTests
 
-__all__ = ["HARD_KEYS", "ODD_KEYS", "StoreSuite"]
+__all__ = [
+    "HARD_KEYS",
+    "ODD_KEYS",
+    "BulkTests",
+    "KeyTests",
+    "LifeTests",
+    "ListTests",
+    "MultipartTests",
+    "ReadTests",
+    "StoreSuite",
+    "WriteTests",
+]
 
 
 class StoreSuite(ReadTests, WriteTests, KeyTests, MultipartTests, ListTests, BulkTests, LifeTests):
