@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "types", "units", "ranges", "checksum", "forks"},
+    {"errors", "types", "units", "ranges", "checksum"},
     {"config", "credentials", "endpoint", "events", "_boto3"},
     {"store"},
     {"transfer"},
     {"shard", "exchange"},
     {"plan", "loader", "checkpoint"},
-    {"observe", "datagen", "testing"},
-    {"torch", "tensorflow", "jax", "grain", "lightning"},  # facades over integrations/
+    {"testing"},
+    {"torch", "tensorflow", "jax", "lightning"},  # facades over integrations/
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
