@@ -127,7 +127,9 @@ class PartWriter:
         about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
         files = plan_files(self._pieces, attempt.rank, options.file_size, options.block, about, hashed=options.incremental)
         plan = SavePlan({"$": "dcp", "of": self._flat}, files, sum(p.end - p.begin for p in self._pieces), {}, {}, [], None)
-        saver = Saver(attempt, plan, self._manager.pool, options, on_exists="error", after=None, retire=None, publishes=False)
+        saver = Saver(
+            attempt, plan, self._manager.pool, options, on_exists="error", after=None, committed=None, publishes=False
+        )
         saver.stage()
         saver.handle.result()
         self._writing._part = saver.part

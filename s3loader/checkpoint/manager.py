@@ -66,6 +66,8 @@ class CheckpointManager:
         self._session: Session | None = None
         self._savers: list[Saver] = []
         self._base: Base | None = None
+        self._newest: int | None = None
+        """The newest step that this session has committed."""
         self._lock = threading.RLock()
         self._closed = False
 
@@ -116,7 +118,7 @@ class CheckpointManager:
                 self.options,
                 on_exists=on_exists,
                 after=running[-1] if running else None,
-                retire=self.retire,
+                committed=lambda: self._committed(step),
             )
             self._savers = [*(saver for saver in self._savers if not saver.handle.over), saver]
         saver.stage()
@@ -153,6 +155,10 @@ class CheckpointManager:
                 identity = Identity(self._rank, self._world, job)
                 self._session = open_session(self.run, identity, self.latest, self.options.deadline)
             return self._session
+
+    def _committed(self, step: int) -> list[int]:
+        self._newest = step if self._newest is None else max(step, self._newest)
+        return self.retire()
 
     def retire(self) -> list[int]:
         """Delete the steps that `keep` does not keep; done after every save, by rank 0. Returns them."""
@@ -214,7 +220,8 @@ class CheckpointManager:
         """Read a step back.
 
         Args:
-            step: Default: the newest (the one all ranks agreed on at the start, where there are several).
+            step: Default: the newest. Where there are several ranks: the newest this job has saved, and before that the
+                one that all ranks agreed on at its start.
             target: Items to restore into, by name: arrays are filled in place, objects with state get it loaded.
                 Only the items it names are read. What is not in it is made anew, as the kind it was saved from.
             items: Read only these items.
@@ -231,7 +238,7 @@ class CheckpointManager:
         if self._closed:
             raise ClosedError("the checkpoint manager was closed", url=self.store.url)
         if step is None and self._world > 1:
-            step = self.session().resume_step
+            step = self._newest if self._newest is not None else self.session().resume_step
             if step is None:
                 raise CheckpointNotFoundError("there was no checkpoint when this job began", url=self.store.url)
         if step is not None:

@@ -43,7 +43,7 @@ class Restoration:
         self._in_place: dict[str, bool] = {}
         self._states: dict[str, Any] = {}
         self._targets: list[tuple[Sequence[Chunk], Target, Callable[[Any], None]]] = []
-        self._collect(node, target if target is not None else _MISSING, "")
+        self._collect(node, target if target is not None else _MISSING, "", owned=False)
 
     @property
     def wanted(self) -> Iterable[tuple[Sequence[Chunk], Target, Callable[[Any], None]]]:
@@ -56,24 +56,27 @@ class Restoration:
 
     # what to read
 
-    def _collect(self, node: Any, target: Any, name: str) -> None:
+    def _collect(self, node: Any, target: Any, name: str, *, owned: bool) -> None:
+        """Plan what lies under `node`; `owned`: the target is the state of an object, which looks after itself."""
         if isinstance(node, dict) and node.get("$") == "leaf":
-            self._leaf(node["of"], target, name)
-            return
-        if not isinstance(node, dict | list):
+            self._leaf(node["of"], target, name, owned)
             return
         if _per_rank(node):
-            self._collect_own(node, target, name)
+            inner, own = tree.own_node(node, name, self._rank)
+            self._collect(own, target.value if isinstance(target, tree.PerRank) else target, inner, owned=owned)
+            return
+        if not isinstance(node, dict | list):
+            if not owned and target is not _MISSING and adapter_for(target) is not None:
+                raise CheckpointError(f"{name!r} is {node!r} in the checkpoint, an array in the target")
             return
         inside = self._inside(target, name)
+        owned = owned or name in self._states
+        if not owned:
+            _refuse_more(node, inside, name)
         for key, inner, child in tree.children(node, name):
-            self._collect(child, _child(inside, key), inner)
+            self._collect(child, _child(inside, key), inner, owned=owned)
 
-    def _collect_own(self, node: Any, target: Any, name: str) -> None:
-        inner, own = tree.own_node(node, name, self._rank)
-        self._collect(own, target.value if isinstance(target, tree.PerRank) else target, inner)
-
-    def _leaf(self, kind: str, target: Any, name: str) -> None:
+    def _leaf(self, kind: str, target: Any, name: str, owned: bool) -> None:
         chunks = self._chunks.get(name)
         if not chunks:
             raise CheckpointError(f"{name!r} is in the tree of the checkpoint, but not among its tensors")
@@ -81,9 +84,11 @@ class Restoration:
         into = None
         if target is not _MISSING and target is not None:
             adapter = adapter_for(target)
-            if adapter is None:
+            if adapter is None and not owned:
                 raise CheckpointError(f"{name!r} is an array in the checkpoint, a {type(target).__qualname__} in the target")
-            into = adapter.into(target)
+            into = adapter.into(target) if adapter is not None else None
+            if into is not None and owned and into.dtype != dtype:
+                into = None  # the object converts it when it gets its state
             if into is not None and (into.dtype, tuple(into.shape)) != (dtype, shape):
                 raise CheckpointError(
                     f"{name!r} is {dtype} {list(shape)} in the checkpoint, {into.dtype} {list(into.shape)} in the target",
@@ -156,6 +161,19 @@ def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
     else:
         shallow = {**node, "of": [marks] * len(node["of"])}
     return tree.decode(shallow, children.__getitem__, name)
+
+
+def _refuse_more(node: Any, target: Any, name: str) -> None:
+    """An entry of the caller's own containers that the checkpoint lacks would stay as it is without a word."""
+    keys = [key for key, _, _ in tree.children(node, name)]
+    if isinstance(target, Mapping):
+        more = [key for key in target if key not in keys]
+    elif isinstance(target, list | tuple) and not tree.is_namedtuple(target):
+        more = list(range(len(keys), len(target)))
+    else:
+        return
+    if more:
+        raise CheckpointError(f"the target has {tree.child_name(name, more[0])!r}, which is not in the checkpoint")
 
 
 def _per_rank(node: Any) -> bool:

@@ -96,7 +96,7 @@ class Saver:
         options: See `CheckpointOptions`.
         on_exists: What to do where the step is committed already.
         after: The save before this one, which is committed first.
-        retire: Deletes old steps afterwards.
+        committed: Called afterwards; deletes old steps and returns them.
         publishes: Whether the commit is this saver's work too; else it ends with the part manifest.
     """
 
@@ -109,11 +109,11 @@ class Saver:
         *,
         on_exists: OnExists,
         after: Saver | None,
-        retire: Callable[[], list[int]] | None,
+        committed: Callable[[], list[int]] | None,
         publishes: bool = True,
     ) -> None:
         self._attempt, self._plan, self._pool, self._options = attempt, plan, pool, options
-        self._on_exists, self._after, self._retire, self._publishes = on_exists, after, retire, publishes
+        self._on_exists, self._after, self._committed, self._publishes = on_exists, after, committed, publishes
         self.part: Part | None = None
         self._began = time.monotonic()
         self._staged_s = 0.0
@@ -229,7 +229,7 @@ class Saver:
 
     def _clean_up(self) -> tuple[list[int], Exception | None]:
         try:
-            return self._retire() if self._retire is not None else [], None
+            return self._committed() if self._committed is not None else [], None
         except Exception as error:  # noqa: BLE001 - the step is committed; what retention met is part of the result
             return [], error
 

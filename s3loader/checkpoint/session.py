@@ -6,6 +6,7 @@ that every rank derives by itself. A job that finds a higher epoch than its own 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -17,6 +18,9 @@ from s3loader.checkpoint import layout, records
 from s3loader.checkpoint.records import EpochRecord
 from s3loader.checkpoint.run import Run
 from s3loader.errors import ConfigError, FencedError, IncompleteCheckpointError
+
+_log = logging.getLogger("s3loader.checkpoint")
+_EPOCHS_KEPT = 16
 
 __all__ = ["Identity", "Session", "identify", "open_session"]
 
@@ -117,7 +121,17 @@ def open_session(run: Run, identity: Identity, resume_step: Callable[[], int | N
             pid=os.getpid(),
         )
         if run.create(layout.epoch_key(epoch), records.encode(record)):
+            _forget_old(run, epoch)
             return Session(run, identity, record)
+
+
+def _forget_old(run: Run, epoch: int) -> None:
+    """Now and then, drop the objects of epochs long gone: only the newest one fences."""
+    if epoch % _EPOCHS_KEPT:
+        return
+    old = [entry.key for entry in run.store.list(layout.CONTROL + "epoch-") if entry.key < layout.epoch_key(epoch)]
+    for failure in run.store.delete_many(old):
+        _log.info("an old epoch could not be deleted: %s", failure.error)
 
 
 def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:

@@ -100,6 +100,12 @@ def test_a_target_is_filled_in_place(url: str) -> None:
         assert same(restored["model"]["half"], state()["model"]["half"])
         with pytest.raises(CheckpointError, match=r"'model/b' is F64 \[33\] in the checkpoint, F64 \[34\] in the target"):
             manager.restore(target={"model": {"b": np.zeros(34)}})
+        with pytest.raises(CheckpointError, match="the target has 'model/extra', which is not in the checkpoint"):
+            manager.restore(target={"model": {"extra": np.zeros(1)}})
+        with pytest.raises(CheckpointError, match="'progress/step' is 0 in the checkpoint, an array in the target"):
+            manager.restore(target={"progress": {"step": np.zeros(1)}})
+        with pytest.raises(CheckpointError, match="'model/b' is an array in the checkpoint, a int in the target"):
+            manager.restore(target={"model": {"b": 3}})
         with pytest.raises(CheckpointError, match="no item 'optimizer', it has model, progress"):
             manager.restore(items=["optimizer"])
 
