@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -205,7 +204,7 @@ class TempFile:
             self.fd = os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
 
     def _new_name(self) -> bytes:
-        return os.path.join(self.folder, RESERVED + b"tmp-" + secrets.token_hex(8).encode())
+        return os.path.join(self.folder, RESERVED + b"tmp-" + os.urandom(8).hex().encode())
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append `data`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ class Uploads:
 
     def create(self, key: str, attributes: Mapping[str, object]) -> str:
         """A new upload; returns its id."""
-        upload_id = secrets.token_hex(16)
+        upload_id = os.urandom(16).hex()
         folder = self._folder(upload_id)
         _files.make_parents(folder)
         about = {"key": key, "initiated": time.time(), "attributes": attributes}

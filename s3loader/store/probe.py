@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
+import os
 from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
@@ -49,7 +49,7 @@ def probe(backend: Backend) -> Capabilities:
         AccessDeniedError: the credentials may not write and delete there.
         StoreError: the store fails otherwise.
     """
-    folder = f"s3loader-probe-{uuid.uuid4().hex}/"
+    folder = f"s3loader-probe-{os.urandom(16).hex()}/"
     try:
         return Capabilities(
             create=_create(_Plain(backend), folder + "create"),

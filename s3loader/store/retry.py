@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import builtins
 import functools
+import os
 import random
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -262,7 +262,7 @@ def may_retry(error: S3LoaderError) -> bool:
 
 def _with_write_id(metadata: Mapping[str, str] | None) -> tuple[dict[str, str], str]:
     carried = dict(metadata or {})
-    return carried, carried.setdefault(WRITE_ID, uuid.uuid4().hex)
+    return carried, carried.setdefault(WRITE_ID, os.urandom(16).hex())
 
 
 def _rebuild(inner: Backend, max_attempts: int, budget: float) -> RetryBackend:
