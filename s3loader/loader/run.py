@@ -30,6 +30,8 @@ _SLAB_POSITIONS: Final = 8192
 _CHUNK_POSITIONS: Final = 4096
 _FIRST_PIECE: Final = 512 * KIB
 _LARGEST_PIECE: Final = 8 * MIB
+_FIRST_BLOCKS: Final = 8 * MIB
+"""Blocks of the first batch beyond so many bytes are not waited for: its samples are fetched alone."""
 _MAX_GAP: Final = 256 * KIB
 _SEQUENTIAL_GAP: Final = 16 * KIB
 """In sequential orders the gaps are other workers' samples: reading over them would read everything several times."""
@@ -130,6 +132,7 @@ class Run:
         )
         self._chunks: deque[_Chunk] = deque()
         self._open: dict[int, Block] = {}
+        self._begun = False
         self._piece_size = _FIRST_PIECE
         self._max_gap = _SEQUENTIAL_GAP if plan.spec.get("shuffle") in ("none", "shard") else _MAX_GAP
 
@@ -184,8 +187,13 @@ class Run:
             slab.steps[low:high], np.diff(slab.ends[low : high + 1]), slab.positions[here], samples, none, none, _NO_SLOTS
         )
         wanted: list[_Wanted] = []
+        gap = self._max_gap
         if slab.units is not None:
-            wanted += self._open_blocks(chunk, Units(*(column[here] for column in slab.units)))
+            units = Units(*(column[here] for column in slab.units))
+            if self._begins_alone(units):
+                gap = _SEQUENTIAL_GAP
+            else:
+                wanted += self._open_blocks(chunk, units)
         where = np.flatnonzero(chunk.starts < 0)
         if len(where):
             alone, first, which = np.unique(samples[where], return_index=True, return_inverse=True)
@@ -193,9 +201,18 @@ class Run:
             chunk.slots = chunk.slots.copy()
             chunk.slots[where] = which
             wanted.append(_Wanted(alone, where[first], chunk.alone))
-        pieces = self._cut(wanted)
+        pieces = self._cut(wanted, gap)
         self._chunks.append(chunk)
         return pieces
+
+    def _begins_alone(self, units: Units) -> bool:
+        """Whether this is the first batch and its blocks are many bytes to wait for, as in the middle of a window where another
+        run stopped: then its samples are fetched alone, and the blocks come right behind them."""
+        if self._begun:
+            return False
+        self._begun = True
+        blocks = np.unique(units.start, return_index=True)[1]
+        return int(units.length[blocks].sum()) * self._average > _FIRST_BLOCKS
 
     def _open_blocks(self, chunk: _Chunk, units: Units) -> list[_Wanted]:
         """Note which block each sample comes from; open those that are not, in order of first use."""
@@ -221,24 +238,24 @@ class Run:
             chunk.blocks[start] = block
         return new
 
-    def _cut(self, wanted: list[_Wanted]) -> list[Piece]:
+    def _cut(self, wanted: list[_Wanted], max_gap: int) -> list[Piece]:
         located = [self._plan.locate(want.samples) for want in wanted]
         layouts = self._dataset.layouts(int(part) for parts, _ in located for part in np.unique(parts))
         keyed = [
             (int(want.first_use[piece.at : piece.at + len(piece.numbers)].min()), piece)
             for want, (parts, numbers) in zip(wanted, located, strict=True)
-            for piece in self._cut_one(want, parts, numbers, layouts)
+            for piece in self._cut_one(want, parts, numbers, layouts, max_gap)
         ]
         keyed.sort(key=lambda pair: pair[0])
         return [piece for _, piece in keyed]
 
-    def _cut_one(self, want: _Wanted, parts: Int64Array, numbers: Int64Array, layouts: Mapping[int, Any]) -> Iterator[Piece]:
+    def _cut_one(
+        self, want: _Wanted, parts: Int64Array, numbers: Int64Array, layouts: Mapping[int, Any], max_gap: int
+    ) -> Iterator[Piece]:
         edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
         for low, high in itertools.pairwise(edges):
             layout = layouts[int(parts[low])]
-            yield from cut_into_pieces(
-                layout, numbers[low:high], want.target, low, max_gap=self._max_gap, max_size=self._piece_size
-            )
+            yield from cut_into_pieces(layout, numbers[low:high], want.target, low, max_gap=max_gap, max_size=self._piece_size)
 
     # -- delivery ----------------------------------------------------------------------------
 
