@@ -8,16 +8,15 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
-from s3loader.exchange.claims import ShardNames
-from s3loader.exchange.commit import can_compare_and_swap
 from s3loader.exchange.entry_stream import EntryStream
 from s3loader.exchange.errors import WriterClosedError, WriterStateError
 from s3loader.exchange.journal import Journal
-from s3loader.exchange.keys import beside, infer_id_from_key
+from s3loader.exchange.keys import infer_id_from_key
 from s3loader.exchange.lines import check_entry, file_entry
-from s3loader.exchange.packer import ShardPacker, Source
+from s3loader.exchange.packer import Source
 from s3loader.exchange.pending import PendingEntry
 from s3loader.exchange.removal import empty_report, remove_written
+from s3loader.exchange.shard_stream import ShardStream
 from s3loader.exchange.types import (
     DeleteReport,
     FileEntry,
@@ -29,8 +28,7 @@ from s3loader.exchange.types import (
     WriteMode,
 )
 from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
-from s3loader.shard.compression import normalize_compression, suffix_of
-from s3loader.shard.index import INTERNAL_MANIFEST, index_key
+from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.pool import UploadPool
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import PutMode, PutResult
@@ -112,12 +110,7 @@ class ManifestWriter:
         self._journal = Journal()
         report = None if progress is None else lambda: progress(self.totals())
         self._entries = EntryStream(self._store, manifest_key, self.config, self._pool, self._journal, report)
-        suffix = suffix_of(normalize_compression(shard_compression))
-        prefix = beside(manifest_key, "shards") if shard_prefix is None else shard_prefix.strip("/")
-        self._names = ShardNames(self._store, prefix, suffix)
-        self._packer: ShardPacker | None = None
-        self._packers: list[ShardPacker] = []
-        self._shards = 0
+        self._shards = ShardStream(self._store, manifest_key, self.config, self._pool, self._journal)
         self._closed = False
         self._pid = os.getpid()
 
@@ -246,62 +239,22 @@ class ManifestWriter:
             ConfigError: an unsafe path, or a source of another length than it said.
         """
         self._check()
-        policy = self.config.shard_size
-        if policy is None:
-            raise WriterStateError("Shard buffering not enabled (shard_size not set)")
         if content_type is not None:
             meta = {**(meta or {}), "content_type": content_type}
-        packer = self._packer or self._new_packer()
-        packer.add(member_path, source, id=id, meta=meta, size_bytes=size_bytes)
-        if policy.reached(len(packer), packer.content_bytes):
-            self._end_shard()
+        full = self._shards.add(member_path, source, id, meta, size_bytes)
+        if full is not None:
+            self._entries.add(full)
 
     def flush_shard(self) -> ShardEntry | None:
         """Publish the growing shard now; its entry, or None where nothing waits."""
         self._check()
-        future = self._end_shard()
+        future = self._shards.end()
         if future is None:
             return None
-        entry = future.result()
-        self._entries.drain()
-        return entry
-
-    def _new_packer(self) -> ShardPacker:
-        conditional = can_compare_and_swap(self._store)
-        key = self._names.claim()
-        self._journal.note("index", index_key(key))
-        self._packer = ShardPacker(
-            self._store,
-            key,
-            pool=self._pool,
-            archive_format=self.config.shard_format,
-            compression=self.config.shard_compression,
-            internal_manifest_path=self.config.internal_manifest_path,
-            mode="create" if conditional else "overwrite",
-        )
-        return self._packer
-
-    def _end_shard(self) -> Future[ShardEntry] | None:
-        packer, self._packer = self._packer, None
-        if packer is None:
-            return None
-        if not len(packer):
-            self._names.release(packer.key)
-            return None
-
-        def finish() -> ShardEntry:
-            self._journal.note("archive", packer.key)
-            entry = packer.finish()
-            self._packers.remove(packer)
-            return entry
-
-        self._packers.append(packer)
-        self._shards += 1
-        future = self._pool.submit(finish, packer.held)
         self._entries.add(future)
-        return future
+        return future.result()
 
-    # the stream of entries
+    # the manifest
 
     def _check(self) -> None:
         if self._closed:
@@ -331,16 +284,16 @@ class ManifestWriter:
             "part_entries": self._entries.part_entries,
             "part_bytes": self._entries.part_bytes,
             "parts_uploaded": len(self._entries.parts),
-            "shard_entries": 0 if self._packer is None else len(self._packer),
-            "shard_bytes": 0 if self._packer is None else self._packer.content_bytes,
-            "shards_created": self._shards,
+            "shard_entries": self._shards.members,
+            "shard_bytes": self._shards.content_bytes,
+            "shards_created": self._shards.count,
             "is_closed": self._closed,
         }
 
     def totals(self) -> WriterProgress:
         """Everything written so far."""
         entries = self._entries
-        return WriterProgress(entries.entries, entries.objects, self._shards, len(entries.parts), entries.bytes)
+        return WriterProgress(entries.entries, entries.objects, self._shards.count, len(entries.parts), entries.bytes)
 
     def close(self) -> None:
         """Finish shard and part, wait for all uploads, publish the manifest.
@@ -355,7 +308,9 @@ class ManifestWriter:
             raise WriterClosedError("ManifestWriter is already closed")
         try:
             self._pool.check()
-            self._end_shard()
+            last = self._shards.end()
+            if last is not None:
+                self._entries.add(last)
             self.published = self._entries.publish()
         except BaseException as error:
             self._give_up(error)
@@ -390,13 +345,8 @@ class ManifestWriter:
             return  # the parent's writer, which goes on there
         self._pool.stop()
         self._entries.close()
-        half = [*self._packers, *([self._packer] if self._packer is not None else [])]
-        for packer in half:
-            try:
-                packer.abort()
-                self._names.release(packer.key)
-            except Exception as second:  # noqa: BLE001 - cleaning up must not hide what went wrong
-                error.add_note(f"s3loader: {packer.key} could not be cleaned up: {second}")
+        for key, second in self._shards.drop():
+            error.add_note(f"s3loader: {key} could not be cleaned up: {second}")
         if len(self._journal):
             error.add_note(
                 f"s3loader: {self.manifest_key} was not published; written before the error: {self._journal.summary()};"

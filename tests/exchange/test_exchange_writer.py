@@ -115,6 +115,12 @@ def test_bad_arguments(store: S3ExchangeStore) -> None:
             writer.add_to_shard("long", _Pipe(b"abc"), size_bytes=9)
         writer.add_to_shard("file", io.BytesIO(b"seekable"))
     assert [body.read() for body, _ in store.iter_objects("m.jsonl")] == [b"abc", b"seekable"]
+    assert list(store.list_keys("shards/")) == ["shards/shard-000001.tar"]  # what failed took no other name
+    with store.open_manifest_writer("n.jsonl", shard_size=ShardSizePolicy(max_entries=5)) as writer:
+        with pytest.raises(ConfigError):
+            writer.add_to_shard("../x", b"x")
+        writer.add_file("k")
+    assert len(list(store.list_keys("shards/", sidecars=True))) == 2  # and an empty shard none at all
 
 
 class _Pipe(io.RawIOBase):
