@@ -6,6 +6,7 @@ dimension of its size; the checkpoint's index keeps the true type.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +16,7 @@ from s3loader.errors import CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["DTYPES", "in_safetensors", "itemsize", "nbytes", "numpy_dtype", "numpy_name"]
+__all__ = ["DTYPES", "in_safetensors", "itemsize", "name_of", "nbytes", "numpy_dtype", "numpy_name"]
 
 DTYPES: Final[dict[str, tuple[int, str]]] = {
     "BOOL": (1, "bool"),
@@ -67,6 +68,13 @@ def numpy_name(name: str) -> str | None:
     return _BY_NUMPY.get(name)
 
 
+@functools.cache
+def name_of(dtype: np.dtype[Any]) -> str | None:
+    """The safetensors name of a numpy type, None where there is none."""
+    return numpy_name(dtype.name) if dtype.names is None else None
+
+
+@functools.cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy type; `ml_dtypes` gives those numpy lacks.
 

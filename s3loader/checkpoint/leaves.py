@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-from s3loader.checkpoint.dtypes import nbytes, numpy_dtype, numpy_name
+from s3loader.checkpoint.dtypes import name_of, nbytes, numpy_dtype
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
 __all__ = [
@@ -180,7 +180,7 @@ class _Numpy:
     def source(self, value: Any) -> Source:
         import numpy as np
 
-        if value.dtype.names is not None or (dtype := numpy_name(value.dtype.name)) is None:
+        if (dtype := name_of(value.dtype)) is None:
             raise UnsupportedStateError(f"arrays of type {value.dtype} cannot be saved")
 
         def contiguous() -> memoryview:
@@ -195,7 +195,7 @@ class _Numpy:
 
         if not (isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.isnative):
             return None
-        dtype = numpy_name(value.dtype.name)
+        dtype = name_of(value.dtype)
         if dtype is None:
             return None
         shape = tuple(value.shape)

@@ -165,7 +165,7 @@ def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
 
 def _refuse_more(node: Any, target: Any, name: str) -> None:
     """An entry of the caller's own containers that the checkpoint lacks would stay as it is without a word."""
-    keys = [key for key, _, _ in tree.children(node, name)]
+    keys = {key for key, _, _ in tree.children(node, name)}
     if isinstance(target, Mapping):
         more = [key for key in target if key not in keys]
     elif isinstance(target, list | tuple) and not tree.is_namedtuple(target):
