@@ -61,7 +61,7 @@ class ShardNames:
         try:
             mode: PutMode = "create" if conditional else "overwrite"
             self._store.put(index_key(key), claim, mode=mode, content_type=INDEX_TYPE)
-        except ObjectExistsError:
+        except (ObjectExistsError, ConflictError):  # taken, or being taken
             return False
         except OutcomeUnknownError:
             return self._is_ours(key, claim)
