@@ -14,6 +14,7 @@ from s3loader.checkpoint.records import Chunk
 from s3loader.checkpoint.restoring import Restoration
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.share import NodeShare
 from s3loader.errors import CheckpointError, CheckpointNotFoundError, FormatError, IntegrityError
 from s3loader.types import ObjectMeta
 
@@ -26,15 +27,16 @@ class Checkpoint:
     Args:
         run: Where.
         root: Its root; `Checkpoint` makes sure that every file of it is there, with its size.
+        share: Reads once per node.
 
     Raises:
         CheckpointError: the root or index is damaged, or files are missing.
     """
 
-    def __init__(self, run: Run, root: Root) -> None:
+    def __init__(self, run: Run, root: Root, share: NodeShare | None = None) -> None:
         if root.state != "committed":
             raise CheckpointError(root.problem or f"step {root.step} is not committed", url=run.store.url)
-        self._run, self._root = run, root
+        self._run, self._root, self._share = run, root, share
         key = root.keys[layout.INDEX][0]
         found = run.get(key)
         if found is None:
@@ -157,7 +159,7 @@ class Checkpoint:
         return values
 
     def _read(self, wanted: Any, *, verify: bool = True) -> int:
-        return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify)
+        return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify, share=self._share)
 
     def restore(
         self,

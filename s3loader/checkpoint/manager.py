@@ -22,6 +22,7 @@ from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run
 from s3loader.checkpoint.saving import Saver, plan_save
 from s3loader.checkpoint.session import Identity, Session, identify, open_session
+from s3loader.checkpoint.share import NodeShare
 from s3loader.checkpoint.staging import BufferPool
 from s3loader.errors import CheckpointError, CheckpointNotFoundError, ClosedError, FormatError, IntegrityError
 from s3loader.store import ObjectStore, open_store
@@ -188,7 +189,11 @@ class CheckpointManager:
             CheckpointNotFoundError: there is none.
             CheckpointError: it is damaged or incomplete.
         """
-        return Checkpoint(self.run, self.find(step))
+        return Checkpoint(self.run, self.find(step), self._share())
+
+    def _share(self) -> NodeShare | None:
+        options = self.options
+        return NodeShare(options.node_cache, options.node_cache_size, self._rank) if options.node_cache else None
 
     def find(self, step: int | None = None) -> Root:
         """Root of `step`, or of the newest.
@@ -246,7 +251,7 @@ class CheckpointManager:
         damage: Exception | None = None
         for root in self.run.newest_first():
             try:
-                return Checkpoint(self.run, root).restore(target, items=items, verify=verify, rank=self._rank)
+                return Checkpoint(self.run, root, self._share()).restore(target, items=items, verify=verify, rank=self._rank)
             except (IntegrityError, FormatError, CheckpointError) as error:
                 if on_corruption != "previous" and not isinstance(error, CheckpointNotFoundError):
                     raise

@@ -33,6 +33,9 @@ class CheckpointOptions:
             that have drifted apart are an error. It costs the others one pass over the tensor.
         deadline: Seconds that a rank waits for the others before its save fails.
         grace: Seconds after which an attempt that nobody touches is garbage.
+        node_cache: A folder that the processes of a node share while they restore, so that what several of them need is read
+            once; best in memory, e.g. ``/dev/shm/my-run``. None: everybody reads for itself.
+        node_cache_size: Most bytes in that folder.
         settle: Seconds between the write and the read-back of a root, on stores that ignore conditional writes.
 
     Raises:
@@ -48,6 +51,8 @@ class CheckpointOptions:
     check_replicas: bool
     deadline: float
     grace: float
+    node_cache: str | None
+    node_cache_size: int
     settle: float
 
     def __init__(
@@ -62,6 +67,8 @@ class CheckpointOptions:
         check_replicas: bool = True,
         deadline: float | str = "10m",
         grace: float | str = "1d",
+        node_cache: str | None = None,
+        node_cache_size: int | str = 16 * GIB,
         settle: float | str = 0.5,
     ) -> None:
         part = parse_size(part_size)
@@ -82,6 +89,8 @@ class CheckpointOptions:
         set_(self, "check_replicas", check_replicas)
         set_(self, "deadline", parse_duration(deadline))
         set_(self, "grace", parse_duration(grace))
+        set_(self, "node_cache", node_cache)
+        set_(self, "node_cache_size", parse_size(node_cache_size))
         set_(self, "settle", parse_duration(settle))
 
     @property

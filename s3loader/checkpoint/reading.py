@@ -10,17 +10,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from s3loader.checkpoint import segments
 from s3loader.checkpoint.boxes import Overlap, intersect, linear, row_blocks
 from s3loader.checkpoint.dtypes import itemsize
 from s3loader.checkpoint.leaves import Target
 from s3loader.checkpoint.records import Chunk, box_of
+from s3loader.checkpoint.share import NodeShare
 from s3loader.checksum import crc32c
 from s3loader.errors import CheckpointError, IntegrityError
 from s3loader.store import ObjectStore
-from s3loader.types import ReadRequest
+from s3loader.types import Buffer, ReadRequest
 from s3loader.units import KIB, MIB
 
 __all__ = ["DataFile", "read_targets", "verify_chunks"]
@@ -155,7 +156,7 @@ def read_targets(
     wanted: Iterable[tuple[Sequence[Chunk], Target, Callable[[Any], None]]],
     *,
     verify: bool = True,
-    driver: Any = "auto",
+    share: NodeShare | None = None,
 ) -> int:
     """Fill every target from its chunks, then call its callback with the leaf's value.
 
@@ -165,7 +166,7 @@ def read_targets(
         block: The checkpoint's block size in bytes.
         wanted: Chunks of a tensor, the target it goes to, what to call when it is there.
         verify: Compare the checksum of every segment read.
-        driver: Of `ObjectStore.read_many`.
+        share: Reads once per node, where several processes of it want the same.
 
     Returns:
         Bytes fetched.
@@ -178,21 +179,42 @@ def read_targets(
     for chunks, target, done in wanted:
         _plan_target(plan, chunks, target, done)
     fetched = 0
-    requests = _requests(plan, files)
-    for result in store.read_many(requests, max_bytes=_WINDOW, driver=driver):
-        fetch: _Fetch = result.request.tag
-        base = fetch.segments[0].low
-        for segment in fetch.segments:
-            data = result.data[segment.low - base : segment.high - base]
-            if verify and crc32c(data) != segment.crc:
-                data = _again(store, fetch.file, segment, data if fetch.into is not None else None)
-            for sink in segment.sinks:
-                if fetch.into is None:
-                    piece = data[sink.low - segment.low : sink.high - segment.low]
-                    sink.memory.view[sink.at : sink.at + len(piece)] = piece
-                sink.memory.arrived()
-        fetched += fetch.segments[-1].high - base
+    groups = list(_groups(plan, files))
+    if share is None:
+        for result in store.read_many((_request(*group) for group in groups), max_bytes=_WINDOW):
+            fetched += _arrived(store, result.request.tag, result.data, verify)
+        return fetched
+
+    def deliver(group: _Group, data: Buffer) -> None:
+        fetch: _Fetch = _request(*group).tag
+        if fetch.into is not None:
+            fetch.into[:] = data
+        _arrived(store, fetch, memoryview(data) if fetch.into is None else fetch.into, verify)
+
+    division = share.division(groups, lambda group: _name_of(store, *group), deliver)
+    try:
+        for result in store.read_many((_request(*group) for group in division.mine()), max_bytes=_WINDOW):
+            fetch: _Fetch = result.request.tag
+            fetched += _arrived(store, fetch, result.data, verify)
+            division.fetched((fetch.file, fetch.segments), result.data)
+    finally:
+        division.close()
     return fetched
+
+
+def _arrived(store: ObjectStore, fetch: _Fetch, answer: memoryview, verify: bool) -> int:
+    """Verify what came and hand it to where it belongs; returns its bytes."""
+    base = fetch.segments[0].low
+    for segment in fetch.segments:
+        data = answer[segment.low - base : segment.high - base]
+        if verify and crc32c(data) != segment.crc:
+            data = _again(store, fetch.file, segment, data if fetch.into is not None else None)
+        for sink in segment.sinks:
+            if fetch.into is None:
+                piece = data[sink.low - segment.low : sink.high - segment.low]
+                sink.memory.view[sink.at : sink.at + len(piece)] = piece
+            sink.memory.arrived()
+    return fetch.segments[-1].high - base
 
 
 def _plan_target(plan: _Plan, chunks: Sequence[Chunk], target: Target, done: Callable[[Any], None]) -> None:
@@ -237,27 +259,35 @@ def _volume(shape: Sequence[int]) -> int:
     return volume
 
 
-def _requests(plan: _Plan, files: Mapping[str, DataFile]) -> Iterator[ReadRequest]:
+_Group: TypeAlias = tuple[DataFile, Sequence[_Segment]]
+
+
+def _name_of(store: ObjectStore, file: DataFile, group: Sequence[_Segment]) -> tuple[str, str, str, int, int]:
+    return store.url, file.key, file.etag, group[0].low, group[-1].high
+
+
+def _groups(plan: _Plan, files: Mapping[str, DataFile]) -> Iterator[_Group]:
+    """What is fetched by one request each, in the order of the files."""
     for file_id in sorted(plan.by_file):
         file = files[file_id]
         group: list[_Segment] = []
         for segment in sorted(plan.by_file.pop(file_id).values(), key=lambda s: s.low):
             if group and (segment.low - group[-1].high > _GAP or segment.high - group[0].low > _TOGETHER or _alone(segment)):
-                yield _request(file, group)
+                yield file, group
                 group = []
             group.append(segment)
             if _alone(segment):
-                yield _request(file, group)
+                yield file, group
                 group = []
         if group:
-            yield _request(file, group)
+            yield file, group
 
 
 def _alone(segment: _Segment) -> bool:
     return segment.high - segment.low >= _DIRECT and segment.direct() is not None
 
 
-def _request(file: DataFile, group: list[_Segment]) -> ReadRequest:
+def _request(file: DataFile, group: Sequence[_Segment]) -> ReadRequest:
     into = None
     if len(group) == 1 and (sink := group[0].direct()) is not None:
         into = sink.memory.view[sink.at : sink.at + sink.high - sink.low]

@@ -253,3 +253,54 @@ def test_ranks_agree_on_the_step_to_resume_from(tmp_path: Path) -> None:
         assert one.restore() == {"a": 1}
         for each in (zero, one, late):
             each.close()
+
+
+class Counting(Stuck):
+    """A backend that counts the bytes of tensors it reads."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.bytes = 0
+
+    def get(self, key: str, start: int = 0, end: int | None = None, **kwargs: Any) -> Any:
+        meta, data = self._inner.get(key, start, end, **kwargs)
+        self.bytes += len(data) if key.endswith(".safetensors") else 0
+        return meta, data
+
+    def read_into(self, key: str, start: int, buffer: Any, **kwargs: Any) -> Any:
+        self.bytes += len(buffer)
+        return self._inner.read_into(key, start, buffer, **kwargs)
+
+
+def test_a_node_reads_once(tmp_path: Path) -> None:
+    state = {f"t{i}": np.random.default_rng(i).standard_normal(30_000 if i < 20 else 300_000) for i in range(24)}
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, {"s": state}).result(30)
+        whole = sum(array.nbytes for array in state.values())
+    options = CheckpointOptions(node_cache=str(tmp_path / "cache"))
+    counts: list[int] = []
+
+    def restore(rank: int) -> None:
+        store = open_store(tmp_path / "run")
+        counting: Any = Counting(store.backend)
+        with CheckpointManager(ObjectStore(store.url, counting), rank=rank, world_size=3, job="j", options=options) as each:
+            target = {name: np.zeros_like(array) for name, array in state.items()} if rank else None
+            got = each.open(1).restore({"s": target} if target else None, rank=rank)["s"]
+            assert all(np.array_equal(got[name], array) for name, array in state.items())
+        counts.append(counting.bytes)
+
+    threads = [threading.Thread(target=restore, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(counts) == 3
+    assert whole <= sum(counts) < 1.5 * whole, (whole, counts)
+    restore(0)
+    assert counts[3] == 0
+    for path in (tmp_path / "cache").rglob("*.range"):  # a damaged cache is no harm
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    restore(0)
+    assert counts[4] == whole
