@@ -1,7 +1,7 @@
 """From bytes to what torch code wants, and cheap passage from worker processes.
 
-A tensor sent from a worker costs a file descriptor and a round trip, so a batch of many small ones
-travels as one: its bytes are laid end to end, and the list is made again on the other side.
+A tensor sent from a worker costs a file descriptor, fresh shared memory and a round trip, so a batch of many
+small ones travels as one: its bytes are laid end to end, and the list is made again on the other side.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ import torch
 from s3loader.errors import ConfigError
 from s3loader.loader import Collate, Ragged, collate_fixed, collate_ragged
 
-__all__ = ["Packed", "RaggedTensor", "ReturnType", "S3Reader", "pack", "to_return_type", "to_tensors", "torch_collate"]
+__all__ = [
+    "Packed",
+    "RaggedTensor",
+    "ReturnType",
+    "S3Reader",
+    "convert_batch",
+    "pack",
+    "to_return_type",
+    "to_tensors",
+    "torch_collate",
+]
 
 ReturnType: TypeAlias = Literal["tensor", "bytes", "reader", "sample"]
 """What raw bytes become. ``"tensor"``: a uint8 tensor without a copy. ``"bytes"``: `bytes`. ``"reader"``: a file with the
 object's key, as s3torchconnector gives. ``"sample"``: memoryviews in this process, `bytes` from workers."""
 
-_PACK_FROM: Final = 2
-"""Tensors in a batch from which on they travel as one."""
+
+_BY_PIPE: Final = 1 << 20
+"""Bytes of a batch up to which a pipe costs less than fresh shared memory and its descriptor (a third, at 128 KiB)."""
 
 
 class S3Reader(io.BytesIO):
@@ -99,8 +110,25 @@ def to_return_type(kind: ReturnType, transform: Callable[[Any], Any] | None, buc
     return ToReturnType(kind, transform, bucket)
 
 
+def convert_batch(data: Any, kind: ReturnType) -> Any:
+    """Raw bytes in a batch as the return type, arrays as tensors."""
+    if type(data) is list and set(map(type, data)) == {memoryview}:  # the usual case, without a call per sample
+        if kind == "tensor":
+            return [tensor_of(view) for view in data]
+        return list(map(bytes, data)) if kind == "bytes" else data
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, memoryview):
+            return _tensor_leaf(value)
+        return tensor_of(value) if kind == "tensor" else bytes(value) if kind == "bytes" else value
+
+    return _map(data, leaf)
+
+
 def to_tensors(data: Any) -> Any:
     """Arrays of a collated batch as tensors over the same memory; anything else as it is."""
+    if type(data) is list and set(map(type, data)) == {torch.Tensor}:
+        return data
     return _map(data, _tensor_leaf)
 
 
@@ -131,24 +159,14 @@ def torch_collate(collate: Collate) -> Collate:
 class Packed:
     """A batch on its way out of a worker; unpickles to the batch itself."""
 
-    def __init__(self, structure: Any, values: torch.Tensor, offsets: list[int]) -> None:
-        self._parts = (structure, values, offsets)
+    def __init__(self, rebuild: Callable[..., Any], *parts: Any) -> None:
+        self._call = (rebuild, parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_unpack, self._parts)
+        return self._call
 
 
-def _unpack(structure: Any, values: torch.Tensor, offsets: list[int]) -> Any:
-    def fill(value: Any) -> Any:
-        if not isinstance(value, _HoleMark):
-            return value
-        row = values[offsets[value.index] : offsets[value.index + 1]]
-        return row.numpy().tobytes() if value.as_bytes else row
-
-    return _map(structure, fill)
-
-
-class _HoleMark:
+class _Hole:
     """Stands for one packed leaf."""
 
     __slots__ = ("as_bytes", "index")
@@ -158,27 +176,57 @@ class _HoleMark:
         self.as_bytes = as_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_HoleMark, (self.index, self.as_bytes))
+        return (_Hole, (self.index, self.as_bytes))
 
 
-def pack(data: Any) -> Any:
-    """`data`, or a `Packed` that unpickles to it, where it holds several byte strings or flat uint8 tensors."""
+def _unpack(structure: Any, values: Any, sizes: list[int]) -> Any:
+    rows = _rows(values, sizes)
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, _Hole):
+            return value
+        row = rows[value.index]
+        return row.numpy().tobytes() if value.as_bytes else row
+
+    return _map(structure, fill)
+
+
+def _unpack_list(values: Any, sizes: list[int], as_bytes: bool) -> list[Any]:
+    rows = _rows(values, sizes)
+    return [row.numpy().tobytes() for row in rows] if as_bytes else list(rows)
+
+
+def pack(data: Any, kind: ReturnType) -> Any:
+    """`data`, or a `Packed` that unpickles to it, where it holds byte strings or flat uint8 tensors; raw bytes as `kind`."""
+    as_bytes = kind != "tensor"
+    if type(data) is list and set(map(type, data)) == {memoryview}:
+        return Packed(_unpack_list, *_joined([np.frombuffer(view, dtype=np.uint8) for view in data]), as_bytes)
     rows: list[Any] = []
 
     def mark(value: Any) -> Any:
         if isinstance(value, (bytes, memoryview)):
             rows.append(np.frombuffer(value, dtype=np.uint8))
-            return _HoleMark(len(rows) - 1, as_bytes=True)
+            return _Hole(len(rows) - 1, as_bytes=as_bytes or isinstance(value, bytes))
         if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1 and value.device.type == "cpu":
             rows.append(value.numpy())
-            return _HoleMark(len(rows) - 1, as_bytes=False)
+            return _Hole(len(rows) - 1, as_bytes=False)
         return value
 
     structure = _map(data, mark)
-    if not rows or (len(rows) < _PACK_FROM and isinstance(data, torch.Tensor)):
-        return data
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    return Packed(_unpack, structure, *_joined(rows)) if rows and not isinstance(data, torch.Tensor) else data
+
+
+def _joined(rows: list[Any]) -> tuple[Any, list[int]]:
+    """(all rows end to end, their sizes): through the queue's pipe while that is cheaper, else in shared memory."""
+    sizes = [len(row) for row in rows]
+    if sum(sizes) <= _BY_PIPE:
+        return bytearray(b"".join(rows)), sizes
+    values = torch.empty(sum(sizes), dtype=torch.uint8)
     np.concatenate(rows, out=values.numpy())
-    return Packed(structure, values, offsets.tolist())
+    return values, sizes
+
+
+def _rows(values: Any, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    if isinstance(values, bytearray):
+        values = tensor_of(memoryview(values))
+    return torch.split(values, sizes)

@@ -25,7 +25,7 @@ from s3loader.loader import (
 )
 from s3loader.plan import PlanState, Topology
 from s3loader_torch.compat import connector_defaults, connector_options
-from s3loader_torch.convert import ReturnType, pack, to_return_type, to_tensors, torch_collate
+from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
 from s3loader_torch.topology import Ranks, current_topology
 
 __all__ = ["S3IterableDataset"]
@@ -95,11 +95,15 @@ class S3IterableDataset(IterableDataset[Any]):
         self._ranks = Ranks(rank, world_size, device_mesh, mesh_dim)
         self._sharded = enable_sharding
         bucket = self.source.store.url.partition("://")[2].partition("/")[0]
+        transform, collate = options.get("transform"), options.get("collate")
+        convert = to_return_type(return_type, transform, bucket)
+        # Where no function of the user's sees single samples, a whole batch is converted at a time.
+        self._late = transform is None and return_type != "reader" and not callable(collate)
         self._options = {
             **options,
             "batch_size": _FLAT_BATCH if batch_size is None else batch_size,
-            "transform": to_return_type(return_type, options.get("transform"), bucket),
-            "collate": torch_collate(options.get("collate")),
+            "transform": None if self._late else convert,
+            "collate": torch_collate(collate),
             "transform_key": return_type == "reader",
         }
         LoaderOptions.of(self._options)
@@ -275,11 +279,12 @@ class S3IterableDataset(IterableDataset[Any]):
                 if batch is None:
                     return
                 self._first_step = batch.step + topology.workers
-                data = to_tensors(batch.data)
                 if self.batch_size is None:
-                    yield from data
+                    yield from convert_batch(
+                        batch.data, "bytes" if in_worker and self.return_type == "sample" else self.return_type
+                    )
                     continue
-                data = pack(data) if in_worker else data
+                data = self._converted(batch.data, in_worker)
                 if self._deliveries:
                     new = tuple(loader.quarantine[noted:])
                     noted = len(loader.quarantine)
@@ -289,6 +294,16 @@ class S3IterableDataset(IterableDataset[Any]):
         finally:
             batches.close()
             self._first_step = 0
+
+    @property
+    def _sendable(self) -> ReturnType:
+        """The return type, of what can be pickled."""
+        return "bytes" if self.return_type == "sample" else self.return_type
+
+    def _converted(self, data: Any, in_worker: bool) -> Any:
+        if in_worker:
+            return pack(to_tensors(data), self.return_type)
+        return convert_batch(data, self.return_type) if self._late else to_tensors(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled when spawned workers start: they cannot ask `torch.distributed`, so the ranks go with it."""
