@@ -11,14 +11,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from s3loader.checkpoint import ArrayShard as ArrayShard
     from s3loader.checkpoint import BestN as BestN
     from s3loader.checkpoint import Checkpoint as Checkpoint
     from s3loader.checkpoint import CheckpointManager as CheckpointManager
     from s3loader.checkpoint import CheckpointOptions as CheckpointOptions
     from s3loader.checkpoint import EveryNSteps as EveryNSteps
+    from s3loader.checkpoint import GCReport as GCReport
+    from s3loader.checkpoint import KeepPolicy as KeepPolicy
     from s3loader.checkpoint import LatestN as LatestN
+    from s3loader.checkpoint import OpenCheckpoint as OpenCheckpoint
+    from s3loader.checkpoint import PerRank as PerRank
+    from s3loader.checkpoint import Preemption as Preemption
     from s3loader.checkpoint import SaveHandle as SaveHandle
+    from s3loader.checkpoint import SaveResult as SaveResult
+    from s3loader.checkpoint import StepInfo as StepInfo
+    from s3loader.checkpoint import open_checkpoint as open_checkpoint
     from s3loader.config import S3Settings as S3Settings
+    from s3loader.credentials import Credentials as Credentials
     from s3loader.errors import AccessDeniedError as AccessDeniedError
     from s3loader.errors import AuthenticationError as AuthenticationError
     from s3loader.errors import BucketNotFoundError as BucketNotFoundError
@@ -58,6 +68,7 @@ if TYPE_CHECKING:
     from s3loader.errors import UnsupportedStateError as UnsupportedStateError
     from s3loader.errors import WorkerError as WorkerError
     from s3loader.events import OpEvent as OpEvent
+    from s3loader.exchange.errors import ExchangeObjectNotFoundError as ExchangeObjectNotFoundError
     from s3loader.exchange.errors import ManifestNotFoundError as ManifestNotFoundError
     from s3loader.exchange.errors import MissingPlaceholderError as MissingPlaceholderError
     from s3loader.exchange.items import create_shards as create_shards
@@ -80,22 +91,44 @@ if TYPE_CHECKING:
     from s3loader.exchange.types import StreamingBodyLike as StreamingBodyLike
     from s3loader.exchange.writer import ManifestWriter as ManifestWriter
     from s3loader.exchange.writer_config import ManifestWriterConfig as ManifestWriterConfig
+    from s3loader.exchange.writer_config import WriterProgress as WriterProgress
     from s3loader.loader import Batch as Batch
+    from s3loader.loader import Collate as Collate
     from s3loader.loader import Dataset as Dataset
+    from s3loader.loader import Decode as Decode
+    from s3loader.loader import GrainSource as GrainSource
+    from s3loader.loader import Group as Group
     from s3loader.loader import Loader as Loader
     from s3loader.loader import LoaderOptions as LoaderOptions
     from s3loader.loader import LoaderStats as LoaderStats
+    from s3loader.loader import Mixture as Mixture
+    from s3loader.loader import Place as Place
+    from s3loader.loader import Quarantined as Quarantined
     from s3loader.loader import Ragged as Ragged
+    from s3loader.loader import SampleReader as SampleReader
+    from s3loader.loader import collate_fixed as collate_fixed
+    from s3loader.loader import collate_ragged as collate_ragged
+    from s3loader.loader import from_manifest as from_manifest
+    from s3loader.loader import from_objects as from_objects
+    from s3loader.loader import from_prefix as from_prefix
+    from s3loader.loader import from_webdataset as from_webdataset
+    from s3loader.loader import mix_datasets as mix_datasets
     from s3loader.loader import open_dataset as open_dataset
+    from s3loader.loader import register_decoder as register_decoder
     from s3loader.plan import OrderSpec as OrderSpec
     from s3loader.plan import Plan as Plan
     from s3loader.shard.body import ArchiveMemberBody as ArchiveMemberBody
     from s3loader.shard.build import build_index as build_index
+    from s3loader.shard.extract import extract as extract
     from s3loader.shard.index import ShardIndex as ShardIndex
+    from s3loader.shard.reader import ShardReader as ShardReader
     from s3loader.store import ObjectStore as ObjectStore
     from s3loader.store import StoreOptions as StoreOptions
     from s3loader.store import open_store as open_store
+    from s3loader.store.aio import AsyncObjectStore as AsyncObjectStore
     from s3loader.store.base import ReadResult as ReadResult
+    from s3loader.store.bulk import PutFailure as PutFailure
+    from s3loader.store.bulk import ReadFailure as ReadFailure
     from s3loader.store.multipart import MultipartWriter as MultipartWriter
     from s3loader.types import ByteRange as ByteRange
     from s3loader.types import Capabilities as Capabilities
@@ -113,6 +146,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDeniedError",
     "ArchiveMemberBody",
+    "ArrayShard",
+    "AsyncObjectStore",
     "AuthenticationError",
     "Batch",
     "BestN",
@@ -125,22 +160,30 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointOptions",
     "ClosedError",
+    "Collate",
     "CommitUnknownError",
     "CommonPrefix",
     "CompactReport",
     "ConfigError",
     "ConflictError",
+    "Credentials",
     "CredentialsError",
     "Dataset",
+    "Decode",
     "DeleteFailure",
     "DeleteReport",
     "EveryNSteps",
+    "ExchangeObjectNotFoundError",
     "FencedError",
     "FileEntry",
     "FormatError",
+    "GCReport",
+    "GrainSource",
+    "Group",
     "IncompleteCheckpointError",
     "IntegrityError",
     "InvalidManifestError",
+    "KeepPolicy",
     "LatestN",
     "Loader",
     "LoaderOptions",
@@ -153,6 +196,7 @@ __all__ = [
     "ManifestWriter",
     "ManifestWriterConfig",
     "MissingPlaceholderError",
+    "Mixture",
     "MultipartWriter",
     "NoSpaceError",
     "ObjectChangedError",
@@ -162,15 +206,22 @@ __all__ = [
     "ObjectStore",
     "ObjectURL",
     "OpEvent",
+    "OpenCheckpoint",
     "OrderSpec",
     "OutcomeUnknownError",
+    "PerRank",
+    "Place",
     "Plan",
     "PlanError",
     "PreconditionFailedError",
+    "Preemption",
+    "PutFailure",
     "PutRequest",
     "PutResult",
+    "Quarantined",
     "Ragged",
     "RangeError",
+    "ReadFailure",
     "ReadRequest",
     "ReadResult",
     "S3ExchangeError",
@@ -178,16 +229,20 @@ __all__ = [
     "S3LoaderError",
     "S3Settings",
     "SampleError",
+    "SampleReader",
     "SaveHandle",
+    "SaveResult",
     "ScopedStore",
     "Shard",
     "ShardEntry",
     "ShardIndex",
     "ShardItem",
     "ShardReadError",
+    "ShardReader",
     "ShardSizePolicy",
     "StateMismatchError",
     "StepExistsError",
+    "StepInfo",
     "StoreConnectionError",
     "StoreError",
     "StoreOptions",
@@ -200,18 +255,31 @@ __all__ = [
     "UnsupportedStateError",
     "Update",
     "WorkerError",
+    "WriterProgress",
     "build_index",
+    "collate_fixed",
+    "collate_ragged",
     "create_shards",
+    "extract",
+    "from_manifest",
+    "from_objects",
+    "from_prefix",
+    "from_webdataset",
     "infer_id_from_key",
+    "mix_datasets",
     "normalize_key",
+    "open_checkpoint",
     "open_dataset",
     "open_store",
+    "register_decoder",
     "resolve_template",
 ]
 
 _HOME = {
     "AccessDeniedError": "s3loader.errors",
     "ArchiveMemberBody": "s3loader.shard.body",
+    "ArrayShard": "s3loader.checkpoint",
+    "AsyncObjectStore": "s3loader.store.aio",
     "AuthenticationError": "s3loader.errors",
     "Batch": "s3loader.loader",
     "BestN": "s3loader.checkpoint",
@@ -224,22 +292,30 @@ _HOME = {
     "CheckpointNotFoundError": "s3loader.errors",
     "CheckpointOptions": "s3loader.checkpoint",
     "ClosedError": "s3loader.errors",
+    "Collate": "s3loader.loader",
     "CommitUnknownError": "s3loader.errors",
     "CommonPrefix": "s3loader.types",
     "CompactReport": "s3loader.exchange.types",
     "ConfigError": "s3loader.errors",
     "ConflictError": "s3loader.errors",
+    "Credentials": "s3loader.credentials",
     "CredentialsError": "s3loader.errors",
     "Dataset": "s3loader.loader",
+    "Decode": "s3loader.loader",
     "DeleteFailure": "s3loader.types",
     "DeleteReport": "s3loader.exchange.types",
     "EveryNSteps": "s3loader.checkpoint",
+    "ExchangeObjectNotFoundError": "s3loader.exchange.errors",
     "FencedError": "s3loader.errors",
     "FileEntry": "s3loader.exchange.types",
     "FormatError": "s3loader.errors",
+    "GCReport": "s3loader.checkpoint",
+    "GrainSource": "s3loader.loader",
+    "Group": "s3loader.loader",
     "IncompleteCheckpointError": "s3loader.errors",
     "IntegrityError": "s3loader.errors",
     "InvalidManifestError": "s3loader.errors",
+    "KeepPolicy": "s3loader.checkpoint",
     "LatestN": "s3loader.checkpoint",
     "Loader": "s3loader.loader",
     "LoaderOptions": "s3loader.loader",
@@ -252,6 +328,7 @@ _HOME = {
     "ManifestWriter": "s3loader.exchange.writer",
     "ManifestWriterConfig": "s3loader.exchange.writer_config",
     "MissingPlaceholderError": "s3loader.exchange.errors",
+    "Mixture": "s3loader.loader",
     "MultipartWriter": "s3loader.store.multipart",
     "NoSpaceError": "s3loader.errors",
     "ObjectChangedError": "s3loader.errors",
@@ -261,15 +338,22 @@ _HOME = {
     "ObjectStore": "s3loader.store",
     "ObjectURL": "s3loader.types",
     "OpEvent": "s3loader.events",
+    "OpenCheckpoint": "s3loader.checkpoint",
     "OrderSpec": "s3loader.plan",
     "OutcomeUnknownError": "s3loader.errors",
+    "PerRank": "s3loader.checkpoint",
+    "Place": "s3loader.loader",
     "Plan": "s3loader.plan",
     "PlanError": "s3loader.errors",
     "PreconditionFailedError": "s3loader.errors",
+    "Preemption": "s3loader.checkpoint",
+    "PutFailure": "s3loader.store.bulk",
     "PutRequest": "s3loader.types",
     "PutResult": "s3loader.types",
+    "Quarantined": "s3loader.loader",
     "Ragged": "s3loader.loader",
     "RangeError": "s3loader.errors",
+    "ReadFailure": "s3loader.store.bulk",
     "ReadRequest": "s3loader.types",
     "ReadResult": "s3loader.store.base",
     "S3ExchangeError": "s3loader.errors",
@@ -277,16 +361,20 @@ _HOME = {
     "S3LoaderError": "s3loader.errors",
     "S3Settings": "s3loader.config",
     "SampleError": "s3loader.errors",
+    "SampleReader": "s3loader.loader",
     "SaveHandle": "s3loader.checkpoint",
+    "SaveResult": "s3loader.checkpoint",
     "ScopedStore": "s3loader.exchange.scope",
     "Shard": "s3loader.exchange.shard",
     "ShardEntry": "s3loader.exchange.types",
     "ShardIndex": "s3loader.shard.index",
     "ShardItem": "s3loader.exchange.types",
     "ShardReadError": "s3loader.errors",
+    "ShardReader": "s3loader.shard.reader",
     "ShardSizePolicy": "s3loader.exchange.types",
     "StateMismatchError": "s3loader.errors",
     "StepExistsError": "s3loader.errors",
+    "StepInfo": "s3loader.checkpoint",
     "StoreConnectionError": "s3loader.errors",
     "StoreError": "s3loader.errors",
     "StoreOptions": "s3loader.store",
@@ -299,12 +387,23 @@ _HOME = {
     "UnsupportedStateError": "s3loader.errors",
     "Update": "s3loader.types",
     "WorkerError": "s3loader.errors",
+    "WriterProgress": "s3loader.exchange.writer_config",
     "build_index": "s3loader.shard.build",
+    "collate_fixed": "s3loader.loader",
+    "collate_ragged": "s3loader.loader",
     "create_shards": "s3loader.exchange.items",
+    "extract": "s3loader.shard.extract",
+    "from_manifest": "s3loader.loader",
+    "from_objects": "s3loader.loader",
+    "from_prefix": "s3loader.loader",
+    "from_webdataset": "s3loader.loader",
     "infer_id_from_key": "s3loader.exchange.keys",
+    "mix_datasets": "s3loader.loader",
     "normalize_key": "s3loader.exchange.keys",
+    "open_checkpoint": "s3loader.checkpoint",
     "open_dataset": "s3loader.loader",
     "open_store": "s3loader.store",
+    "register_decoder": "s3loader.loader",
     "resolve_template": "s3loader.exchange.keys",
 }
 
