@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Final
 
 import botocore.exceptions
+import botocore.loaders
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
@@ -46,9 +48,29 @@ def create_session(*, profile: str | None, key_id: str | None, secret: str | Non
     import boto3
 
     session = botocore.session.Session(profile=None if key_id else profile)
+    session.register_component("data_loader", _loader_of(session, os.path.dirname(boto3.__file__)))
     if key_id:
         session.set_credentials(key_id, secret, token)
     return boto3.Session(botocore_session=session)
+
+
+class _Loader(botocore.loaders.Loader):  # type: ignore[misc]  # botocore is untyped
+    """One for all sessions of the process: parsing the service models anew takes 60 ms for each."""
+
+    @property
+    def search_paths(self) -> list[str]:
+        return [*self._search_paths]  # a copy: every boto3 session appends to it
+
+
+_loaders: Final[dict[str, _Loader]] = {}
+
+
+def _loader_of(session: Any, boto3_folder: str) -> _Loader:
+    paths = session.get_config_variable("data_path") or ""
+    if paths not in _loaders:
+        own = [os.path.expandvars(os.path.expanduser(path)) for path in paths.split(os.pathsep) if path]
+        _loaders[paths] = _Loader(extra_search_paths=[*own, os.path.join(boto3_folder, "data")])
+    return _loaders[paths]
 
 
 def create_client(
