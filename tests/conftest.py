@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+
+from s3loader.store import open_store
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -21,3 +24,12 @@ def _no_ambient_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: p
     monkeypatch.setenv("AWS_CONFIG_FILE", str(nowhere))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nowhere))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def numbers_url(tmp_path: Path) -> str:
+    """A prefix with 50 objects; object i holds 8 bytes of value i."""
+    store = open_store(str(tmp_path))
+    for i in range(50):
+        store.put(f"data/{i:03d}", bytes([i]) * 8)
+    return f"file://{tmp_path}/data/"

@@ -14,22 +14,12 @@ import pytest
 
 from s3loader.errors import ConfigError
 from s3loader.loader import Loader, open_dataset
-from s3loader.store import open_store
 
 jax = pytest.importorskip("jax")
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402 - after the framework
 
 from s3loader.jax import S3JaxIterable  # noqa: E402 - after the framework
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """50 objects; object i holds 8 bytes of value i."""
-    store = open_store(str(tmp_path))
-    for i in range(50):
-        store.put(f"data/{i:03d}", bytes([i]) * 8)
-    return f"file://{tmp_path}/data/"
 
 
 def vector(data: memoryview) -> np.ndarray:
@@ -40,9 +30,9 @@ def numbers(batches: object) -> list[int]:
     return [int(row[0]) for batch in batches for row in np.asarray(batch)]  # type: ignore[attr-defined]
 
 
-def test_numpy_batches_in_the_loaders_own_order(url: str) -> None:
-    made = S3JaxIterable.from_prefix(url, batch_size=4, transform=vector, seed=5)
-    ours = Loader(open_dataset(url), batch_size=4, transform=vector, tail="drop", seed=5, collate="fixed")
+def test_numpy_batches_in_the_loaders_own_order(numbers_url: str) -> None:
+    made = S3JaxIterable.from_prefix(numbers_url, batch_size=4, transform=vector, seed=5)
+    ours = Loader(open_dataset(numbers_url), batch_size=4, transform=vector, tail="drop", seed=5, collate="fixed")
     assert len(made) == 12
     first = next(iter(made))
     assert isinstance(first, np.ndarray)
@@ -50,22 +40,22 @@ def test_numpy_batches_in_the_loaders_own_order(url: str) -> None:
     assert numbers(made) == numbers(ours)
 
 
-def test_state_counts_what_was_given_out_not_what_waits_on_the_devices(url: str) -> None:
+def test_state_counts_what_was_given_out_not_what_waits_on_the_devices(numbers_url: str) -> None:
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     options = {"batch_size": 4, "transform": vector, "seed": 3}
-    whole = numbers(S3JaxIterable(url, **options))
-    made = S3JaxIterable(url, sharding=sharding, device_prefetch=4, **options)
+    whole = numbers(S3JaxIterable(numbers_url, **options))
+    made = S3JaxIterable(numbers_url, sharding=sharding, device_prefetch=4, **options)
     batches = iter(made)
     seen = [next(batches) for _ in range(5)]
     assert all(isinstance(batch, jax.Array) and batch.sharding == sharding for batch in seen)
-    again = S3JaxIterable(url, batch_size=2, transform=vector, seed=3)
+    again = S3JaxIterable(numbers_url, batch_size=2, transform=vector, seed=3)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert numbers(seen) + numbers(again)[: 4 * 7] == whole
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_every_iteration_is_the_next_epoch(url: str) -> None:
-    made = S3JaxIterable(url, batch_size=5, transform=vector)
+def test_every_iteration_is_the_next_epoch(numbers_url: str) -> None:
+    made = S3JaxIterable(numbers_url, batch_size=5, transform=vector)
     first, second = numbers(made), numbers(made)
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
@@ -73,16 +63,16 @@ def test_every_iteration_is_the_next_epoch(url: str) -> None:
     assert numbers(made) == first
 
 
-def test_bad_input(url: str) -> None:
+def test_bad_input(numbers_url: str) -> None:
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     with pytest.raises(ConfigError, match="rank"):
-        S3JaxIterable(url, batch_size=1, sharding=sharding, rank=0)
+        S3JaxIterable(numbers_url, batch_size=1, sharding=sharding, rank=0)
     with pytest.raises(ConfigError, match="short"):
-        S3JaxIterable(url, batch_size=1, sharding=sharding, tail="short")
+        S3JaxIterable(numbers_url, batch_size=1, sharding=sharding, tail="short")
     with pytest.raises(ConfigError, match="device_prefetch"):
-        S3JaxIterable(url, batch_size=1, device_prefetch=0)
+        S3JaxIterable(numbers_url, batch_size=1, device_prefetch=0)
     with pytest.raises(ConfigError, match="batch_size"):
-        len(S3JaxIterable(url, batch_size=0))
+        len(S3JaxIterable(numbers_url, batch_size=0))
 
 
 CHILD = """
@@ -114,13 +104,13 @@ batches.close()
 """
 
 
-def test_two_processes_share_one_sequence(url: str, tmp_path: Path) -> None:
+def test_two_processes_share_one_sequence(numbers_url: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-c", CHILD, str(port)]
-    children = [subprocess.Popen([*command, str(rank), url, str(tmp_path)], env=env) for rank in range(2)]
+    children = [subprocess.Popen([*command, str(rank), numbers_url, str(tmp_path)], env=env) for rank in range(2)]
     try:
         assert [child.wait(timeout=120) for child in children] == [0, 0]
     finally:
@@ -135,7 +125,7 @@ def test_two_processes_share_one_sequence(url: str, tmp_path: Path) -> None:
     assert zero["given"] == zero["plain"]
     assert one["given"] == one["plain"]
     single = S3JaxIterable(
-        url,
+        numbers_url,
         batch_size=6,
         transform=vector,
         seed=9,

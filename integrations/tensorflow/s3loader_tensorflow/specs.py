@@ -21,7 +21,8 @@ def to_tensorflow(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(to_tensorflow(item) for item in value)
     if isinstance(value, Ragged):
-        return tf.RaggedTensor.from_row_splits(value.values, value.offsets, validate=False)
+        ragged: Any = tf.RaggedTensor  # its classmethods are invisible to type checkers
+        return ragged.from_row_splits(value.values, value.offsets, validate=False)
     if isinstance(value, list):
         return np.array([item if isinstance(item, str) else bytes(item) for item in value], dtype=object)
     return value
