@@ -187,6 +187,7 @@ class Saver:
 
     def _commit(self) -> SaveResult:
         attempt, plan = self._attempt, self._plan
+        self._upload.await_staging()
         if not self._publishes:
             return self._upload_part(None)
         try:

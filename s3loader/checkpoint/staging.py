@@ -18,6 +18,7 @@ from s3loader.checkpoint.dtypes import itemsize, nbytes
 from s3loader.checkpoint.hashing import crc64, joined_hash
 from s3loader.checkpoint.layout import data_id
 from s3loader.checkpoint.leaves import Piece
+from s3loader.checkpoint.memory import fresh_memory
 from s3loader.checkpoint.records import Chunk, FileRecord
 from s3loader.checkpoint.stformat import encode_header
 from s3loader.checksum import crc32c
@@ -54,7 +55,7 @@ class BufferPool:
                 self._changed.wait(0.2)
             else:
                 return None
-        return _fresh_buffer(self.size)
+        return fresh_memory(self.size)
 
     def release(self, buffer: memoryview) -> None:
         """Give a buffer back."""
@@ -72,11 +73,6 @@ class BufferPool:
         with self._changed:
             self._made -= len(self._free)
             self._free.clear()
-
-
-def _fresh_buffer(size: int) -> memoryview:
-    """Memory that is not there yet; numpy asks for huge pages, which are a quarter of the work to touch."""
-    return memoryview(_numpy().empty(size, "u1"))
 
 
 @dataclass(slots=True)

@@ -89,6 +89,10 @@ class Upload:
         keep the caller's thread from its copying."""
         self._wanted.set()
 
+    def await_staging(self) -> None:
+        """Return when sending is wanted, or all is in vain."""
+        self._wanted.wait()
+
     def cancel(self, reason: BaseException) -> None:
         """End the upload; whatever was sent is left to garbage collection."""
         self.fail(reason)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from s3loader.checkpoint.dtypes import nbytes
 from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
+from s3loader.checkpoint.memory import LARGE, fresh_memory
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
 __all__ = ["DTYPES", "FRAMEWORK", "SHARDED", "TORCH", "tensor_bytes", "torch_dtype"]
@@ -27,8 +27,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     }.items()
     if hasattr(torch, torch_name)
 }  # fmt: skip
-_HUGE: Final = 4 << 20
-_ALIGNMENT: Final = 64
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -103,14 +101,11 @@ class _Tensor:
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor that was never written to. Large ones take numpy's memory, which asks for huge pages: touching
-    it for the first time is a quarter of the work."""
+    """A tensor whose memory was never touched; large ones are on huge pages."""
     size = nbytes(dtype, shape)
-    if size < _HUGE:
+    if size < LARGE:
         return torch.empty(shape, dtype=torch_dtype(dtype))
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[skip : skip + size]).view(torch_dtype(dtype)).reshape(shape)
+    return torch.frombuffer(fresh_memory(size), dtype=torch.uint8).view(torch_dtype(dtype)).reshape(shape)
 
 
 TORCH: Final[LeafAdapter] = _Tensor()
