@@ -87,6 +87,7 @@ def test_fit_runs_and_resumes_exactly(numbers_url: str) -> None:
         made.compile(optimizer=tf.keras.optimizers.SGD(0.01), loss="mse")
         return made
 
+    options = {"batch_size": 5, "transform": sample, "tail": "drop"}
     straight = model()
     straight.fit(S3TFLoader(numbers_url, **options).dataset(), epochs=2, verbose=0, shuffle=False)
 
