@@ -307,13 +307,35 @@ def from_webdataset(
     return Dataset(store, parts, group=group, name=patterns[0] if patterns else "", index_dir=index_dir)
 
 
-def open_dataset(url: str | Iterable[str], *, group: Group = None, **options: Any) -> Dataset:
+def open_dataset(
+    url: str | Iterable[str],
+    *,
+    store: ObjectStore | None = None,
+    group: Group = None,
+    where: Filter | None = None,
+    index_dir: str | None = None,
+    **store_options: Any,
+) -> Dataset:
     """The dataset at a URL, by what it looks like: ``.jsonl`` is a manifest, ``.tar`` (with braces) are shards, a list is
-    objects, anything else a prefix."""
-    if not isinstance(url, str):
-        return from_objects(url, group=group, **options)
-    if is_manifest_key(url):
-        return from_manifest(url, group=group, **options)
-    if is_shard_key(expand_braces(url)[0]):
-        return from_webdataset(url, group=group, **options)
-    return from_prefix(url, group=group, **options)
+    objects, anything else a prefix.
+
+    Args:
+        url: Of the dataset; with `store`, keys of it.
+        store: An open store.
+        group: See `Group`.
+        where: Keep only samples whose manifest entry passes (manifests only).
+        index_dir: See `from_webdataset`.
+        store_options: For `open_store`, where no store is given.
+
+    Raises:
+        ConfigError: the URL or an option is unusable.
+        S3LoaderError: see the function for each kind, `from_manifest` and so on.
+    """
+    options: dict[str, Any] = {"store": store, "group": group, **store_options}
+    if isinstance(url, str) and is_manifest_key(url):
+        return from_manifest(url, where=where, index_dir=index_dir, **options)
+    if where is not None:
+        raise ConfigError("where= needs a manifest, whose entries it looks at", hint="write one over these objects")
+    if isinstance(url, str) and is_shard_key(expand_braces(url)[0]):
+        return from_webdataset(url, index_dir=index_dir, **options)
+    return from_prefix(url, **options) if isinstance(url, str) else from_objects(url, **options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from s3loader.errors import ConfigError
+from s3loader.loader import Dataset, open_dataset
 from s3loader.store.options import StoreOptions
 
-__all__ = ["connector_defaults", "connector_options"]
+__all__ = ["connector_defaults", "connector_options", "open_source"]
+
+_SOURCE: Final = ("group", "where", "store", "index_dir")
 
 _STORE: Final = (
     "engine", "endpoint_url", "region", "access_key_id", "secret_access_key", "session_token", "profile", "ca_bundle",
@@ -52,3 +56,18 @@ def _of_config(config: Any) -> dict[str, Any]:
 def connector_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """What its datasets do unless told otherwise: readers, in the order listed. ``enable_sharding`` is ours: on by default."""
     return {"return_type": "reader", "shuffle": "none", **options}
+
+
+def open_source(dataset: Dataset | str | Iterable[str], options: Mapping[str, Any]) -> tuple[Dataset, dict[str, Any]]:
+    """(the dataset itself, or the one at this URL; the options that were not for opening it).
+
+    Raises:
+        ConfigError: a dataset was given, and options for opening one.
+    """
+    store_options, rest = connector_options(options)
+    store_options |= {name: rest.pop(name) for name in _SOURCE if name in rest}
+    if not isinstance(dataset, Dataset):
+        return open_dataset(dataset, **store_options), rest
+    if store_options:
+        raise ConfigError(f"{', '.join(sorted(store_options))}: the dataset is open already", hint="give these to open_dataset")
+    return dataset, rest

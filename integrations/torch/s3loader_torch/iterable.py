@@ -21,10 +21,9 @@ from s3loader.loader import (
     from_objects,
     from_prefix,
     from_webdataset,
-    open_dataset,
 )
 from s3loader.plan import PlanState, Topology
-from s3loader_torch.compat import connector_defaults, connector_options
+from s3loader_torch.compat import connector_defaults, connector_options, open_source
 from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
 from s3loader_torch.topology import Ranks, current_topology
 
@@ -69,7 +68,7 @@ class S3IterableDataset(IterableDataset[Any]):
         mesh_dim: Name of that dimension.
         return_type: What raw bytes become: ``"tensor"``, ``"bytes"``, ``"reader"`` or ``"sample"``.
         enable_sharding: False gives every rank and worker all samples, as s3torchconnector does by default.
-        options: See `s3loader.LoaderOptions`.
+        options: See `s3loader.LoaderOptions`; with a URL also those of `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable.
@@ -89,7 +88,7 @@ class S3IterableDataset(IterableDataset[Any]):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+        self.source, options = open_source(dataset, options)
         self.batch_size = batch_size
         self.return_type: ReturnType = return_type
         self._ranks = Ranks(rank, world_size, device_mesh, mesh_dim)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
+from s3loader.errors import ConfigError
 from s3loader.loader import (
     Dataset,
     Decode,
@@ -16,9 +17,8 @@ from s3loader.loader import (
     from_objects,
     from_prefix,
     from_webdataset,
-    open_dataset,
 )
-from s3loader_torch.compat import connector_options
+from s3loader_torch.compat import connector_options, open_source
 from s3loader_torch.convert import ReturnType, to_return_type, to_tensors
 
 __all__ = ["S3MapDataset"]
@@ -35,6 +35,7 @@ class S3MapDataset(TorchDataset[Any]):
         transform: Called with each decoded sample.
         return_type: What raw bytes become; see `S3IterableDataset`.
         verify: Check the CRC32C of every member that has one.
+        options: With a URL, those of `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable.
@@ -48,8 +49,11 @@ class S3MapDataset(TorchDataset[Any]):
         transform: Callable[[Any], Any] | None = None,
         return_type: ReturnType = "tensor",
         verify: bool = True,
+        **options: Any,
     ) -> None:
-        self.source = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+        self.source, rest = open_source(dataset, options)
+        if rest:
+            raise ConfigError(f"unknown option: {', '.join(sorted(rest))}", hint="use decode, transform, return_type, verify")
         bucket = self.source.store.url.partition("://")[2].partition("/")[0]
         self._reader = SampleReader(
             self.source,
