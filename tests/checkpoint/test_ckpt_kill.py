@@ -24,6 +24,7 @@ from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions
 from s3loader.errors import FencedError, IncompleteCheckpointError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.base import Backend
+from s3loader.types import Capabilities
 
 OPTIONS = CheckpointOptions(part_size=2048, file_size=6000, concurrency=2, deadline=0.25, incremental=True)
 VERBS = [
@@ -97,7 +98,9 @@ def killed(
     def run() -> None:
         inner = open_store(store_path)
         killer: Any = Killer(inner.backend, nth, after)
-        manager = CheckpointManager(ObjectStore(inner.url, killer, options=inner.options), options=OPTIONS, **kwargs)
+        store: Any = ObjectStore(inner.url, killer, options=inner.options)
+        store.capabilities = lambda: Capabilities(True, True, True, True, True, True)  # probing has tests of its own
+        manager = CheckpointManager(store, options=OPTIONS, **kwargs)
         work(manager)
         manager.close()
 
@@ -115,13 +118,13 @@ def prepare(path: Path) -> None:
         (folder / "d-00000-000.safetensors").write_bytes(b"x" * 100)
 
 
-def check(path: Path, allowed: set[int], gone: set[int]) -> None:
-    """What must hold after any death."""
+def check(path: Path, allowed: set[int | None], must: set[int]) -> None:
+    """What must hold after any death: the newest step is one of `allowed`, and the steps `must` are there."""
     with CheckpointManager(path, options=OPTIONS) as manager:
         latest = manager.latest()
         assert latest in allowed
         steps = manager.steps()
-        assert set(range(10, 31, 10)) - gone >= set(steps) - {latest} - gone
+        assert must <= set(steps) <= {10, 20, 30}
         for step in steps:
             assert whole(manager, step), step
             assert manager.open(step).verify() == []
@@ -146,18 +149,23 @@ def save_and_retire(manager: CheckpointManager) -> None:
     manager.save(30, state(30)).result(30)
 
 
-WORKS: dict[str, tuple[Callable[[CheckpointManager], Any], set[int]]] = {
-    "save with retention": (save_and_retire, {20, 30}),
-    "replace": (lambda m: m.save(20, state(20), on_exists="replace").result(30), {20}),
-    "gc": (lambda m: m.gc(grace=0), {20}),
-    "delete the newest": (lambda m: m.delete(20), {10, 20}),
+WORKS: dict[str, tuple[Callable[[CheckpointManager], Any], set[int | None], set[int], int]] = {
+    "save with retention": (save_and_retire, {20, 30}, {20}, 20),
+    "first save of a run": (lambda m: m.save(10, state(10)).result(30), {None, 10}, set(), 14),
+    "replace": (lambda m: m.save(20, state(20), on_exists="replace").result(30), {20}, {10, 20}, 14),
+    "gc": (lambda m: m.gc(grace=0), {20}, {10, 20}, 12),
+    "delete the newest": (lambda m: m.delete(20), {10, 20}, {10}, 7),
 }
+"""What is done, which steps may be the newest afterwards, which must be there, and how many requests it takes at least."""
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_one_process(folder: Path, name: str) -> None:
-    work, allowed = WORKS[name]
-    prepare(folder / "base")
+    work, allowed, must, requests = WORKS[name]
+    if name == "first save of a run":
+        (folder / "base").mkdir()
+    else:
+        prepare(folder / "base")
     deaths = 0
     for nth in range(1, 200):
         codes = []
@@ -166,7 +174,7 @@ def test_one_process(folder: Path, name: str) -> None:
             shutil.copytree(folder / "base", path)
             pid = in_child(killed(path, nth, after, work))
             codes.append(os.waitpid(pid, 0)[1])
-            check(path, allowed, {10})
+            check(path, allowed, must)
             shutil.rmtree(path)
         if not any(codes):
             break
@@ -174,7 +182,7 @@ def test_one_process(folder: Path, name: str) -> None:
         deaths += 1
     else:
         pytest.fail("it never ends")
-    assert deaths >= {"gc": 8, "delete the newest": 5}.get(name, 14)
+    assert deaths >= requests
 
 
 def rank_work(manager: CheckpointManager, rank: int) -> None:
@@ -193,16 +201,16 @@ def rank_work(manager: CheckpointManager, rank: int) -> None:
 def test_three_processes(folder: Path, victim: int) -> None:
     prepare(folder / "base")
     deaths = 0
-    for nth in range(1, 100):
+    for nth in range(1, 100, 2):
         path = folder / str(nth)
         shutil.copytree(folder / "base", path)
         pids = []
         for rank in range(3):
             strike = nth if rank == victim else 0
             work = functools.partial(rank_work, rank=rank)
-            pids.append(in_child(killed(path, strike, bool(nth % 2), work, rank=rank, world_size=3, job="j")))
+            pids.append(in_child(killed(path, strike, nth % 3 == 0, work, rank=rank, world_size=3, job="j")))
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        check(path, {20, 30}, {10})
+        check(path, {20, 30}, {10, 20})
         assert all(code in (0, 7) for rank, code in enumerate(codes) if rank != victim), codes
         shutil.rmtree(path)
         if codes[victim] != -signal.SIGKILL:
@@ -210,4 +218,4 @@ def test_three_processes(folder: Path, victim: int) -> None:
         deaths += 1
     else:
         pytest.fail("it never ends")
-    assert deaths >= 6
+    assert deaths >= 5
