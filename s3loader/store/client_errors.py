@@ -1,11 +1,13 @@
 """What boto3 and obstore raise, as the tree of `s3loader.errors`.
 
 Errors that hold a server's answer go through `s3errors.from_status`; the rest are failures of the
-way there: no credentials, no connection, no time, no trust.
+way there: no credentials, no connection, no time, no trust. Where no connection came about, nothing was
+sent, and ``sent=False`` in the error's details says so: `settle` relies on it.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -24,7 +26,18 @@ from s3loader.errors import (
 )
 from s3loader.store.s3errors import Where, clean, from_response, from_status
 
-__all__ = ["from_botocore", "from_obstore"]
+__all__ = ["from_botocore", "from_obstore", "no_descriptor"]
+
+
+def no_descriptor(op: str, url: str) -> StoreConnectionError:
+    """The error for a process (EMFILE) or machine (ENFILE) that may open no further file or socket."""
+    return StoreConnectionError(
+        "no file descriptor is left for a connection",
+        op=op,
+        url=url,
+        hint="raise the limit (`ulimit -n`), lower concurrency, or look for what keeps files open",
+        sent=False,
+    )
 
 
 def from_botocore(error: Exception, where: Where) -> S3LoaderError:
@@ -59,6 +72,7 @@ def _from_client_error(response: Mapping[str, Any], where: Where) -> S3LoaderErr
 _UNREACHABLE: Final = "is the endpoint right, and is it running? check endpoint_url"
 _SLOW: Final = "the store is slow or silent: StoreOptions.read_timeout says how long to wait for its next bytes"
 _BROKE: Final = "is it http or https that the endpoint speaks, and does a proxy cut long connections?"
+_NO_FILES: Final = rf"\[Errno (?:{errno.EMFILE}|{errno.ENFILE})\]"
 _CA_HINT: Final = "give ca_bundle= (or AWS_CA_BUNDLE) a PEM file with the authority that signed the store's certificate"
 
 
@@ -68,8 +82,10 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
 
     name = type(error).__name__
 
-    def made(kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None) -> S3LoaderError:
-        return kind(clean(message), op=where.op, url=where.url, hint=hint, retryable=retryable)
+    def made(
+        kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None, **details: Any
+    ) -> S3LoaderError:
+        return kind(clean(message), op=where.op, url=where.url, hint=hint, retryable=retryable, **details)
 
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return made(CredentialsError, "no credentials were found", NO_CREDENTIALS_HINT)
@@ -80,17 +96,18 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
     ):
         return made(ConfigError, f"boto3 refuses the request: {error}")
     if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError, TimeoutError)):
-        connecting = isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError))
-        text = "no connection in time" if connecting else "no answer in time"
-        return made(StoreTimeoutError, text, _UNREACHABLE if connecting else _SLOW)
+        if isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError)):
+            return made(StoreTimeoutError, "no connection in time", _UNREACHABLE, sent=False)
+        return made(StoreTimeoutError, "no answer in time", _SLOW)
     if isinstance(error, (boto.SSLError, http.SSLError)) and "ertificate" in str(error):
-        return made(
-            StoreConnectionError, f"the store's certificate is not trusted: {_ssl_reason(error)}", _CA_HINT, retryable=False
-        )
+        text = f"the store's certificate is not trusted: {_ssl_reason(error)}"
+        return made(StoreConnectionError, text, _CA_HINT, retryable=False, sent=False)
     if isinstance(error, (boto.SSLError, http.SSLError)):
         return made(StoreConnectionError, f"TLS failed: {_ssl_reason(error)}", "is it https that the endpoint speaks?")
-    if isinstance(error, boto.EndpointConnectionError):
-        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
+    if isinstance(error, boto.EndpointConnectionError):  # nothing but connecting and the name's look-up raise it
+        if re.search(_NO_FILES, str(error.kwargs.get("error"))):
+            return no_descriptor(where.op, where.url)
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE, sent=False)
     if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead)):
         return made(TruncatedError, "the body ended early", retryable=True)
     if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError)):
@@ -110,6 +127,8 @@ def _ssl_reason(error: Exception) -> str:
 _OB_STATUS: Final = re.compile(r"^ +status: (\d{3}),$", re.MULTILINE)
 _OB_BODY: Final = re.compile(r'^ +body: Some\(\n +"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
 _OB_KIND: Final = re.compile(r"^ +kind: (\w+),$", re.MULTILINE)
+_OB_CONNECTING: Final = re.compile(r"hyper_util::client::legacy::Error\(\n +Connect,$", re.MULTILINE)
+_OB_NO_FILES: Final = re.compile(rf"^ +code: (?:{errno.EMFILE}|{errno.ENFILE}),$", re.MULTILINE)
 _KEY_HINTS: Final = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
@@ -139,8 +158,10 @@ def _unescape(text: str) -> str:
 
 
 def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderError:
-    def made(kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None) -> S3LoaderError:
-        return kind(message, op=where.op, url=where.url, hint=hint, retryable=retryable)
+    def made(
+        kind: type[S3LoaderError], message: str, hint: str | None = None, retryable: bool | None = None, **details: Any
+    ) -> S3LoaderError:
+        return kind(message, op=where.op, url=where.url, hint=hint, retryable=retryable, **details)
 
     name = type(error).__name__
     kinds = set(_OB_KIND.findall(debug))
@@ -157,11 +178,16 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
     if "inner: BareRedirect" in debug:
         return from_status(301, "PermanentRedirect", "", where)
     if "error: InvalidCertificate(" in debug:
-        return made(StoreConnectionError, "the store's certificate is not trusted", _CA_HINT, retryable=False)
+        return made(StoreConnectionError, "the store's certificate is not trusted", _CA_HINT, retryable=False, sent=False)
+    connecting = "Connect" in kinds or _OB_CONNECTING.search(debug) is not None
+    if "Timeout" in kinds and connecting:
+        return made(StoreTimeoutError, "no connection in time", _UNREACHABLE, sent=False)
     if "Timeout" in kinds:
         return made(StoreTimeoutError, "no answer in time", _SLOW)
-    if "Connect" in kinds:
-        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
+    if connecting and _OB_NO_FILES.search(debug):
+        return no_descriptor(where.op, where.url)
+    if connecting:
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE, sent=False)
     if "IncompleteBody" in debug:
         return made(TruncatedError, "the body ended early", retryable=True)
     if "source: NotPartial" in debug:

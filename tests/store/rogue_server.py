@@ -329,10 +329,33 @@ BAD: dict[str, Fault] = {
     "307": _status("307 Temporary Redirect", Location="http://127.0.0.1:1/"),
     "403": _status("403 Forbidden"),
     "403, clock skew": _status("403 Forbidden", Date="Thu, 01 Jan 1970 00:00:00 GMT"),
-    "500": _status("500 Internal Server Error"),
-    "503": _status("503 Slow Down", Retry_After="1"),
+    "501": _status("501 Not Implemented"),
     "204": _status("204 No Content"),
 }
+
+
+def _slow_down(body: bytes, length: int | None = None, *, keep: bool = True, **headers: str) -> Fault:
+    listed = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    if length is not None:
+        listed.append(("Content-Length", str(length)))
+    return _bytes(lambda reply: Reply("503 Slow Down", listed, body).raw(), keep=keep)
+
+
+SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Less</Message><RequestId>R1</RequestId></Error>"
+_CHUNKS = b"".join(b"%x;a=b\r\n%b\r\n" % (len(part), part) for part in (SLOW_DOWN[:50], SLOW_DOWN[50:]))
+BUSY: dict[str, tuple[Fault, str | None]] = {
+    "with its reason": (_slow_down(SLOW_DOWN, len(SLOW_DOWN), Retry_After="1"), "SlowDown"),
+    "in chunks": (_slow_down(_CHUNKS + b"0\r\n\r\n", Transfer_Encoding="chunked"), "SlowDown"),
+    "in chunks that break off": (_slow_down(_CHUNKS + b"5\r\nx", keep=False, Transfer_Encoding="chunked"), "SlowDown"),
+    "no body": (_slow_down(b"", 0), None),
+    "no length": (_slow_down(SLOW_DOWN, keep=False), None),
+    "cut off": (_slow_down(SLOW_DOWN, len(SLOW_DOWN) + 9, keep=False), "SlowDown"),
+    "endless": (_slow_down(b"<Error>" + b"x" * 100_000, 1 << 40, keep=False), None),
+    "more than it says": (_slow_down(SLOW_DOWN + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", len(SLOW_DOWN)), "SlowDown"),
+    "500": (_status("500 Internal Server Error"), None),
+    "429": (_status("429 Too Many Requests"), None),
+}
+"""Answers that ask for patience, and the code that is read from them."""
 BAD_READS: dict[str, Fault] = {
     "another range": _changed(_shift_range),
     "range of another object": _changed(lambda reply: reply.set("Content-Range", "bytes 0-3/4")),

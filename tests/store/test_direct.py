@@ -8,15 +8,15 @@ import os
 import random
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trustme
-from rogue_server import BAD, BAD_READS, GOOD, SLOW, Fault, Request, RogueServer, direct
+from rogue_server import BAD, BAD_READS, BUSY, GOOD, SLOW, Fault, Request, RogueServer, direct
 
 from s3loader import events
 from s3loader.checksum import crc32c_base64
-from s3loader.errors import ConfigError, ObjectNotFoundError
+from s3loader.errors import ConfigError, ObjectNotFoundError, S3LoaderError, ThrottledError, UnavailableError
 from s3loader.store.base import BulkBackend
 from s3loader.store.direct import DirectBackend
 from s3loader.types import ByteRange, PutRequest, ReadRequest
@@ -78,6 +78,37 @@ def test_wrong_answers_go_to_the_general_engine(server: RogueServer, how: str, s
         # bytes behind a body may be found only when its connection is used again
         assert general.asked == ["k"] or (name == "extra bytes" and not general.asked), name
         backend.close()
+
+
+@pytest.mark.parametrize("how", ["get", "into", "pump", "threads", "put", "part", "put pump", "put threads"])
+@pytest.mark.parametrize("name", BUSY)
+def test_who_asks_for_patience_is_not_asked_again_at_once(server: RogueServer, how: str, name: str) -> None:
+    """The error is there at once, by whatever framing it came, and the next request is not harmed."""
+    fault, code = BUSY[name]
+    backend, general = direct(server, read_timeout=0.5)
+    one = [ReadRequest("k", 100, 300)]  # what is under way beside a failure goes elsewhere
+    reads = {
+        "pump": lambda: list(backend.read_many(one, max_bytes=MIB, concurrency=2, driver="pump")),
+        "threads": lambda: list(backend.read_many(one, max_bytes=MIB, concurrency=2, driver="threads")),
+    }
+    calls = {
+        "put": lambda: backend.put("p", DATA),
+        "part": lambda: backend.upload_part("p", "id", 1, DATA),
+        "put pump": lambda: list(backend.put_many([PutRequest("p", DATA)], max_bytes=MIB, concurrency=2, driver="pump")),
+        "put threads": lambda: list(backend.put_many([PutRequest("p", DATA)], max_bytes=MIB, concurrency=2, driver="threads")),
+    }
+    call: Callable[[], object] = {**reads, **calls}.get(how, lambda: read(backend, how, SMALL))
+    server.fault = once(fault)  # type: ignore[assignment]
+    with pytest.raises((ThrottledError, UnavailableError)) as caught:
+        call()
+    error: S3LoaderError = caught.value
+    assert (error.code, error.retryable) == (code, True)
+    assert error.status in (429, 500, 503)
+    assert error.details.get("retry_after") == (1.0 if name == "with its reason" else None)
+    assert error.url == ("memory://rogue/p" if how in calls else "memory://rogue/k")
+    assert not general.asked
+    backend.get("k", 0, 10)
+    backend.close()
 
 
 @pytest.mark.parametrize("how", ["get", "into", "pump", "threads"])
@@ -392,8 +423,9 @@ def test_events(server: RogueServer) -> None:
         backend.get("k", 0, 10)
         list(backend.read_many([ReadRequest("k", 0, 5)], max_bytes=MIB, concurrency=1))
         backend.put("p", b"abc")
-        server.fault = once(BAD["503"])
-        backend.get("k", 0, 10)
+        server.fault = once(BUSY["with its reason"][0])
+        with pytest.raises(ThrottledError):
+            backend.get("k", 0, 10)
     finally:
         unsubscribe()
     backend.get("k")
@@ -405,7 +437,7 @@ def test_events(server: RogueServer) -> None:
         ("GET", 0, 503, "direct", "memory://rogue/k"),
     ]
     assert [e.error for e in seen[:3]] == [None] * 3
-    assert "not a success" in str(seen[3].error)
+    assert seen[3].error == "ThrottledError: Less"
     assert all(e.start <= (e.first_byte or e.end) <= e.end for e in seen)
     backend.close()
 

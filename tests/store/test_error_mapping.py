@@ -255,6 +255,23 @@ def test_nothing_listens(engine: Engine) -> None:
             call("img_404.jpg")
         assert caught.value.status is None
         assert "endpoint_url" in str(caught.value.hint)
+        assert caught.value.details["sent"] is False
+
+
+def test_a_host_that_lets_nobody_in_was_sent_nothing(engine: Engine) -> None:
+    """A full backlog drops what knocks: no connection in time."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            knock = stack.enter_context(socket.socket())
+            knock.setblocking(False)
+            knock.connect_ex(full.getsockname())
+        options = StoreOptions(connect_timeout=0.3, read_timeout=10)
+        store = engine("b-bucket", settings_for(f"http://127.0.0.1:{full.getsockname()[1]}"), options=options)
+        with pytest.raises(e.StoreTimeoutError, match="no connection in time") as caught:
+            store.put("k", b"x")
+        assert caught.value.details["sent"] is False
+        store.close()
 
 
 def test_nobody_answers(engine: Engine) -> None:
@@ -264,8 +281,9 @@ def test_nobody_answers(engine: Engine) -> None:
             settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"),
             options=StoreOptions(connect_timeout=2, read_timeout=0.3),
         )
-        with pytest.raises(e.StoreTimeoutError):
+        with pytest.raises(e.StoreTimeoutError) as caught:
             store.get("img_404.jpg")
+        assert "sent" not in caught.value.details
         store.close()
 
 

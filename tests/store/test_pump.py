@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from rogue_server import BAD, Fault, Reply, Request, RogueServer, direct
 
-from s3loader.errors import ObjectNotFoundError
+from s3loader.errors import ObjectNotFoundError, StoreConnectionError
 from s3loader.store.direct.connection import Connections
 from s3loader.store.direct.jobs import Job
 from s3loader.store.direct.pump import Pump
@@ -176,7 +177,7 @@ def test_an_error_of_the_requests_comes_after_the_answers_before_it(
 
 def test_the_general_engine_gets_no_more_at_once_than_there_may_be_connections(server: RogueServer) -> None:
     backend, general = direct(server)
-    server.fault = lambda request: BAD["503"]
+    server.fault = lambda request: BAD["301"]
     most = 0
     running: list[int] = []
     ask = general.get
@@ -294,3 +295,30 @@ def test_forgotten_backends_close_their_sockets(server: RogueServer) -> None:
 
     gc.collect()
     assert idle.sock.fileno() == -1
+
+
+@pytest.mark.parametrize(("driver", "left"), [("pump", 0), ("pump", 1), ("pump", 3), ("threads", 0)])
+def test_no_descriptor_left_is_a_typed_error(server: RogueServer, driver: str, left: int) -> None:
+    backend, _ = direct(server)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+        while True:
+            try:
+                taken.append(os.dup(0))
+            except OSError:
+                break
+        for _ in range(left):
+            os.close(taken.pop())
+        with pytest.raises(StoreConnectionError, match="no file descriptor") as caught:
+            list(backend.read_many([ReadRequest("k1")], max_bytes=MIB, concurrency=1, driver=driver))  # type: ignore[arg-type]
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "ulimit" in str(caught.value.hint)
+    assert caught.value.details["sent"] is False
+    [result] = backend.read_many([ReadRequest("k1")], max_bytes=MIB, concurrency=1)
+    assert bytes(result.data) == server.objects["k1"]
+    backend.close()

@@ -14,26 +14,21 @@ __all__ = ["Aside"]
 class Aside:
     """One thread per piece of work: there are few, and they take long.
 
-    Args:
-        watch: Is given the descriptor that becomes readable when a result is there, before the
-            first piece of work begins.
+    Raises:
+        OSError: there is no descriptor left.
     """
 
-    def __init__(self, watch: Callable[[int], object]) -> None:
-        self._watch = watch
-        self.fd = -1
+    def __init__(self) -> None:
+        self.fd, self._wake = os.pipe()
+        """`fd` becomes readable when a result is there."""
         self.busy = 0
         """Pieces of work whose result was not collected yet."""
-        self._wake = -1
         self._lock = threading.Lock()
         self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._closed = False
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `work` in a thread (it must not raise), later `then` with its result in `collect`."""
-        if self.fd < 0:
-            self.fd, self._wake = os.pipe()
-            self._watch(self.fd)
         self.busy += 1
         threading.Thread(target=self._work, args=(work, then), daemon=True, name="s3loader-aside").start()
 

@@ -11,6 +11,7 @@ from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.store.base import Backend, Driver, ReadResult
 from s3loader.store.buffers import BufferPool, shared_pool
+from s3loader.store.client_errors import no_descriptor
 from s3loader.store.direct.connection import Connections, perform
 from s3loader.store.direct.jobs import Job, Scratch, Setting
 from s3loader.store.direct.pump import Pump
@@ -39,7 +40,9 @@ class DirectBackend:
     """GET, PUT (overwrite) and UploadPart over plain HTTP/1.1; implements `Backend` and `BulkBackend`.
 
     Whatever it does not do, and every request whose answer is not exactly what was asked for, goes
-    to `general`, which owns retries and errors. Safe to use from several threads and after fork.
+    to `general`, which makes the errors; but an answer that asks for patience (429, 5xx) is an error at
+    once, so that nobody asks again before the retries have waited. Safe to use from several threads and
+    after fork.
 
     Args:
         endpoint: The bucket.
@@ -166,7 +169,10 @@ class DirectBackend:
 
     def _run(self, jobs: Iterator[Job], max_bytes: int, concurrency: int, driver: Driver) -> Iterator[Any]:
         kind = Threads if driver == "threads" else Pump
-        done = kind(jobs, self._connections, max_bytes=max_bytes, concurrency=concurrency).run()
+        try:
+            done = kind(jobs, self._connections, max_bytes=max_bytes, concurrency=concurrency).run()
+        except OSError as error:
+            raise no_descriptor("run many requests at", self.url) from error
         try:
             for job in done:
                 yield job.result if job.error is None else job.error

@@ -67,6 +67,8 @@ class Head:
     """``x-amz-checksum-crc32c``."""
     version_id: str | None = None
     keep_alive = True
+    chunked = False
+    """The body comes in chunks: only with a status of 400 or above is that taken."""
 
     def __init__(self, raw: bytes, status: int) -> None:
         self.raw = raw
@@ -137,8 +139,10 @@ def parse_head(raw: bytes) -> Head:
             head.checksum = _text(value)
         else:
             head.version_id = _text(value)
-    if head.length < 0:
+    if head.length < 0 and not head.chunked:
         raise OddAnswer("no Content-Length", status)
+    if head.chunked and head.length >= 0:
+        raise OddAnswer("Content-Length and Transfer-Encoding", status)
     return head
 
 
@@ -165,6 +169,9 @@ def _read_other(head: Head, role: int, line: bytes, value: bytes) -> None:
     if _CONTROL.search(value):
         raise OddAnswer("stray control characters", head.status)
     if role == _FORBIDDEN:
+        if head.status >= 400 and line.lower().split(b":")[0] == b"transfer-encoding" and value.strip().lower() == b"chunked":
+            head.chunked = True
+            return
         raise OddAnswer("Transfer-Encoding or Upgrade", head.status)
     if role == _CONNECTION_NAME:
         tokens = {token.strip(b" \t").lower() for token in value.split(b",")}

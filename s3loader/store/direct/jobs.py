@@ -6,6 +6,7 @@ A driver (the pump, a background thread, a single blocking call) sends `wire()`,
 
 from __future__ import annotations
 
+import errno
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,10 +15,15 @@ from typing import Any, Final, TypeAlias
 
 from s3loader import events
 from s3loader.endpoint import Endpoint
+from s3loader.errors import S3LoaderError
 from s3loader.store.base import Backend
 from s3loader.store.buffers import BufferPool
+from s3loader.store.client_errors import no_descriptor
 from s3loader.store.direct.head import MAX_HEAD, Head, OddAnswer, parse_head
+from s3loader.store.direct.refusal import asks_for_patience, is_complete, refusal, room_for
 from s3loader.store.direct.signer import Signer
+from s3loader.store.s3errors import Where
+from s3loader.store.threads import current_attempt
 from s3loader.types import Buffer
 from s3loader.units import KIB
 
@@ -36,6 +42,8 @@ _DOUBT: Final = 256
 _RETRY_EVERY: Final = 64
 _PLAIN_ANSWERS: Final = (404, 412, 416)
 """Errors that are the request's own, and say nothing against the way it went."""
+_BUSY: Final = (429, 503)
+"""Errors that say nothing against it either: whoever asks, the store has too much to do."""
 
 
 class Scratch:
@@ -105,8 +113,8 @@ class Job(ABC):
         self._trust = trust
         self.cost = cost
         """Bytes it takes of the driver's bound; corrected when the answer's head has come."""
-        self.direct = direct and (not trust.refusals or trust.try_direct())
-        """Whether this engine is to send it."""
+        self.direct = direct and (not trust.refusals or (current_attempt() == 1 and trust.try_direct()))
+        """Whether this engine is to send it. A second try of what failed here goes the general way."""
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -140,6 +148,8 @@ class Job(ABC):
         """
         self.at += count
         if self.head is not None:
+            if self.head.status >= 400:
+                return self._go_on_refused(self.head)
             if self.at < len(self._view):
                 return False
             return self._finish()
@@ -151,8 +161,10 @@ class Job(ABC):
             return False
         stop += 4
         head = parse_head(bytes(self._view[self._origin : stop]))
-        self._check(head)
         have = self.at - stop
+        if head.status >= 400:
+            return self._begin_refused(head, stop, have)
+        self._check(head)
         if have > head.length:
             raise OddAnswer("more bytes than Content-Length says", head.status)
         self.head = head
@@ -174,11 +186,22 @@ class Job(ABC):
         return self.head is None and self.at == self._origin
 
     def refuse(self, reason: BaseException) -> None:
-        """The direct attempt failed; `ask_general` comes next."""
+        """The direct attempt failed; `ask_general` comes next, unless the job is done now: where the
+        store asks for patience, and where a lack of descriptors stops every engine."""
         status = reason.status if isinstance(reason, OddAnswer) else None
+        if self.head is not None and self.head.status >= 400:  # the end of its body never came
+            self._refused(self.head)
+            return
+        if status is not None and asks_for_patience(status):
+            self._end_refused(refusal(status, None, b"", self._asked()), status)
+            return
+        if isinstance(reason, OSError) and reason.errno in (errno.EMFILE, errno.ENFILE):
+            asked = self._asked()
+            self._end_refused(no_descriptor(asked.op, asked.url), None)
+            return
         if status not in _PLAIN_ANSWERS:
             self._trust.refusals += 1
-        _log.debug("%s %s goes to the general engine: %s (%s)", self.op, self._where(), reason, status)
+        _log.debug("%s %s goes to the general engine: %s (%s)", self.op, self._asked().url, reason, status)
         if self._started:
             self._emit(0, status, f"{type(reason).__name__}: {reason}")
 
@@ -188,7 +211,9 @@ class Job(ABC):
         self.done = True
 
     def ask_general(self) -> None:
-        """Let the general engine do it, in this thread; never raises."""
+        """Let the general engine do it, in this thread, unless it is done; never raises."""
+        if self.done:
+            return
         try:
             self.result = self._ask(self._setting.general)
         except BaseException as error:  # noqa: BLE001 - it is the caller's, and is raised at this job's place
@@ -213,7 +238,38 @@ class Job(ABC):
     def _ask(self, general: Backend) -> Any: ...
 
     @abstractmethod
-    def _where(self) -> str: ...
+    def _asked(self) -> Where:
+        """What errors say was asked."""
+
+    # -- answers that ask for patience -----------------------------------------------------------
+
+    def _begin_refused(self, head: Head, stop: int, have: int) -> bool:
+        if not asks_for_patience(head.status):
+            raise OddAnswer("not a success", head.status)
+        room = room_for(head)
+        if have > room:
+            head.keep_alive = False
+            have = room
+        view = memoryview(bytearray(room))
+        view[:have] = self._view[stop : stop + have]
+        self._view, self.at, self.head = view, have, head
+        return self._go_on_refused(head)
+
+    def _go_on_refused(self, head: Head) -> bool:
+        if self.at < len(self._view) and not is_complete(head, self._view[: self.at]):
+            return False
+        self._refused(head)
+        return True
+
+    def _refused(self, head: Head) -> None:
+        self._end_refused(refusal(head.status, head, bytes(self._view[: self.at]), self._asked()), head.status)
+
+    def _end_refused(self, error: S3LoaderError, status: int | None) -> None:
+        if status not in _BUSY:
+            self._trust.refusals += 1
+        if self._started:
+            self._emit(0, status, f"{type(error).__name__}: {error.message}")
+        self.fail(error)
 
     # -- shared ----------------------------------------------------------------------------------
 
@@ -230,7 +286,18 @@ class Job(ABC):
         now = events.now()
         first = self._first_byte if self.head is not None else None
         events.emit(
-            events.OpEvent(self.op, self._where(), size, self._started, now, first, engine="direct", status=status, error=error)
+            events.OpEvent(
+                self.op,
+                self._asked().url,
+                size,
+                self._started,
+                now,
+                first,
+                engine="direct",
+                attempt=current_attempt(),
+                status=status,
+                error=error,
+            )
         )
 
 

@@ -43,6 +43,9 @@ class Pump:
         max_bytes: Bound on the cost of all jobs that are under way or not yet taken; a single job
             above it runs alone.
         concurrency: Most connections.
+
+    Raises:
+        OSError: there is no descriptor left for what it needs itself.
     """
 
     def __init__(self, jobs: Iterator[Job], connections: Connections, *, max_bytes: int, concurrency: int) -> None:
@@ -60,7 +63,8 @@ class Pump:
         """Their objects turned out larger than thought, by so many bytes, for which there is no room
         yet: nothing is received until there is."""
         self._poller: Any = select.epoll() if _EPOLL else select.poll()
-        self._aside = Aside(lambda fd: self._poller.register(fd, _IN))
+        self._aside = Aside()
+        self._poller.register(self._aside.fd, _IN)
         self._now = self._looked = self._checked = time.monotonic()
 
     def run(self) -> Generator[Job, None, None]:
@@ -137,7 +141,8 @@ class Pump:
             self._ask_general(job)
 
     def _ask_general(self, job: Job) -> None:
-        self._aside.run(job.ask_general, lambda _: None)
+        if not job.done:
+            self._aside.run(job.ask_general, lambda _: None)
 
     def _send(self, connection: Connection, job: Job) -> None:
         connection.job = job

@@ -7,6 +7,7 @@ from typing import Final
 from s3loader.store.base import Backend, ReadResult
 from s3loader.store.direct.head import Head, OddAnswer, check_read
 from s3loader.store.direct.jobs import SMALL, Job, Scratch, Setting, Wire, harmless
+from s3loader.store.s3errors import Where
 from s3loader.types import ObjectMeta, ReadRequest
 from s3loader.units import KIB, MIB
 
@@ -142,8 +143,9 @@ class ReadJob(Job):
         self._meta = meta
         return ReadResult(request, data if request.into is None else request.into, meta.etag, meta.size)
 
-    def _where(self) -> str:
-        return f"{self._setting.general.url}/{self.request.key}"
+    def _asked(self) -> Where:
+        verb = "get" if self._into is None else "read"
+        return Where(verb, f"{self._setting.general.url}/{self.request.key}", "read")
 
 
 def _quoted(etag: str) -> str:

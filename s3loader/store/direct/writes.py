@@ -8,6 +8,7 @@ from s3loader.checksum import crc32c_base64
 from s3loader.store.base import Backend
 from s3loader.store.direct.head import Head, OddAnswer
 from s3loader.store.direct.jobs import SMALL, Job, Setting, Wire, harmless
+from s3loader.store.s3errors import Where
 from s3loader.types import Buffer, PartResult, PutRequest, PutResult
 
 __all__ = ["PartJob", "PutJob"]
@@ -19,6 +20,7 @@ class PutJob(Job):
     __slots__ = ("_checksum", "_data", "request")
 
     op = "PUT"
+    verb = "put"
 
     def __init__(self, setting: Setting, request: PutRequest) -> None:
         self._data = memoryview(request.data).cast("B")
@@ -68,8 +70,8 @@ class PutJob(Job):
         request = self.request
         return general.put(request.key, request.data, mode=request.mode, content_type=request.content_type)
 
-    def _where(self) -> str:
-        return f"{self._setting.general.url}/{self.request.key}"
+    def _asked(self) -> Where:
+        return Where(self.verb, f"{self._setting.general.url}/{self.request.key}")
 
 
 class PartJob(PutJob):
@@ -78,6 +80,7 @@ class PartJob(PutJob):
     __slots__ = ("_number", "_upload_id")
 
     op = "PUTPART"
+    verb = "upload part"
 
     def __init__(self, setting: Setting, key: str, upload_id: str, number: int, data: Buffer) -> None:
         super().__init__(setting, PutRequest(key, data))
