@@ -131,22 +131,30 @@ class S3DataLoader(DataLoader[Any]):
 
     def _deliveries(self) -> Iterator[Delivery]:
         batches = super().__iter__()
-        while True:
-            try:
-                delivery = next(batches, None)
-            except S3LoaderError:
+        try:
+            while True:
+                delivery = self._next(batches)
+                if delivery is None:
+                    return
+                yield delivery
+        finally:
+            if self.num_workers and not self.persistent_workers:
+                _stop_workers(batches)  # now, and not whenever the garbage collector comes by
+
+    def _next(self, batches: Any) -> Delivery | None:
+        try:
+            delivery: Delivery | None = next(batches, None)
+        except S3LoaderError:
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker that dies while it hands over a tensor shows as a broken connection.
+            if not self.num_workers or (isinstance(error, RuntimeError) and "worker" not in str(error)):
                 raise
-            except (RuntimeError, OSError, EOFError) as error:
-                # A worker that dies while it hands over a tensor shows as a broken connection.
-                if not self.num_workers or (isinstance(error, RuntimeError) and "worker" not in str(error)):
-                    raise
-                _stop_workers(batches)
-                raise WorkerError(
-                    f"a worker process died: {error}", hint="its own message may stand above; resume from the last state"
-                ) from error
-            if delivery is None:
-                return
-            yield delivery
+            _stop_workers(batches)
+            raise WorkerError(
+                f"a worker process died: {error}", hint="its own message may stand above; resume from the last state"
+            ) from error
+        return delivery
 
     @property
     def stats(self) -> LoaderStats:
