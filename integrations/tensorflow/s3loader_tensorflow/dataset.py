@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from s3loader.errors import ConfigError, PlanError
-from s3loader.loader import Dataset, Loader, LoaderStats, open_dataset
+from s3loader.loader import Batch, Dataset, Loader, LoaderStats, open_dataset
 from s3loader_tensorflow.specs import spec_of, to_tensorflow
 
 __all__ = ["S3TFLoader", "make_tf_dataset"]
@@ -51,6 +51,8 @@ class S3TFLoader:
         options.setdefault("collate", _collate)
         self.loader = Loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size, **options)
         self._signature = output_signature
+        self._complete = 0
+        """How many of `_given` belong to passes that came to their end."""
         self._given: list[tuple[int, int]] = []
         """(epoch, positions consumed) behind each batch handed to tf.data since the state began."""
         self._base = self._position()
@@ -113,8 +115,12 @@ class S3TFLoader:
         return made.prefetch(tf.data.AUTOTUNE)
 
     def _batches(self) -> Iterator[Any]:
-        for batch in self.loader.iter_batches():
-            self._given.append((batch.epoch, batch.consumed))
+        # A pass that was dropped half-way counts for nothing: Keras looks at one batch before it trains on any.
+        mine = self._given = self._given[: self._complete]
+        for batch, last in _with_end(self.loader.iter_batches()):
+            mine.append((batch.epoch, batch.consumed))
+            if last and mine is self._given:
+                self._complete = len(mine)
             yield to_tensorflow(batch.data)
 
     def __len__(self) -> int:
@@ -124,7 +130,7 @@ class S3TFLoader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         self.loader.set_epoch(epoch)
-        self._given, self._base = [], self._position()
+        self._given, self._complete, self._base = [], 0, self._position()
 
     def state_dict(self, batches: int) -> dict[str, Any]:
         """Where the sequence stands after `batches` batches, counted since this loader was made, loaded or given an epoch.
@@ -144,7 +150,24 @@ class S3TFLoader:
             StateMismatchError: the state belongs to other data, seed or options.
         """
         self.loader.load_state_dict(state, allow_changed=allow_changed)
-        self._given, self._base = [], self._position()
+        self._given, self._complete, self._base = [], 0, self._position()
+
+
+def _with_end(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last. Looks one batch ahead: who knows the length never asks for what comes after
+    the last batch, and with it the pass must be over. An error still comes in its place."""
+    batch = next(batches, None)
+    while batch is not None:
+        failure: Exception | None = None
+        coming: Batch | None = None
+        try:
+            coming = next(batches, None)
+        except Exception as error:  # noqa: BLE001 - raised below, after the batch before it
+            failure = error
+        yield batch, coming is None and failure is None
+        if failure is not None:
+            raise failure
+        batch = coming
 
 
 def make_tf_dataset(
