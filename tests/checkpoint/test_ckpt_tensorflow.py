@@ -68,6 +68,34 @@ for a, b in zip(straight.get_weights() + [np.asarray(v) for v in straight.optimi
 with CheckpointManager(folder / "keras") as manager:
     assert manager.latest() is None
 
+# the same over our own loader, whatever batch the last backup was at: in the middle of an epoch, at its end, per epoch
+from s3loader.store import open_store
+from s3loader.tensorflow import S3TFLoader
+with open_store(folder / "data") as store:
+    for i, row in enumerate(np.hstack([x, y])):
+        store.put(f"{i:03d}.bin", row.tobytes())
+
+def loader():
+    rows = lambda data: (np.frombuffer(data, np.float32)[:4], np.frombuffer(data, np.float32)[4:])
+    return S3TFLoader((folder / "data").as_uri() + "/", batch_size=8, seed=3, tail="drop", transform=rows)
+
+straight = begin()
+straight.fit(loader().dataset(), epochs=3, verbose=0, shuffle=False)
+for every, stop, at in ((4, 9, (1, 2, 8)), (6, 13, (2, 0, 12)), ("epoch", 11, (1, 0, 6))):
+    for resumed in (False, True):
+        model, source = begin(), loader()
+        with_backup = S3BackupAndRestore(folder / f"loader-{every}", save_freq=every, loader=source)
+        assert with_backup.restore(model) == resumed
+        if resumed:
+            assert (with_backup.epoch, with_backup.batch, with_backup.step) == at
+        try:
+            with_backup.fit(model, 3, verbose=0, callbacks=[] if resumed else [StopAt(stop)])
+            assert resumed
+        except Stop:
+            assert not resumed
+        with_backup.close()
+    assert all(np.array_equal(a, b) for a, b in zip(straight.get_weights(), model.get_weights())), every
+
 # tf.Module, variables, tensors, generators, constants
 class Module(tf.Module):
     def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
@@ -19,7 +20,7 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
 
         backup = S3BackupAndRestore("s3://bucket/run", loader=loader, save_freq=100)
         backup.restore(model)
-        model.fit(loader.dataset(known_length=False), initial_epoch=backup.epoch, epochs=10, callbacks=[backup])
+        backup.fit(model, epochs=10)
 
     Weights, optimizer, the loader's position and the counters go into one commit. An error of a background save is raised
     by the next one, or at the end of training.
@@ -65,6 +66,8 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
         self._given = 0
         self._since = 0
         self._last = -1
+        self._partial = False
+        self._steps: int | None = None
         self._handle: SaveHandle | None = None
 
     def restore(self, model: Any) -> bool:
@@ -85,6 +88,38 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
             if self.batch == 0:
                 self._loader.set_epoch(self.epoch)
         return True
+
+    def fit(self, model: Any, epochs: int, *, callbacks: Sequence[Any] = (), **options: Any) -> Any:
+        """``model.fit`` on the loader's dataset, from where `restore` has put it, up to `epochs`; returns the last history.
+
+        The rest of an epoch gets a ``fit`` of its own, since Keras cuts all epochs to the length of the first.
+
+        Args:
+            model: The model that was restored.
+            epochs: The epoch to end with, as in ``fit``.
+            callbacks: More of them.
+            options: Passed on to ``fit``.
+
+        Raises:
+            ConfigError: there is no loader.
+        """
+        if self._loader is None:
+            raise ConfigError("fit needs the loader", hint="S3BackupAndRestore(..., loader=...)")
+        history: Any = None
+        while self.epoch < epochs:
+            self._partial = bool(self.batch) and self.epoch + 1 < epochs
+            until = self.epoch + 1 if self._partial else epochs
+            both = [self, *callbacks]
+            history = model.fit(
+                self._loader.dataset(), initial_epoch=self.epoch, epochs=until, shuffle=False, callbacks=both, **options
+            )
+        return history
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Keras calls this."""
+        params: Any = self.params
+        steps = params.get("steps")
+        self._steps = self.batch + steps if steps else None
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Keras calls this (once for several batches where ``steps_per_execution`` is more than one)."""
@@ -116,7 +151,8 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
         if self._handle is not None and not self._handle.done:
             self._handle.result()  # one at a time: training waits for a store that is slower than it
         loader = self._loader.state_dict(self._given) if self._loader is not None else None
-        position = {"epoch": self.epoch, "batch": self.batch, "step": self.step}
+        over = self._steps is not None and self.batch >= self._steps
+        position = {"epoch": self.epoch + over, "batch": 0 if over else self.batch, "step": self.step}
         model: Any = self.model
         items = {"model": model, "optimizer": model.optimizer, "loader": loader, "position": position}
         self._handle = self.manager.save(self.step, items, on_exists="replace")
@@ -124,8 +160,11 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
     def on_train_end(self, logs: Any = None) -> None:
         """Keras calls this: wait for the last backup."""
         self.manager.wait()
-        if self._delete:
+        if self._delete and not self._partial:
             for step in self.manager.steps():
                 self.manager.delete(step)
+
+    def close(self) -> None:
+        """Wait for the last backup and let go of the store."""
         if self._own:
             self.manager.close()
