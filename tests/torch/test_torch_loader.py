@@ -1,6 +1,7 @@
 """Real DataLoader processes: every start method, exact resume with other workers, errors that arrive whole."""
 
 import os
+import traceback
 
 import numpy as np
 import pytest
@@ -175,8 +176,9 @@ def test_a_transform_that_raises_reaches_the_consumer_with_its_place(url, worker
     assert state["consumed"] == len(got)
     # a plain DataLoader keeps type and text
     dataset = S3IterableDataset(url, batch_size=16, transform=fail_on_77)
-    with pytest.raises(SampleError, match=r"s00077\.bin"):
+    with pytest.raises(SampleError, match=r"s00077\.bin") as caught:
         list(DataLoader(dataset, batch_size=None, num_workers=workers))
+    traceback.clear_frames(caught.tb)  # torch's iterator ends its workers slowly if the garbage collector finds it
 
 
 def test_bad_samples_skipped_or_replaced_are_listed(url):
