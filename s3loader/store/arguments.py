@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import ConfigError, IntegrityError
 from s3loader.types import Buffer, PutMode, Update
 
-__all__ = ["check_crc32c", "checked_key", "checked_mode", "readable", "refuse_str", "writable"]
+__all__ = ["check_attributes", "check_crc32c", "checked_key", "checked_mode", "readable", "refuse_str", "writable"]
 
 
 def checked_key(key: str) -> str:
     """`key`, if it can be one.
 
     Raises:
-        ConfigError: it is not a non-empty str.
+        ConfigError: it is not a non-empty str that has bytes (those of `os.fsdecode` are fine).
     """
     if not isinstance(key, str) or not key:
         raise ConfigError(f"not a key: {key!r}", hint="a key is a non-empty str, relative to the store's URL")
+    if not key.isascii():
+        try:
+            key.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"not a key: {key!r}", hint="it holds half of a surrogate pair: decode it right first") from error
     return key
+
+
+def check_attributes(content_type: str | None, metadata: Mapping[str, str] | None, *, headers: bool) -> None:
+    """Whether a store can keep these and give them back.
+
+    Args:
+        headers: They travel as HTTP headers, so must be ASCII: some clients write others, then cannot read the object.
+
+    Raises:
+        ConfigError: one is no str, or has characters that it cannot have.
+    """
+    found: list[Any] = [] if content_type is None else [content_type]
+    if metadata:
+        found += [*metadata, *metadata.values()]
+    for text in found:
+        if not isinstance(text, str):
+            raise ConfigError(f"metadata and content_type are str, not {text!r}", hint="write numbers as text")
+        if any(c < " " or c == "\x7f" for c in text):
+            raise ConfigError(f"metadata or content_type with a control character: {text!r}", hint="leave it out, or quote it")
+        if headers and not text.isascii():
+            raise ConfigError(f"metadata or content_type that is not ASCII: {text!r}", hint="quote it (urllib.parse.quote)")
 
 
 def checked_mode(mode: PutMode) -> PutMode:

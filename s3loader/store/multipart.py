@@ -76,6 +76,7 @@ class MultipartWriter:
         self._sent = 0
         self._size = 0
         self._fill = 0
+        self._reserved = 0
         self._buffer: memoryview | None = None
         self._slots = threading.Semaphore(max_in_flight)
         self._crew: Crew | None = None
@@ -110,12 +111,15 @@ class MultipartWriter:
         if self._buffer is None:
             part_size = part_size_of(self._sent + 1, self._first_size)
             self._buffer = shared_pool().lease(part_size)[:part_size]
-        return self._buffer[self._fill : self._fill + size]
+        room = self._buffer[self._fill : self._fill + size]
+        self._reserved = len(room)
+        return room
 
     def commit(self, size: int) -> None:
         """The first `size` bytes of what `reserve` gave are data now."""
-        if self._buffer is None or not 0 <= size <= len(self._buffer) - self._fill:
+        if self._buffer is None or not 0 <= size <= self._reserved:
             raise ConfigError(f"cannot commit {size} bytes that were not reserved")
+        self._reserved = 0
         self._fill += size
         self._size += size
         if self._fill == len(self._buffer):

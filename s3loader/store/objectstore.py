@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
 from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
-from s3loader.store.arguments import checked_key, checked_mode, readable, refuse_str, writable
+from s3loader.store.arguments import check_attributes, checked_key, checked_mode, readable, refuse_str, writable
 from s3loader.store.base import Backend
 from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
@@ -255,6 +255,7 @@ class ObjectStore(BulkVerbs):
         from s3loader.store.upload import put_file
 
         checked_mode(mode)
+        self._check_attributes(content_type, metadata)
         if isinstance(data, (str, os.PathLike)):
             if isinstance(data, str):
                 raise ConfigError("data is a str", hint="encode text, or pass pathlib.Path(...) to upload a file")
@@ -291,6 +292,7 @@ class ObjectStore(BulkVerbs):
             part_size: Bytes of a part (S3 wants at least 5 MiB); default `StoreOptions.part_size`.
             max_in_flight: Parts uploaded at a time; memory is one part more.
         """
+        self._check_attributes(content_type, metadata)
         return MultipartWriter(
             self.backend,
             checked_key(key),
@@ -311,7 +313,12 @@ class ObjectStore(BulkVerbs):
         failures: builtins.list[DeleteFailure] = []
         batch: builtins.list[str] = []
         for key in keys:
-            batch.append(checked_key(key))
+            try:
+                batch.append(checked_key(key))
+            except ConfigError as error:
+                if not isinstance(key, str) or not key:
+                    raise
+                failures.append(DeleteFailure(key, error))
             if len(batch) == _DELETE_BATCH:
                 failures += self.backend.delete_many(batch)
                 batch = []
@@ -373,6 +380,10 @@ class ObjectStore(BulkVerbs):
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r}, engine={self.engine!r})"
+
+    def _check_attributes(self, content_type: str | None, metadata: Mapping[str, str] | None) -> None:
+        if content_type is not None or metadata:
+            check_attributes(content_type, metadata, headers=self._backend.engine not in ("file", "memory"))
 
     def _at(self, key: str) -> str:
         return f"{self.url.rstrip('/')}/{key}"
