@@ -279,9 +279,9 @@ def test_an_iterator_left_while_the_server_is_silent(through: Open) -> None:
     store, _, plain = through(rule, read_timeout=600, connect_timeout=600)
     plain.put("silent", DATA)
     before = set(threading.enumerate())
-    requests = [ReadRequest("k" if i < 2 else "silent", 0, len(DATA)) for i in range(30)]
+    requests = [ReadRequest("k", 0, len(DATA)), *(ReadRequest("silent", 0, len(DATA)) for _ in range(30))]
     results = store.read_many(requests, max_bytes=4 * len(DATA), concurrency=4, driver="threads")
-    next(results)
+    assert bytes(in_time(lambda: next(results)).data) == DATA
     assert rule.reached.wait(30)
     in_time(results.close)  # type: ignore[attr-defined]
     in_time(store.close)

@@ -185,6 +185,7 @@ class BulkTests(Base):
             threads = threading.active_count()
             for _ in range(6):
                 self._abandon(store, keys, driver)
+            gc.collect()
             assert wait_until(partial(_at_most, threading.active_count, threads)), threading.enumerate()
             assert wait_until(partial(_at_most, open_sockets, sockets + 4)), f"{sockets} sockets became {open_sockets()}"
             assert store.get(keys[0]) == value(0)
@@ -194,7 +195,6 @@ class BulkTests(Base):
         results = store.get_many(keys * 20, max_bytes=8 * SIZE, concurrency=4, driver=driver)
         next(results)
         del results
-        gc.collect()
 
     def test_put_many_in_order_and_its_error(self, store: ObjectStore) -> None:
         self._fill(store, 10)
