@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import time
 import uuid
@@ -14,8 +15,9 @@ from typing import Any
 import click
 
 from s3loader.cli.output import json_option, print_json
-from s3loader.errors import S3LoaderError
+from s3loader.errors import BucketNotFoundError, S3LoaderError
 from s3loader.store import ObjectStore, open_store
+from s3loader.types import ObjectURL
 from s3loader.units import MIB, format_duration, format_rate
 
 __all__ = ["doctor"]
@@ -56,6 +58,9 @@ def doctor(url: str, as_json: bool) -> None:
 
     Writes a few objects under a name of its own below URL, and removes them.
     """
+    where = ObjectURL.parse(url)
+    if where.scheme == "file" and not os.path.isdir(where.key):  # a store would make it, and hide the typing mistake
+        raise BucketNotFoundError("there is no such folder", op="examine", url=str(where), hint="make it, or check the path")
     with open_store(url) as store:
         found = examine(store)
     if as_json:

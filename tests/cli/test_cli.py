@@ -47,6 +47,12 @@ def test_doctor_on_a_folder(tmp_path: Path) -> None:
     assert "file://" in run("doctor", str(tmp_path)).stdout
 
 
+def test_doctor_does_not_make_a_mistyped_folder(tmp_path: Path) -> None:
+    result = run("doctor", str(tmp_path / "typo"))
+    assert result.returncode == 4
+    assert not (tmp_path / "typo").exists()
+
+
 def test_config_show_masks_secrets_and_names_origins(tmp_path: Path) -> None:
     env = {"S3_AWS_ACCESS_KEY_ID": "AKIDEXAMPLE00000001", "S3_AWS_SECRET_ACCESS_KEY": "hush-hush", "S3_REGION": "eu-north-1"}
     for arguments in (("config", "show"), ("config", "show", "--json")):
