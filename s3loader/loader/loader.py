@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from s3loader.errors import StateMismatchError
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.options import LoaderOptions
@@ -60,6 +61,7 @@ class Loader:
         worker: This worker among those that prepare batches for this rank; it makes every `workers`-th step from `worker` on.
         workers: How many there are.
         epoch: The first epoch.
+        first_epoch: The epoch that `skip_steps` means, if it is another one; a loaded state's beats it.
         options: See `LoaderOptions`; `batch_size` is required.
 
     Raises:
@@ -75,6 +77,7 @@ class Loader:
         worker: int = 0,
         workers: int = 1,
         epoch: int = 0,
+        first_epoch: int | None = None,
         **options: Any,
     ) -> None:
         self.dataset = dataset
@@ -85,6 +88,7 @@ class Loader:
         self.quarantine: list[Quarantined] = []
         """Samples that were skipped or replaced, in the order met by this process."""
         self.position = Position(epoch)
+        self._first_epoch = epoch if first_epoch is None else first_epoch
         self._plan: Plan | None = None
 
     # -- the plan ----------------------------------------------------------------------------
@@ -94,11 +98,15 @@ class Loader:
         """The order of samples; made when first needed."""
         if self._plan is None:
             spec = self.dataset.choose(self.options, self.topology.world_size)
-            stride = self.options.batch_size * self.topology.world_size
-            skip = tuple((self.position.epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
-            exclude = tuple(sorted({self.dataset.find(key) for key in self.options.exclude}))
-            self._plan = self.dataset.plan(spec, skip=skip, exclude=exclude)
+            self._plan = self.dataset.plan(spec, skip=self._skip(), exclude=self._exclude())
         return self._plan
+
+    def _skip(self) -> tuple[tuple[int, int, int], ...]:
+        stride = self.options.batch_size * self.topology.world_size
+        return tuple((self._first_epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
+
+    def _exclude(self) -> tuple[int, ...]:
+        return tuple(sorted({self.dataset.find(key) for key in self.options.exclude}))
 
     def schedule(self, consumed: int = 0, *, epoch: int | None = None) -> Schedule:
         """How an epoch (default: the current one), from `consumed` on, is cut into batches."""
@@ -140,22 +148,39 @@ class Loader:
             StateMismatchError: the state belongs to other data, seed or options; `.differs` names which.
         """
         loaded = PlanState.from_dict(state)
+        self._first_epoch = loaded.epoch
         plan = self._plan_of(loaded, allow_changed)
         self._plan = plan
         self.position.load(loaded.epoch, min(loaded.consumed, plan.size))
 
     def _plan_of(self, state: PlanState, allow_changed: bool) -> Plan:
-        if allow_changed:
-            fresh = self.dataset.plan(self.plan.spec, skip=state.skip, exclude=())
-            return fresh if fresh.digest != state.plan_digest else self._same_plan(state)
-        return self._same_plan(state)
+        if not allow_changed:
+            self.dataset.check_spec(state.spec, self.options)
+            self.dataset.plan(state.spec).check(state)
+            return self._continued(state.spec, state.skip, state.exclude)
+        spec = self.dataset.choose(self.options, self.topology.world_size)
+        try:
+            same = self.dataset.plan(state.spec)
+        except StateMismatchError:
+            same = None
+        if same is not None and same.digest == state.plan_digest and not self._contradicts(state.spec):
+            return self._continued(state.spec, state.skip, state.exclude)
+        return self._continued(spec, state.skip, ())  # numbers of samples mean others now
 
-    def _same_plan(self, state: PlanState) -> Plan:
-        self.dataset.check_spec(state.spec, self.options)
-        plan = self.dataset.plan(state.spec)
-        plan.check(state)
-        skip, exclude = (*state.skip, *self.plan.skip), (*state.exclude, *self.plan.exclude)
-        return self.dataset.plan(state.spec, skip=tuple(dict.fromkeys(skip)), exclude=tuple(sorted({*exclude})))
+    def _contradicts(self, spec: Mapping[str, Any]) -> bool:
+        try:
+            self.dataset.check_spec(spec, self.options)
+        except StateMismatchError:
+            return True
+        return False
+
+    def _continued(self, spec: Mapping[str, Any], skip: tuple[tuple[int, int, int], ...], exclude: tuple[int, ...]) -> Plan:
+        """The plan of `spec` with what was left out before and what the options leave out."""
+        return self.dataset.plan(
+            spec,
+            skip=tuple(dict.fromkeys((*skip, *self._skip()))),
+            exclude=tuple(sorted({*exclude, *self._exclude()})),
+        )
 
     # -- iteration ---------------------------------------------------------------------------
 

@@ -64,7 +64,8 @@ class LoaderOptions:
     hedge_after: float | str | None = None
     """Ask a second time for a range that has not come after this time (``"200ms"``), and take what comes first."""
     skip_steps: Sequence[tuple[int, int]] = ()
-    """``(first, end)`` steps that are left out of the loader's first epoch, in its own batch and world size."""
+    """``(first, end)`` steps, counted from the epoch's start in the loader's own batch and world size, that are left out of
+    its first epoch (of a resumed one's, if a state is loaded)."""
     exclude: Sequence[str] = ()
     """Keys of samples to leave out."""
 

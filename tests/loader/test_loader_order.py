@@ -174,6 +174,18 @@ def test_skipped_steps_and_excluded_keys_are_missing_and_stay_missing_after_a_re
         len(Loader(dataset, batch_size=10, exclude=["nothing"]))
 
 
+def test_skipping_after_a_loss_spike_means_the_epoch_that_is_resumed(dataset):
+    loader = Loader(dataset, batch_size=10, epoch=3)
+    batches = iter(loader)
+    head = numbers([next(batches), next(batches)])
+    batches.close()
+    again = Loader(dataset, batch_size=10, skip_steps=[(2, 5)])
+    again.load_state_dict(loader.state_dict())
+    order = plan_order(loader, 3)
+    assert head + numbers(again) == order[:20] + order[50:]
+    assert numbers(again) == plan_order(loader, 4)
+
+
 def test_provenance_both_ways(dataset):
     loader = Loader(dataset, batch_size=16, rank=1, world_size=2)
     for batch in loader.iter_batches():

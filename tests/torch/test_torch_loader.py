@@ -218,6 +218,13 @@ def test_a_state_of_another_dataset_is_refused_where_it_is_loaded(url, tmp_path)
     loader.load_state_dict(loader.state_dict())
 
 
+def test_skipped_steps_are_of_the_first_epoch_only(url):
+    loader = S3DataLoader(url, batch_size=10, num_workers=1, skip_steps=[(1, 3)])
+    whole = sequence(url, batch_size=10)
+    assert numbers(loader) == whole[:10] + whole[30:]
+    assert numbers(loader) == sequence(url, batch_size=10, epoch=1)
+
+
 def test_map_dataset_reads_any_sample_and_whole_batches(url):
     dataset = S3MapDataset(url)
     assert len(dataset) == SAMPLES

@@ -72,8 +72,7 @@ class S3DataLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands after the last batch this process got."""
-        plan = self._dataset.loader(self._dataset.whole_rank()).plan
-        return plan.state(self._position.epoch, self._position.consumed).as_dict()
+        return self._dataset.plan.state(self._position.epoch, self._position.consumed).as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
         """Go on from `state` in the next iteration; see `s3loader.Loader.load_state_dict`.
@@ -114,7 +113,7 @@ class S3DataLoader(DataLoader[Any]):
             consumed = position.skip_to_next_epoch()
         expected = self._steps(consumed)
         self._dataset.begin_at(position.epoch, consumed)
-        size = self._dataset.loader(self._dataset.whole_rank()).plan.size
+        size = self._dataset.plan.size
         self._past, self._worker_stats = self.stats, {}
         given = 0
         for delivery in self._deliveries():

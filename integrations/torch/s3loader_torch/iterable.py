@@ -22,7 +22,7 @@ from s3loader.loader import (
     from_prefix,
     from_webdataset,
 )
-from s3loader.plan import PlanState, Topology
+from s3loader.plan import Plan, PlanState, Schedule, Topology
 from s3loader_torch.compat import connector_defaults, connector_options, open_source
 from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
 from s3loader_torch.topology import Ranks, current_topology
@@ -112,6 +112,7 @@ class S3IterableDataset(IterableDataset[Any]):
         self._first_step = 0
         self._allow_changed = False
         self._live: Loader | None = None
+        self._planned: tuple[Any, Plan] | None = None
         self._begun = (0, 0)
         self._deliveries = False
         self._found: tuple[int, int] | None = None
@@ -207,9 +208,14 @@ class S3IterableDataset(IterableDataset[Any]):
     def state_after(self, batches: int) -> dict[str, Any]:
         """The state when this rank has got `batches` batches of the current epoch (since the loaded state, if any)."""
         self._need_batch_size()
-        loader = self.loader(self.whole_rank())
-        schedule = loader.schedule(int(self._shared[1]))
-        return loader.plan.state(loader.epoch, loader.plan.base(loader.epoch, schedule.consumed_after(batches))).as_dict()
+        plan, epoch = self.plan, self.epoch
+        schedule = self.schedule(epoch, self.start)
+        return plan.state(epoch, plan.base(epoch, schedule.consumed_after(batches))).as_dict()
+
+    def schedule(self, epoch: int, consumed: int) -> Schedule:
+        """How an epoch, from `consumed` on, is cut into batches for all ranks."""
+        size, tail = self._options["batch_size"], self._options.get("tail", "short")
+        return self.plan.schedule(epoch, size, world_size=self.whole_rank().world_size, tail=tail, consumed=consumed)
 
     def _need_batch_size(self) -> None:
         if self.batch_size is None:
@@ -220,11 +226,9 @@ class S3IterableDataset(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Batches (without `batch_size`: samples) of a whole epoch for this rank, over all its workers."""
-        loader = self.loader(self.whole_rank())
-        schedule = loader.schedule(int(self._shared[1]))
-        if self.batch_size is not None:
-            return schedule.steps(loader.topology.rank)
-        return int(schedule.positions(loader.topology.rank, range(schedule.steps(loader.topology.rank)))[1].sum())
+        rank, schedule = self.whole_rank().rank, self.schedule(self.epoch, self.start)
+        steps = schedule.steps(rank)
+        return steps if self.batch_size is not None else int(schedule.positions(rank, range(steps))[1].sum())
 
     # -- iteration ---------------------------------------------------------------------------
 
@@ -242,6 +246,14 @@ class S3IterableDataset(IterableDataset[Any]):
         known_here = self._ranks.device_mesh is not None or (dist.is_available() and dist.is_initialized())
         return self._resolve() if self._sharded and known_here else self._found
 
+    @property
+    def plan(self) -> Plan:
+        """The order of samples for the ranks there are now."""
+        key = (self._resolve()[1] if self._sharded else 1, self._state, self._allow_changed)
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, self.loader(self.whole_rank()).plan)
+        return self._planned[1]
+
     def loader(self, topology: Topology) -> Loader:
         """The engine for one process, at the current epoch and start."""
         loader = Loader(
@@ -251,6 +263,7 @@ class S3IterableDataset(IterableDataset[Any]):
             worker=topology.worker,
             workers=topology.workers,
             epoch=int(self._shared[0]),
+            first_epoch=0,
             **self._options,
         )
         if self._state is not None:
@@ -306,11 +319,11 @@ class S3IterableDataset(IterableDataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled when spawned workers start: they cannot ask `torch.distributed`, so the ranks go with it."""
-        state = {name: value for name, value in vars(self).items() if name != "_live"}
+        state = {name: value for name, value in vars(self).items() if name not in ("_live", "_planned")}
         state["_found"] = self._to_pass_on()
         state["_ranks"] = self._ranks._replace(device_mesh=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._live = None
+        self._live = self._planned = None
