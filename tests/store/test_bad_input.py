@@ -47,6 +47,11 @@ SILENCE = (StoreTimeoutError, StoreConnectionError, TruncatedError)
 Open = Callable[..., tuple[ObjectStore, FaultProxy, ObjectStore]]
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3loader.store.retry._BASE", 0.01)  # how long one waits is tested elsewhere
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Any:
     return request.param
@@ -313,7 +318,14 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("verb", ["get", "put", "list", "pump", "threads"])
+@pytest.mark.parametrize(
+    ("engine", "verb"),
+    [
+        *(("direct", verb) for verb in ("get", "put", "pump", "threads")),
+        *(("obstore", verb) for verb in ("get", "pump", "threads")),
+        *(("boto3", verb) for verb in ("get", "put", "list", "threads")),
+    ],
+)
 def test_ctrl_c_ends_a_blocked_call(
     servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str], engine: Any, verb: str
 ) -> None:
