@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn
 
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
+from s3loader.store.boto3_listing import read_pages_ourselves
 from s3loader.store.client_errors import from_botocore
 from s3loader.store.options import StoreOptions
 from s3loader.store.s3errors import Condition, Where
@@ -59,7 +60,7 @@ class BotoClient:
         from botocore.config import Config
 
         options = self._options
-        return self._settings.create_client(
+        client = self._settings.create_client(
             session=self._credentials.session(),
             anonymous=self._credentials.unsigned,
             config=Config(
@@ -70,6 +71,8 @@ class BotoClient:
                 tcp_keepalive=True,
             ),
         )
+        read_pages_ourselves(client)
+        return client
 
     def call(
         self, verb: str, operation: str, key: str, parameters: Mapping[str, Any], condition: Condition = None

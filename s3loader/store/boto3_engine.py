@@ -24,19 +24,18 @@ from s3loader.errors import (
 from s3loader.store.boto3_client import BotoClient
 from s3loader.store.boto3_copy import copy_parts
 from s3loader.store.boto3_delete import delete_many
+from s3loader.store.boto3_listing import entries_of
 from s3loader.store.boto3_shapes import (
     body,
     body_range,
     conditions,
     described,
-    listed,
     md5_base64,
     meta_of,
     read_body,
     refuses_checksums,
     version,
 )
-from s3loader.store.listing import key_bytes
 from s3loader.store.options import StoreOptions
 from s3loader.store.s3errors import Condition, Where, condition_of, from_status
 from s3loader.store.s3reads import bare_etag, check_etag, read_nothing
@@ -289,11 +288,8 @@ class Boto3Backend:
             parameters["StartAfter"] = start_after
         while True:
             page = self._client.call("list", "list_objects_v2", prefix, parameters)
-            entries: list[ObjectMeta | CommonPrefix] = [listed(entry) for entry in page.get("Contents") or ()]
-            entries += [CommonPrefix(entry["Prefix"]) for entry in page.get("CommonPrefixes") or ()]
-            entries.sort(key=lambda entry: key_bytes(entry.key))
             self._bucket_seen = True
-            yield from entries
+            yield from entries_of(page)
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
                 return
