@@ -88,14 +88,26 @@ class MultipartWriter:
     # data
 
     def write(self, data: Any) -> int:
-        """Append `data` (copied before this returns); returns its length in bytes."""
+        """Append `data`, which may be changed when this returns; returns its length in bytes.
+
+        Whole parts of data that nobody can change (`bytes`, views of it) are uploaded from where they are;
+        anything else is copied.
+        """
         view = readable(data)
+        fixed = type(view.obj) is bytes
         rest = view
         while rest:
-            room = self.reserve(len(rest))
-            taken = len(room)
-            room[:] = rest[:taken]
-            self.commit(taken)
+            size = part_size_of(self._sent + 1, self._first_size)
+            if fixed and self._buffer is None and len(rest) >= size:
+                self._check()
+                taken = size
+                self._size += size
+                self._send(rest[:size])
+            else:
+                room = self.reserve(len(rest))
+                taken = len(room)
+                room[:] = rest[:taken]
+                self.commit(taken)
             rest = rest[taken:]
         self._check()
         return len(view)
@@ -123,7 +135,7 @@ class MultipartWriter:
         self._fill += size
         self._size += size
         if self._fill == len(self._buffer):
-            self._send()
+            self._send_buffer()
 
     def tell(self) -> int:
         """Bytes written so far."""
@@ -162,7 +174,7 @@ class MultipartWriter:
             body = self._buffer[: self._fill] if self._buffer is not None else b""
             return self._backend.put(self.key, body, mode=self._mode, content_type=self._content_type, metadata=self._metadata)
         if self._fill:
-            self._send()
+            self._send_buffer()
         self._settle()
         self._check()
         parts = sorted(self._parts, key=lambda part: part.number)
@@ -218,11 +230,14 @@ class MultipartWriter:
     def _url(self) -> str:
         return f"{self._backend.url}/{self.key}"
 
-    def _send(self) -> None:
-        """Hand the filled buffer to a thread; waits while `max_in_flight` parts are under way."""
+    def _send_buffer(self) -> None:
         assert self._buffer is not None
         body = self._buffer[: self._fill]
         self._buffer, self._fill = None, 0
+        self._send(body)
+
+    def _send(self, body: memoryview) -> None:
+        """Hand a part to a thread; waits while `max_in_flight` parts are under way."""
         if self._sent == MAX_PARTS:
             self.abort()
             raise ConfigError(f"more than {MAX_PARTS} parts", url=self._url(), hint="give a larger part_size")

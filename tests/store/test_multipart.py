@@ -293,6 +293,35 @@ def test_numpy_and_other_buffers() -> None:
     assert store.head("k").size == 36
 
 
+def test_only_what_nobody_can_change_is_uploaded_from_where_it_is() -> None:
+    """A part in the middle of its upload while the caller writes over his own memory."""
+    sent: list[object] = []
+    held = threading.Event()
+
+    class Slow(MemoryBackend):
+        def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+            assert held.wait(20)
+            sent.append(data.obj if isinstance(data, memoryview) else data)
+            return super().upload_part(key, upload_id, number, data)
+
+    backend = Slow(uuid.uuid4().hex)
+    store = ObjectStore(backend.url, backend)
+    fixed, changing = bytes(range(40)), bytearray(b"m" * 20)
+    with store.multipart("k", part_size=10, max_in_flight=20) as writer:
+        writer.write(fixed)
+        writer.write(memoryview(fixed)[5:25])
+        writer.write(changing)
+        writer.write(memoryview(changing).toreadonly())
+        changing[:] = b"X" * 20
+        writer.write(b"odd")
+        writer.write(fixed)  # the buffer has something in it: copied, up to the next part
+        held.set()
+
+    assert store.get("k") == fixed + fixed[5:25] + b"m" * 40 + b"odd" + fixed
+    assert sum(body is fixed for body in sent) == 4 + 2 + 3
+    assert not any(body is changing for body in sent)
+
+
 def test_a_lost_writer_leaves_no_threads(caplog: pytest.LogCaptureFixture) -> None:
     store, _ = make()
     writer = store.multipart("k", part_size=10)
