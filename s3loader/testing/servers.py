@@ -194,6 +194,9 @@ def _rclone() -> _Command:
         arguments = ["serve", "s3", str(data), "--addr", f"{_HOST}:{port}"]
         arguments += ["--auth-key", f"{_ACCESS_KEY_ID},{_SECRET_ACCESS_KEY}"]
         arguments += ["--config", "", "--cache-dir", f"{folder}/cache", "--log-level", "NOTICE"]
+        # Else a read that finds another modification time than the folder cache remembers is cut off, again and
+        # again; a put replaces the whole file, so there is nothing to guard against.
+        arguments += ["--local-no-check-updated"]
         return [binary, *arguments], {}
 
     return command
