@@ -141,6 +141,16 @@ def test_return_types(url, kind, check, workers):
     assert all(check(sample) for batch in batches for sample in batch)
 
 
+@pytest.mark.parametrize("batch_size", [None, 9])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_stay_bytes_in_a_plain_dataloader(url, batch_size, workers):
+    dataset = S3IterableDataset(url, batch_size=batch_size, return_type="sample")
+    got = list(DataLoader(dataset, batch_size=None, num_workers=workers))
+    samples = got if batch_size is None else [sample for batch in got for sample in batch]
+    assert {type(sample) for sample in samples} == {bytes}
+    assert sorted(int(sample[:6]) for sample in samples) == list(range(SAMPLES))
+
+
 def test_collated_batches_are_tensors(url):
     fixed = S3DataLoader(url, batch_size=12, num_workers=2, collate="fixed", decode=head_as_array)
     batch = next(iter(fixed))

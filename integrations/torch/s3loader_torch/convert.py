@@ -32,7 +32,7 @@ __all__ = [
 
 ReturnType: TypeAlias = Literal["tensor", "bytes", "reader", "sample"]
 """What raw bytes become. ``"tensor"``: a uint8 tensor without a copy. ``"bytes"``: `bytes`. ``"reader"``: a file with the
-object's key, as s3torchconnector gives. ``"sample"``: memoryviews in this process, `bytes` from workers."""
+object's key, as s3torchconnector gives. ``"sample"``: memoryviews from an `S3DataLoader` without workers, else `bytes`."""
 
 
 _BY_PIPE: Final = 1 << 20

@@ -292,9 +292,7 @@ class S3IterableDataset(IterableDataset[Any]):
                     return
                 self._first_step = batch.step + topology.workers
                 if self.batch_size is None:
-                    yield from convert_batch(
-                        batch.data, "bytes" if in_worker and self.return_type == "sample" else self.return_type
-                    )
+                    yield from convert_batch(batch.data, self._plain)
                     continue
                 data = self._converted(batch.data, in_worker)
                 if self._deliveries:
@@ -308,14 +306,14 @@ class S3IterableDataset(IterableDataset[Any]):
             self._first_step = 0
 
     @property
-    def _sendable(self) -> ReturnType:
-        """The return type, of what can be pickled."""
-        return "bytes" if self.return_type == "sample" else self.return_type
+    def _plain(self) -> ReturnType:
+        """The return type for a plain DataLoader: it takes a memoryview for a sequence, and makes a list of ints of it."""
+        return "bytes" if self.return_type == "sample" and not self._deliveries else self.return_type
 
     def _converted(self, data: Any, in_worker: bool) -> Any:
         if in_worker:
             return pack(to_tensors(data), self.return_type)
-        return convert_batch(data, self.return_type) if self._late else to_tensors(data)
+        return convert_batch(data, self._plain) if self._late else to_tensors(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled when spawned workers start: they cannot ask `torch.distributed`, so the ranks go with it."""
