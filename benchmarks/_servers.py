@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -173,19 +174,21 @@ class Nginx:
 
 
 _status_calls = [0]
+_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+_DESCRIPTORS = 200_000 if _LIMIT == resource.RLIM_INFINITY else min(200_000, _LIMIT)  # above it nginx answers 500
 
 CONFIG = """
 daemon off;
 worker_processes {workers};
 pid {folder}/nginx.pid;
 error_log {folder}/error.log warn;
-worker_rlimit_nofile 65536;
+worker_rlimit_nofile {descriptors};
 events {{ worker_connections 4096; multi_accept on; }}
 http {{
   access_log off;
   sendfile on; sendfile_max_chunk 4m; tcp_nopush off; tcp_nodelay on;
   keepalive_timeout 1h; keepalive_requests 1000000000;
-  open_file_cache max=200000 inactive=1h; open_file_cache_valid 1h;
+  open_file_cache max={cached_files} inactive=1h; open_file_cache_valid 1h;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
   fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   client_max_body_size 0; default_type application/octet-stream;
@@ -225,7 +228,16 @@ def nginx(folder: Path, data: Path, *, sink_port: int, workers: int = 2) -> Iter
     config = folder / "nginx.conf"
     config.write_text(
         CONFIG.format(
-            workers=workers, folder=folder, data=data, http=http, tls=tls, tls_sink=tls_sink, status=status, sink=sink_port
+            descriptors=_DESCRIPTORS,
+            cached_files=_DESCRIPTORS // 2,
+            workers=workers,
+            folder=folder,
+            data=data,
+            http=http,
+            tls=tls,
+            tls_sink=tls_sink,
+            status=status,
+            sink=sink_port,
         )
         + ("" if os.getuid() else "user root;\n")
     )
