@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from s3loader.errors import S3LoaderError as S3LoaderError
     from s3loader.errors import SampleError as SampleError
     from s3loader.errors import ShardReadError as ShardReadError
+    from s3loader.errors import SourceNotFoundError as SourceNotFoundError
     from s3loader.errors import StateMismatchError as StateMismatchError
     from s3loader.errors import StepExistsError as StepExistsError
     from s3loader.errors import StoreConnectionError as StoreConnectionError
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from s3loader.loader import mix_datasets as mix_datasets
     from s3loader.loader import open_dataset as open_dataset
     from s3loader.loader import register_decoder as register_decoder
+    from s3loader.plan import Explanation as Explanation
     from s3loader.plan import OrderSpec as OrderSpec
     from s3loader.plan import Plan as Plan
     from s3loader.shard.body import ArchiveMemberBody as ArchiveMemberBody
@@ -174,6 +176,7 @@ __all__ = [
     "DeleteReport",
     "EveryNSteps",
     "ExchangeObjectNotFoundError",
+    "Explanation",
     "FencedError",
     "FileEntry",
     "FormatError",
@@ -240,6 +243,7 @@ __all__ = [
     "ShardReadError",
     "ShardReader",
     "ShardSizePolicy",
+    "SourceNotFoundError",
     "StateMismatchError",
     "StepExistsError",
     "StepInfo",
@@ -306,6 +310,7 @@ _HOME = {
     "DeleteReport": "s3loader.exchange.types",
     "EveryNSteps": "s3loader.checkpoint",
     "ExchangeObjectNotFoundError": "s3loader.exchange.errors",
+    "Explanation": "s3loader.plan",
     "FencedError": "s3loader.errors",
     "FileEntry": "s3loader.exchange.types",
     "FormatError": "s3loader.errors",
@@ -372,6 +377,7 @@ _HOME = {
     "ShardReadError": "s3loader.errors",
     "ShardReader": "s3loader.shard.reader",
     "ShardSizePolicy": "s3loader.exchange.types",
+    "SourceNotFoundError": "s3loader.errors",
     "StateMismatchError": "s3loader.errors",
     "StepExistsError": "s3loader.errors",
     "StepInfo": "s3loader.checkpoint",
