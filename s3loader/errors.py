@@ -4,7 +4,8 @@
 
     S3LoaderError
     ├── ConfigError (ValueError)              a setting, URL or argument is unusable
-    │   └── CredentialsError                  no credentials were found
+    │   ├── CredentialsError                  no credentials were found
+    │   └── SourceNotFoundError (FileNotFoundError)   no local file of that name to upload
     ├── StoreError                            one operation on a store failed
     │   ├── ObjectNotFoundError (FileNotFoundError)
     │   │   └── BucketNotFoundError
@@ -77,6 +78,7 @@ __all__ = [
     "S3LoaderError",
     "SampleError",
     "ShardReadError",
+    "SourceNotFoundError",
     "StateMismatchError",
     "StepExistsError",
     "StoreConnectionError",
@@ -175,6 +177,10 @@ class ConfigError(S3LoaderError, ValueError):
 
 class CredentialsError(ConfigError):
     """No credentials were found where some are needed."""
+
+
+class SourceNotFoundError(ConfigError, FileNotFoundError):
+    """There is no local file under the path that was to be uploaded."""
 
 
 class StoreError(S3LoaderError):

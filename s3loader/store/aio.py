@@ -49,7 +49,7 @@ class _Pool:
             ClosedError: the store was closed.
         """
         if self.closed:
-            raise ClosedError("the store was closed")
+            raise ClosedError("the store was closed", hint="open it again with open_store")
         if self._executor is None or self._pid != os.getpid():
             self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_NAME)
             self._pid = os.getpid()

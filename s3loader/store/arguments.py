@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, TypeVar
 
 from s3loader.checksum import crc32c_base64
-from s3loader.errors import ConfigError, IntegrityError
-from s3loader.types import Buffer, PutMode, Update
+from s3loader.errors import ConfigError, IntegrityError, SourceNotFoundError
+from s3loader.types import Buffer, ByteRange, PutMode, Update
 
-__all__ = ["check_attributes", "check_crc32c", "checked_key", "checked_mode", "readable", "refuse_str", "writable"]
+__all__ = [
+    "at_source",
+    "check_attributes",
+    "check_crc32c",
+    "check_several",
+    "checked_key",
+    "checked_mode",
+    "checked_ranges",
+    "open_source",
+    "readable",
+    "writable",
+]
+
+T = TypeVar("T")
 
 
 def checked_key(key: str) -> str:
@@ -60,14 +74,60 @@ def checked_mode(mode: PutMode) -> PutMode:
     raise ConfigError(f"unknown put mode {mode!r}", hint='use "overwrite", "create" or Update(etag)')
 
 
-def refuse_str(keys: Iterable[str]) -> None:
-    """A single str where several are meant would be taken letter by letter.
+def check_several(items: Any, what: str) -> None:
+    """Whether `items` can be gone through; a single str would be taken letter by letter.
+
+    Args:
+        what: What one of them is, in the singular.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is one str, or nothing that can be iterated over.
     """
-    if isinstance(keys, (str, bytes)):
-        raise ConfigError(f"one key where several are expected: {keys!r}", hint="pass a list of keys")
+    if isinstance(items, (str, bytes)):
+        raise ConfigError(f"one {what} where several are expected: {items!r}", hint=f"pass a list of {what}s")
+    if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
+        raise ConfigError(f"{type(items).__name__} where several {what}s are expected", hint=f"pass a list of {what}s")
+
+
+def checked_ranges(ranges: Any) -> list[tuple[int, int]]:
+    """``(start, end)`` of each range.
+
+    Raises:
+        ConfigError: they are not pairs of numbers, or one is no range.
+    """
+    check_several(ranges, "range")
+    wanted = []
+    for pair in ranges:
+        try:
+            start, end = (pair.start, pair.end) if isinstance(pair, ByteRange) else (int(pair[0]), int(pair[1]))
+        except (TypeError, ValueError, LookupError) as error:
+            raise ConfigError(f"not a range: {pair!r}", hint="ranges are (start, end) pairs: [(0, 10), (20, 30)]") from error
+        ByteRange(start, end)
+        wanted.append((start, end))
+    return wanted
+
+
+def open_source(path: str | os.PathLike[str]) -> BinaryIO:
+    """The local file `path`, opened for reading. Raises as `at_source`."""
+    return at_source(path, lambda: open(path, "rb"))
+
+
+def at_source(path: str | os.PathLike[str], look: Callable[[], T]) -> T:
+    """What `look` returns, which looks at the local file `path`.
+
+    Raises:
+        SourceNotFoundError: there is no such file.
+        ConfigError: it is a folder, may not be read, or the path is none.
+    """
+    try:
+        return look()
+    except FileNotFoundError as error:
+        hint = "check the path" + ("; text that is itself the data must be encoded" if isinstance(path, str) else "")
+        raise SourceNotFoundError(f"there is no local file {os.fspath(path)!r}", hint=hint) from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        hint = "pass the path of one file that this process may read"
+        raise ConfigError(f"cannot read the local file {os.fspath(path)!r}: {why}", hint=hint) from error
 
 
 def readable(data: Any) -> memoryview:

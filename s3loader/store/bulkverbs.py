@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, overload
 
 from s3loader.errors import ConfigError
-from s3loader.store.arguments import refuse_str
+from s3loader.store.arguments import check_several
 from s3loader.store.base import Backend, Driver, ReadResult
 from s3loader.store.bulk import BulkOptions, OnError, PutFailure, ReadFailure, put_many, read_many
 from s3loader.store.options import StoreOptions
@@ -69,6 +69,7 @@ class BulkVerbs(ABC):
         Yields:
             `ReadResult`; its `data` stays valid as long as a view of it lives.
         """
+        check_several(requests, "ReadRequest")
         return read_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
 
     @overload
@@ -101,7 +102,7 @@ class BulkVerbs(ABC):
         errors: OnError = "raise",
     ) -> Iterator[Any]:
         """Many whole objects; as `read_many` with one request per key."""
-        refuse_str(keys)
+        check_several(keys, "key")
         return read_many(self.backend, map(ReadRequest, keys), **self._bulk_options(max_bytes, concurrency, driver, errors))
 
     @overload
@@ -138,6 +139,7 @@ class BulkVerbs(ABC):
         Args and errors as in `read_many`, with `PutFailure`; `max_bytes` counts data taken from
         `requests` and not yet written.
         """
+        check_several(requests, "PutRequest")
         return put_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
 
     def _bulk_options(self, max_bytes: int | str, concurrency: int | None, driver: Driver, errors: OnError) -> BulkOptions:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
 from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
-from s3loader.store.arguments import check_attributes, checked_key, checked_mode, readable, refuse_str, writable
+from s3loader.store.arguments import (
+    check_attributes,
+    check_several,
+    checked_key,
+    checked_mode,
+    checked_ranges,
+    open_source,
+    readable,
+    writable,
+)
 from s3loader.store.base import Backend
 from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
@@ -94,8 +103,7 @@ class ObjectStore(BulkVerbs):
         Raises:
             ClosedError: the store was closed.
         """
-        if self._closed:
-            raise ClosedError("the store was closed", url=self.url)
+        self._check_open()
         return self._backend
 
     # reading
@@ -142,12 +150,11 @@ class ObjectStore(BulkVerbs):
             max_size: Bytes of one request, unless a single range is larger.
 
         Raises:
+            ConfigError: what is given are no ranges.
             RangeError: a range reaches beyond the object.
             ObjectChangedError: the object was replaced between two requests.
         """
-        wanted = [(r.start, r.end) if isinstance(r, ByteRange) else (int(r[0]), int(r[1])) for r in ranges]
-        for start, end in wanted:
-            ByteRange(start, end)
+        wanted = checked_ranges(ranges)
         spans = ranges_.coalesce(wanted, max_gap=parse_size(max_gap), max_size=parse_size(max_size))
         checked_key(key)
         found = [memoryview(b"")] * len(wanted)
@@ -248,6 +255,7 @@ class ObjectStore(BulkVerbs):
             mode: ``"overwrite"``, ``"create"`` (only if the key is free), or ``Update(etag)``.
 
         Raises:
+            SourceNotFoundError: there is no local file under that path; ConfigError: it cannot be read.
             ObjectExistsError: mode ``"create"`` and the key is taken.
             ObjectChangedError: mode ``Update`` and the object is another one by now, or gone.
             OutcomeUnknownError: a conditional write was sent, its answer lost, and reading back did not tell.
@@ -259,7 +267,7 @@ class ObjectStore(BulkVerbs):
         if isinstance(data, (str, os.PathLike)):
             if isinstance(data, str):
                 raise ConfigError("data is a str", hint="encode text, or pass pathlib.Path(...) to upload a file")
-            with open(data, "rb") as file:
+            with open_source(data) as file:
                 return self.put(key, file, mode=mode, content_type=content_type, metadata=metadata)
         if hasattr(data, "read"):
             size = self.options.part_size
@@ -309,7 +317,8 @@ class ObjectStore(BulkVerbs):
 
     def delete_many(self, keys: Iterable[str]) -> builtins.list[DeleteFailure]:
         """Delete all of them; returns those that could not be, each with its error."""
-        refuse_str(keys)
+        self._check_open()
+        check_several(keys, "key")
         failures: builtins.list[DeleteFailure] = []
         batch: builtins.list[str] = []
         for key in keys:
@@ -335,7 +344,9 @@ class ObjectStore(BulkVerbs):
 
         Raises:
             AccessDeniedError: the credentials may not write and delete there.
+            ClosedError: the store was closed.
         """
+        self._check_open()
         if self._capabilities is None:
             from s3loader.store.probe import probe
 
@@ -348,7 +359,12 @@ class ObjectStore(BulkVerbs):
 
     @property
     def aio(self) -> AsyncObjectStore:
-        """The same verbs as coroutines and async iterators."""
+        """The same verbs as coroutines and async iterators.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._check_open()
         if self._aio is None:
             from s3loader.store.aio import AsyncObjectStore
 
@@ -380,6 +396,10 @@ class ObjectStore(BulkVerbs):
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.url!r}, engine={self.engine!r})"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the store was closed", url=self.url, hint="open it again with open_store")
 
     def _check_attributes(self, content_type: str | None, metadata: Mapping[str, str] | None) -> None:
         if content_type is not None or metadata:

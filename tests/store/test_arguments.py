@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from s3loader.errors import ConfigError
+from s3loader.errors import ClosedError, ConfigError, SourceNotFoundError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.arguments import check_attributes
 
@@ -66,3 +69,55 @@ def test_a_key_that_is_none_does_not_stop_the_other_deletes(store: ObjectStore) 
     assert failure.key == "a\ud800"
     assert isinstance(failure.error, ConfigError)
     assert not store.exists("k")
+
+
+def test_a_local_file_that_is_missing_or_none(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFoundError, match="missing") as caught:
+        store.put("k", tmp_path / "missing")
+    assert isinstance(caught.value, FileNotFoundError)
+    assert caught.value.hint
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again)) == (SourceNotFoundError, str(caught.value))
+    with pytest.raises(ConfigError, match="directory"):
+        store.put("k", tmp_path)
+    (tmp_path / "file").write_bytes(b"1")
+    with pytest.raises(ConfigError):
+        store.put("k", tmp_path / "file" / "below")
+    assert not store.exists("k")
+
+
+def test_what_is_no_list(store: ObjectStore) -> None:
+    store.put("k", b"123")
+    verbs: Any = (store.get_many, store.read_many, store.put_many, store.delete_many)
+    for call in verbs:
+        for bad in (None, 5, "k"):
+            with pytest.raises(ConfigError, match="several"):
+                call(bad)
+    not_ranges: Any = (None, 5, "ab", [1, 2], [(0,)], [("a", "b")], [None], [(0, None)], [{}], [(2, 1)], [(-1, 1)])
+    for ranges in not_ranges:
+        with pytest.raises(ConfigError):
+            store.get_ranges("k", ranges)
+    assert [bytes(piece) for piece in store.get_ranges("k", [(0, 1), (2, 3)])] == [b"1", b"3"]
+
+
+def test_nothing_works_after_close(store: ObjectStore) -> None:
+    store.capabilities()
+    twin = store.aio
+    store.close()
+    store.close()
+    calls: Any = (store.capabilities, lambda: store.aio, lambda: store.delete_many([]), lambda: store.get("k"))
+    for call in (*calls, lambda: asyncio.run(twin.get("k"))):
+        with pytest.raises(ClosedError) as caught:
+            call()
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("where", ["argument", "environment"])
+def test_a_pickle_holds_the_keys_as_documented(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"access_key_id": "AKIDEXAMPLE", "secret_access_key": "sesame-open"}
+    if where == "environment":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys["access_key_id"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys["secret_access_key"])
+        keys = {}
+    with open_store("s3://bucket", endpoint_url="http://127.0.0.1:9", **keys) as s3:  # type: ignore[arg-type]
+        assert b"sesame-open" in pickle.dumps(s3)
