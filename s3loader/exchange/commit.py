@@ -27,9 +27,10 @@ from s3loader.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
     OutcomeUnknownError,
+    S3LoaderError,
 )
 from s3loader.exchange.keys import beside
-from s3loader.exchange.lines import CONTENT_TYPE, encode_manifest, iter_entries, serialize_entry
+from s3loader.exchange.lines import CONTENT_TYPE, check_entries, encode_manifest, iter_entries, serialize_entry
 from s3loader.exchange.types import ManifestEntry
 from s3loader.shard.source import read_chunks
 from s3loader.store.objectstore import ObjectStore
@@ -157,14 +158,33 @@ def _put(store: ObjectStore, key: str, data: Buffer, mode: PutMode) -> PutResult
 def append_entries(store: ObjectStore, key: str, entries: Iterable[ManifestEntry]) -> str | None:
     """Append `entries` to the manifest `key` as one new part; returns the part's key, None without entries.
 
+    Where the manifest refuses the append the part is removed again; after any other failure the error's note names it.
+
     Raises: as `append_lines`, and InvalidManifestError for an entry no reader would accept.
     """
+    check_entries(entries)
     entries = list(entries)
     if not entries:
         return None
     part = put_part(store, key, encode_manifest(entries))
-    append_lines(store, key, [serialize_entry({"kind": "manifest_ref", "key": part})])
+    try:
+        append_lines(store, key, [serialize_entry({"kind": "manifest_ref", "key": part})])
+    except BaseException as error:
+        _drop_part(store, key, part, error)
+        raise
     return part
+
+
+def _drop_part(store: ObjectStore, key: str, part: str, error: BaseException) -> None:
+    """Remove the part of an append that surely did not happen; let `error` name one that stays."""
+    why = f"delete it unless {key} refers to it"
+    if isinstance(error, InvalidManifestError):
+        try:
+            store.delete(part)
+            return
+        except S3LoaderError as second:
+            why = f"it could not be removed: {second.message}"
+    error.add_note(f"s3loader: the part {part} was written before the error and stays; {why}")
 
 
 @dataclass
@@ -195,10 +215,10 @@ def append_lines(store: ObjectStore, key: str, lines: list[str], *, deadline: fl
         What the put made, or None where reading back showed that an earlier try had succeeded.
 
     Raises:
-        InvalidManifestError: the root cannot be parsed; it is left as it is.
+        InvalidManifestError: the root cannot be parsed; it is left as it is, and has none of `lines`.
         ConflictError: other writers won every race until the deadline, or, on a store without conditional
             writes, another writer replaced the root at the same time.
-        OutcomeUnknownError: an answer was lost and the root's history was rewritten meanwhile.
+        OutcomeUnknownError: an answer was lost and the root's history was rewritten, or made unreadable, meanwhile.
     """
     new = "".join(f"{line}\n" for line in lines).encode("ascii")
     conditional = can_compare_and_swap(store)
@@ -208,17 +228,17 @@ def append_lines(store: ObjectStore, key: str, lines: list[str], *, deadline: fl
     pause = 0.0
     while True:
         started = time.monotonic()
-        root = _read_root(store, key, new, before)
+        try:
+            root = _read_root(store, key, new, before)
+        except InvalidManifestError as error:
+            if doubtful:
+                raise _unknown(store, key) from error
+            raise
         with root.file:
             if root.has_ours:
                 return None
             if doubtful and not root.extends:
-                raise OutcomeUnknownError(
-                    "an append's answer was lost, and the manifest was rewritten before it could be read back",
-                    op="append",
-                    url=f"{store.url}/{key}",
-                    hint="look whether the entries are there, then append again if they are not",
-                )
+                raise _unknown(store, key)
             before = (root.size, root.digest)
             try:
                 result = _write_root(store, key, root, new, conditional)
@@ -237,6 +257,15 @@ def append_lines(store: ObjectStore, key: str, lines: list[str], *, deadline: fl
         return result
 
 
+def _unknown(store: ObjectStore, key: str) -> OutcomeUnknownError:
+    return OutcomeUnknownError(
+        "an append's answer was lost, and the manifest was rewritten before it could be read back",
+        op="append",
+        url=f"{store.url}/{key}",
+        hint="look whether the entries are there, then append again if they are not",
+    )
+
+
 def _write_root(store: ObjectStore, key: str, root: _Root, new: bytes, conditional: bool) -> PutResult:
     mode: PutMode = "overwrite"
     if conditional:
@@ -250,9 +279,13 @@ def _write_root(store: ObjectStore, key: str, root: _Root, new: bytes, condition
 
 def _read_back(store: ObjectStore, key: str, new: bytes) -> None:
     """Single-writer mode: whoever replaced the root between our read and now is noticed here."""
-    root = _read_root(store, key, new, None)
-    root.file.close()
-    if not root.has_ours:
+    try:
+        root = _read_root(store, key, new, None)
+        root.file.close()
+        ours = root.has_ours
+    except InvalidManifestError:  # ours was valid
+        ours = False
+    if not ours:
         raise ConflictError(
             "another writer replaced the manifest at the same time, and the store has no conditional writes",
             op="append",

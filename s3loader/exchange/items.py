@@ -17,6 +17,7 @@ from s3loader.exchange.types import FileEntry, ShardItem
 from s3loader.shard.compression import normalize_compression
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.writer import ShardBuilder
+from s3loader.store.arguments import open_source
 
 __all__ = ["create_archive", "create_shards"]
 
@@ -116,7 +117,7 @@ def create_archive(
 
 
 def _add_file(builder: ShardBuilder, body: IO[bytes], member_path: str, path: Path) -> int:
-    with open(path, "rb") as file:
+    with open_source(path) as file:
         size = os.fstat(file.fileno()).st_size
         body.writelines(builder.begin(member_path, size))
         while chunk := file.read(_CHUNK):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, cast
 
 import msgspec
 
-from s3loader.errors import InvalidManifestError
+from s3loader.errors import ConfigError, InvalidManifestError, S3LoaderError
 from s3loader.exchange.types import FileEntry, ManifestEntry
 from s3loader.types import Buffer
 
-__all__ = ["CONTENT_TYPE", "EMPTY_MANIFEST", "MAX_LINE", "encode_manifest", "iter_lines", "parse_line", "serialize_entry"]
+__all__ = [
+    "CONTENT_TYPE",
+    "EMPTY_MANIFEST",
+    "MAX_LINE",
+    "check_entries",
+    "encode_manifest",
+    "iter_lines",
+    "json_value",
+    "parse_line",
+    "serialize_entry",
+]
 
 CONTENT_TYPE: Final = "application/x-ndjson"
 EMPTY_MANIFEST: Final = b"\n"
@@ -21,32 +31,84 @@ MAX_LINE: Final = 64 << 20
 
 
 def _line_encoder() -> Callable[[Any], str]:
-    """``json.dumps(entry, separators=(",", ":"))``, with the encoder made once and not for every call."""
-    encoder = json.JSONEncoder(separators=(",", ":"))
+    """``json.dumps(entry, separators=(",", ":"))``, with the encoder made once and not for every call.
+
+    NaN and infinities are refused: JSON has none, and other readers stop there.
+    """
+    encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:  # not CPython
         return encoder.encode
-    chunks = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+    chunks = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
     return lambda entry: "".join(chunks(entry, 0))
 
 
 _encode = _line_encoder()
-json_value: Final = _encode
-"""Any value, as a manifest line holds it."""
 json_string: Final[Callable[[str], str]] = json.encoder.encode_basestring_ascii
 """A string, quoted, as a manifest line holds it."""
 _decode: Callable[[Buffer], Any] = msgspec.json.Decoder().decode
+_JSON_HINT: Final = "JSON holds str, int, finite float, bool, None, and lists and dicts of them; None may stand for NaN"
 _REQUIRED: Final = {"file": ("key", "File"), "shard": ("archive_key", "Shard"), "manifest_ref": ("key", "Manifest ref")}
 
 
 def serialize_entry(entry: ManifestEntry) -> str:
-    """One line without its newline: compact separators, ASCII only, fields in the order given."""
-    return _encode(entry)
+    """One line without its newline: compact separators, ASCII only, fields in the order given.
+
+    Raises:
+        InvalidManifestError: a field holds what JSON has not; names entry and field.
+    """
+    try:
+        return _encode(entry)
+    except S3LoaderError:  # of an upload this entry has waited for
+        raise
+    except (TypeError, ValueError, RecursionError):
+        if not isinstance(entry, dict):
+            raise _invalid(f"not an entry: {type(entry).__name__}", None) from None
+        name = f"{entry.get('kind')} entry {entry.get('archive_key', entry.get('key'))!r}"
+        for field, value in entry.items():
+            json_value(value, f"{name}: its {field!r}")
+        raise _invalid(f"{name} is not JSON: the names of its fields must be str", None) from None
+
+
+def json_value(value: Any, what: str) -> str:
+    """Any value, as a manifest line holds it.
+
+    Args:
+        value: What JSON can hold.
+        what: What it is, for the error.
+
+    Raises:
+        InvalidManifestError: it holds something else.
+    """
+    try:
+        return _encode(value)
+    except S3LoaderError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidManifestError(f"{what} is not JSON: {error}", hint=_JSON_HINT) from error
+
+
+def check_entries(entries: Any) -> None:
+    """Whether `entries` can be gone through entry by entry.
+
+    Raises:
+        ConfigError: it is None, a single entry or a str.
+    """
+    if isinstance(entries, (str, bytes, Mapping)) or not hasattr(entries, "__iter__"):
+        raise ConfigError(
+            f"{type(entries).__name__} where entries are expected", hint="pass a list of entries; [] makes an empty manifest"
+        )
 
 
 def encode_manifest(entries: Iterable[ManifestEntry]) -> bytes:
-    """A whole manifest; no entries make the one byte ``\\n``."""
-    return "".join([f"{_encode(_checked(entry, None))}\n" for entry in entries]).encode("ascii") or EMPTY_MANIFEST
+    """A whole manifest; no entries make the one byte ``\\n``.
+
+    Raises:
+        InvalidManifestError: an entry no reader would accept.
+        ConfigError: these are no entries.
+    """
+    check_entries(entries)
+    return "".join([f"{serialize_entry(_checked(entry, None))}\n" for entry in entries]).encode("ascii") or EMPTY_MANIFEST
 
 
 def check_entry(entry: ManifestEntry) -> None:

@@ -16,10 +16,11 @@ from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.pool import UploadPool
 from s3loader.shard.upload import ShardUpload
 from s3loader.shard.writer import ShardBuilder
+from s3loader.store.arguments import at_source, open_source
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, PutMode
 
-__all__ = ["ShardPacker", "Source", "pack_shard", "source_size"]
+__all__ = ["ShardPacker", "Source", "check_source", "pack_shard", "source_size"]
 
 Source: TypeAlias = Buffer | str | os.PathLike[str] | IO[bytes]
 """Bytes, the path of a local file (`str` too), or a binary file."""
@@ -27,19 +28,33 @@ Source: TypeAlias = Buffer | str | os.PathLike[str] | IO[bytes]
 _CHUNK: Final = 4 << 20
 
 
+def check_source(source: Any) -> None:
+    """Whether this is a `Source`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(source, (bytes, bytearray, memoryview, str, os.PathLike)) and not hasattr(source, "read"):
+        raise ConfigError(
+            f"a source cannot be {type(source).__name__}",
+            hint="pass bytes, the path of a local file (str or pathlib.Path), or a binary file open for reading",
+        )
+
+
 def source_size(source: Source, size: int | None = None) -> int:
     """Length of a source in bytes.
 
     Raises:
-        ConfigError: a binary file that can't tell, and no `size` given.
-        FileNotFoundError: there is no such local file.
+        ConfigError: no `Source`, or a binary file that can't tell, and no `size` given.
+        SourceNotFoundError: there is no such local file.
     """
     if type(source) is bytes:
         return len(source)
+    check_source(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return memoryview(source).nbytes
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).stat().st_size
+        return at_source(source, lambda: Path(source).stat().st_size)
     if size is not None:
         return size
     try:
@@ -104,7 +119,9 @@ class ShardPacker:
         """Add one member; its content is read before this returns. Returns its size.
 
         Raises:
-            ConfigError: an unsafe path, or a source of another length than it said.
+            ConfigError: an unsafe path, a source that is none, or of another length than it said.
+            InvalidManifestError: `id` or `meta` is not JSON.
+            SourceNotFoundError: there is no such local file.
             S3LoaderError: an earlier part could not be uploaded.
         """
         if self._broken:
@@ -116,7 +133,7 @@ class ShardPacker:
         elif isinstance(source, (bytes, bytearray, memoryview)):
             self._upload.write(self._builder.add(member_path, memoryview(source).cast("B")))
         elif isinstance(source, (str, os.PathLike)):
-            with open(source, "rb") as file:
+            with open_source(source) as file:
                 self._add_file(member_path, file, size)
         else:
             self._add_file(member_path, source, size)
@@ -141,10 +158,14 @@ class ShardPacker:
         self._broken = False
 
     def _line(self, path: str, id: str | None, meta: dict[str, Any] | None, size: int) -> bytes:
-        """The member's line of the internal manifest; as `serialize_entry` would write it, but put together by hand."""
+        """The member's line of the internal manifest; as `serialize_entry` would write it, but put together by hand.
+
+        Raises:
+            InvalidManifestError: `id` or `meta` is not JSON.
+        """
         name = json_string(path)
-        said_id = "null" if id is None else json_string(id) if type(id) is str else json_value(id)
-        said_meta = "null" if meta is None else json_value(meta)
+        said_id = "null" if id is None else json_string(id) if type(id) is str else json_value(id, f"member {path!r}: its id")
+        said_meta = "null" if meta is None else json_value(meta, f"member {path!r}: its meta")
         line = f'{self._before}{name[1:]},"member_path":{name},"id":{said_id},"meta":{said_meta},"size_bytes":{size}}}\n'
         return line.encode("ascii")
 

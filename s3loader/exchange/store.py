@@ -19,7 +19,7 @@ from s3loader.exchange.keys import (
     normalize_key,
     resolve_template,
 )
-from s3loader.exchange.lines import file_entry
+from s3loader.exchange.lines import check_entries, file_entry
 from s3loader.exchange.local import download, download_all
 from s3loader.exchange.manifest import Manifest, write_manifest
 from s3loader.exchange.metadata import object_metadata
@@ -252,13 +252,14 @@ class S3ExchangeStore:
 
     # manifests and shards
 
-    def write_manifest(self, key: str, entries: Iterable[ManifestEntry], *, mode: WriteMode = "overwrite") -> None:
+    def write_manifest(self, key: str, entries: Iterable[ManifestEntry | Shard], *, mode: WriteMode = "overwrite") -> None:
         """Write entries as a manifest, or append them to one as a new part (safe beside other appenders).
 
         Raises:
-            ConfigError: an unknown mode.
+            ConfigError: an unknown mode, or what is no entries.
             InvalidManifestError: an entry no reader would accept, or (append) the manifest there cannot be parsed.
         """
+        check_entries(entries)
         write_manifest(self, key, (entry_of(entry) for entry in entries), mode)
 
     def put_shard_archive(
@@ -283,7 +284,7 @@ class S3ExchangeStore:
         self, manifest_key: str, shard_entries: Iterable[ShardEntry | Shard], *, update_mode: WriteMode = "append_parts"
     ) -> None:
         """Write shards (entries, or what `put_shard_archive` gave) into a manifest."""
-        self.write_manifest(manifest_key, (entry_of(entry) for entry in shard_entries), mode=update_mode)
+        self.write_manifest(manifest_key, shard_entries, mode=update_mode)
 
     def open_manifest_writer(
         self,

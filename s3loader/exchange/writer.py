@@ -12,8 +12,8 @@ from s3loader.exchange.entry_stream import EntryStream
 from s3loader.exchange.errors import WriterClosedError, WriterStateError
 from s3loader.exchange.journal import Journal
 from s3loader.exchange.keys import infer_id_from_key
-from s3loader.exchange.lines import check_entry, file_entry
-from s3loader.exchange.packer import Source
+from s3loader.exchange.lines import check_entry, file_entry, serialize_entry
+from s3loader.exchange.packer import Source, check_source
 from s3loader.exchange.pending import PendingEntry
 from s3loader.exchange.removal import empty_report, remove_written
 from s3loader.exchange.shard_stream import ShardStream
@@ -30,6 +30,7 @@ from s3loader.exchange.types import (
 from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.pool import UploadPool
+from s3loader.store.arguments import open_source
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import PutMode, PutResult
 
@@ -160,15 +161,21 @@ class ManifestWriter:
 
         The data is taken before this returns; the upload may go on. The entry returned is complete: looking
         into it waits for the upload.
+
+        Raises:
+            ConfigError: `data` is none of these, or cannot be read (SourceNotFoundError: there is no such file).
+            InvalidManifestError: `id` or `meta` is not JSON; nothing was uploaded.
         """
         self._check()
+        check_source(data)
         name = self._infer_id(key) if id is None else id
+        serialize_entry(file_entry(key, name, meta, content_type, None, None))
         body: Any = data
         if isinstance(data, (bytearray, memoryview)):
             body = bytes(data)
         elif not isinstance(data, bytes):
             if isinstance(data, (str, os.PathLike)):
-                with open(data, "rb") as file:
+                with open_source(data) as file:
                     return self._put_file(key, file, name, meta, content_type)
             return self._put_file(key, data, name, meta, content_type)
         meta = None if meta is None else {**meta}
@@ -236,7 +243,9 @@ class ManifestWriter:
 
         Raises:
             WriterStateError: the writer has no `shard_size`.
-            ConfigError: an unsafe path, or a source of another length than it said.
+            ConfigError: an unsafe path, a source that is none, or of another length than it said.
+            InvalidManifestError: `id` or `meta` is not JSON.
+            SourceNotFoundError: there is no such local file.
         """
         self._check()
         if content_type is not None:

@@ -14,6 +14,7 @@ import pytest
 from exchange_helpers import files, watched
 
 from s3loader.errors import (
+    AccessDeniedError,
     ConfigError,
     IntegrityError,
     InvalidManifestError,
@@ -95,6 +96,50 @@ def test_e03_a_root_that_cannot_be_parsed_is_an_error_and_stays(store: S3Exchang
     with pytest.raises(InvalidManifestError), store.open_manifest_writer("m.jsonl") as writer:
         writer.add_file("new")
     assert store.get_object("m.jsonl").read() == body
+
+
+def test_a_refused_append_leaves_no_part_or_says_which() -> None:
+    root, backend = watched(open_store(f"memory://{uuid.uuid4().hex}"))
+    store = S3ExchangeStore(root)
+    broken = b"not json\n"
+    root.put("m.jsonl", broken)
+    store.put_shard_archive("a.tar", [{"source": b"x", "member_path": "x"}], compression=None)
+    before = list(store.list_keys(sidecars=True))
+    for append in (
+        lambda: store.write_manifest("m.jsonl", files("k"), mode="append_parts"),
+        lambda: store.put_sharded("m.jsonl", [store.get_shard("a.tar")]),
+    ):
+        with pytest.raises(InvalidManifestError) as refused:
+            append()
+        assert not hasattr(refused.value, "__notes__")
+        assert list(store.list_keys(sidecars=True)) == before
+
+    def deny(key: str) -> None:
+        raise AccessDeniedError("no", op="delete", url=key)
+
+    backend.delete = deny  # type: ignore[method-assign]
+    with pytest.raises(InvalidManifestError) as kept:
+        store.write_manifest("m.jsonl", files("k"), mode="append_parts")
+    (part,) = store.list_keys("manifests/")
+    assert part in kept.value.__notes__[0]
+
+
+def test_an_append_that_may_have_happened_keeps_its_part() -> None:
+    root, backend = watched(open_store(f"memory://{uuid.uuid4().hex}"))
+    store = S3ExchangeStore(root)
+
+    def lose(key: str, data: Any, mode: Any) -> None:
+        if key == "m.jsonl":
+            backend.on_put = None
+            backend.inner.put(key, bytes(data) + b"not json\n")
+            raise OutcomeUnknownError("lost")
+
+    backend.on_put = lose
+    with pytest.raises(OutcomeUnknownError) as caught:
+        store.write_manifest("m.jsonl", files("k"), mode="append_parts")
+    (part,) = store.list_keys("manifests/")
+    assert part in caught.value.__notes__[0]
+    assert part.encode() in root.get("m.jsonl")
 
 
 def test_e04_a_member_is_one_ranged_read_and_names_need_no_archive_bytes() -> None:

@@ -27,10 +27,11 @@ from s3loader.exchange.lines import encode_manifest, iter_entries, parse_line, s
 from s3loader.exchange.manifest import Manifest
 from s3loader.exchange.reading import MAX_DEPTH, iter_manifest
 from s3loader.exchange.store import S3ExchangeStore
+from s3loader.exchange.types import ShardSizePolicy
 from s3loader.store.open import open_store
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -86,7 +87,11 @@ def test_what_is_wrong_with_a_line(line: str, message: str) -> None:
     assert caught.value.line_number == 7
 
 
-@given(st.lists(st.one_of(ENTRIES.map(serialize_entry).map(str.encode), st.binary(max_size=40)), max_size=8), st.data())
+OTHERS = st.floats().map(lambda value: json.dumps({"kind": "file", "key": "k", "meta": value}).encode())
+"""Lines with NaN and Infinity, as other writers make them: they are read, not written."""
+
+
+@given(st.lists(st.one_of(ENTRIES.map(serialize_entry).map(str.encode), OTHERS, st.binary(max_size=40)), max_size=8), st.data())
 @settings(max_examples=150, deadline=None)
 def test_fuzz_a_manifest_gives_all_its_entries_or_says_which_line_is_wrong(parts: list[bytes], data: Any) -> None:
     body = b"\n".join(parts)
@@ -123,6 +128,44 @@ def test_manifests_as_files() -> None:
     assert list(Manifest.iter_lines(io.BytesIO(encode_manifest(entries)), limit=1)) == entries[:1]
     with pytest.raises(InvalidManifestError):
         encode_manifest([{"kind": "other"}])  # type: ignore[typeddict-item,list-item]
+
+
+@pytest.mark.parametrize("value", [{1}, b"x", object(), float("nan"), [float("inf")], {"a": -float("inf")}, {(1, 2): 3}])
+@pytest.mark.parametrize("mode", ["overwrite", "append_parts"])
+def test_what_json_has_not_is_refused_with_the_name_of_entry_and_field(store: S3ExchangeStore, value: Any, mode: Any) -> None:
+    entries: Any = [{"kind": "file", "key": "good"}, {"kind": "file", "key": "bad", "meta": value}]
+    with pytest.raises(InvalidManifestError, match=r"file entry 'bad': its 'meta' is not JSON") as caught:
+        store.write_manifest("m.jsonl", entries, mode=mode)
+    assert "None may stand for NaN" in str(caught.value)
+    with pytest.raises(InvalidManifestError), store.open_manifest_writer("m.jsonl") as writer:
+        writer.put_object("bad", b"x", meta=value)
+    with store.open_manifest_writer("n.jsonl", shard_size=ShardSizePolicy(max_entries=5)) as writer:
+        with pytest.raises(InvalidManifestError, match="member 'p': its meta"):
+            writer.add_to_shard("p", b"x", meta=value)
+        with pytest.raises(InvalidManifestError, match="its 'meta'"):
+            writer.add_file("bad", meta=value)
+        writer.add_to_shard("q", b"x")
+    assert list(store.get_manifest("n.jsonl").get_keys()) == ["shards/shard-000001.tar#q"]
+    assert not store.exists("m.jsonl")
+    assert not store.exists("bad")
+
+
+def test_lists_within_themselves_and_odd_field_names(store: S3ExchangeStore) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    for bad in ({"kind": "file", "key": "k", "meta": circle}, {"kind": "file", "key": "k", (1,): 2}):
+        with pytest.raises(InvalidManifestError, match="'k'"):
+            store.write_manifest("m.jsonl", [bad])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("bad", [None, 5, "m.jsonl", {"kind": "file", "key": "k"}])
+def test_what_is_no_list_of_entries(store: S3ExchangeStore, bad: Any) -> None:
+    for mode in ("overwrite", "append_parts"):
+        with pytest.raises(ConfigError, match="entries are expected"):
+            store.write_manifest("m.jsonl", bad, mode=mode)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="entries are expected"):
+            store.put_sharded("m.jsonl", bad, update_mode=mode)  # type: ignore[arg-type]
+    assert list(store.list_keys()) == []
 
 
 def test_a_line_without_end_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from exchange_helpers import watched
 
-from s3loader.errors import ClosedError, ConfigError, InvalidManifestError, NoSpaceError, S3ExchangeError
+from s3loader.errors import (
+    ClosedError,
+    ConfigError,
+    InvalidManifestError,
+    NoSpaceError,
+    S3ExchangeError,
+    SourceNotFoundError,
+)
 from s3loader.exchange.store import S3ExchangeStore
 from s3loader.exchange.types import ShardSizePolicy
 from s3loader.exchange.writer import ManifestWriter
@@ -91,7 +98,7 @@ def test_a_closed_writer_says_so(store: S3ExchangeStore) -> None:
     assert keys(store, "m.jsonl") == ["k"]
 
 
-def test_bad_arguments(store: S3ExchangeStore) -> None:
+def test_bad_arguments(store: S3ExchangeStore, tmp_path: Path) -> None:
     for options in ({"mode": "x"}, {"part_max_entries": 0}, {"publish": "create"}, {"shard_compression": "rar"}):
         with pytest.raises(ConfigError):
             store.open_manifest_writer("m.jsonl", **options)  # type: ignore[arg-type]
@@ -104,8 +111,17 @@ def test_bad_arguments(store: S3ExchangeStore) -> None:
         for path in ("../x", "/x", "__manifest__.jsonl"):
             with pytest.raises(ConfigError):
                 writer.add_to_shard(path, b"x")
-        with pytest.raises(FileNotFoundError):
-            writer.add_to_shard("x", "/no/such/file")
+        for call in (writer.add_to_shard, writer.put_object):
+            with pytest.raises(SourceNotFoundError, match=r"/no/such/file.*\n.*encoded"):
+                call("x", "/no/such/file")
+            for nothing in (None, 5, [b"x"]):
+                with pytest.raises(ConfigError, match=r"(?s)a source cannot be .*bytes, the path of a local file"):
+                    call("x", nothing)  # type: ignore[arg-type]
+            for unreadable in (tmp_path, "nul\0", "x" * 5000):
+                with pytest.raises(ConfigError, match="cannot read the local file"):
+                    call("x", unreadable)
+        with pytest.raises(ConfigError, match="a source cannot be NoneType"):
+            writer.add_to_shard("x", None, size_bytes=3)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="size_bytes required"):
             writer.add_to_shard("x", _Pipe(b"abc"))
         writer.add_to_shard("pipe", _Pipe(b"abc"), size_bytes=3)
