@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from s3loader.loader import collate_fixed as collate_fixed
     from s3loader.loader import collate_ragged as collate_ragged
     from s3loader.loader import from_manifest as from_manifest
+    from s3loader.loader import from_mds as from_mds
     from s3loader.loader import from_objects as from_objects
     from s3loader.loader import from_prefix as from_prefix
     from s3loader.loader import from_webdataset as from_webdataset
@@ -266,6 +267,7 @@ __all__ = [
     "create_shards",
     "extract",
     "from_manifest",
+    "from_mds",
     "from_objects",
     "from_prefix",
     "from_webdataset",
@@ -400,6 +402,7 @@ _HOME = {
     "create_shards": "s3loader.exchange.items",
     "extract": "s3loader.shard.extract",
     "from_manifest": "s3loader.loader",
+    "from_mds": "s3loader.loader",
     "from_objects": "s3loader.loader",
     "from_prefix": "s3loader.loader",
     "from_webdataset": "s3loader.loader",
