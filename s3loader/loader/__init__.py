@@ -5,6 +5,7 @@ from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
 from s3loader.loader.grain import GrainSource
 from s3loader.loader.loader import Batch, Loader
+from s3loader.loader.mds import from_mds
 from s3loader.loader.mixture import Mixture, mix_datasets
 from s3loader.loader.options import LoaderOptions
 from s3loader.loader.reading import SampleReader
@@ -30,6 +31,7 @@ __all__ = [
     "collate_fixed",
     "collate_ragged",
     "from_manifest",
+    "from_mds",
     "from_objects",
     "from_prefix",
     "from_webdataset",

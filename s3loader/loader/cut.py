@@ -10,6 +10,7 @@ import numpy as np
 
 from s3loader.errors import FormatError, IntegrityError, S3LoaderError, ShardReadError, TruncatedError
 from s3loader.loader.layout import Layout
+from s3loader.loader.mds_format import MdsShard
 from s3loader.loader.pieces import Piece
 from s3loader.plan.permutation import Int64Array
 from s3loader.shard.index import sample_key
@@ -74,6 +75,27 @@ class Groups:
         return sample
 
 
+class Rows:
+    """Samples of an MDS shard, their columns decoded when they are handed out."""
+
+    __slots__ = ("_layout", "_members", "_places")
+
+    def __init__(self, layout: Layout, members: list[int], places: _Places) -> None:
+        self._layout = layout
+        self._members = members
+        self._places = places
+
+    def build(self, i: int) -> Any:
+        """``__key__``, and each column by its name."""
+        source, starts, ends = self._places
+        name, shard = self._layout.name(self._members[i]), self._layout.source
+        assert isinstance(shard, MdsShard)
+        try:
+            return shard.row(name, source[i][starts[i] : ends[i]])
+        except S3LoaderError as error:
+            return Failed(error, name)
+
+
 def cut(piece: Piece, bodies: Sequence[memoryview | Failed], *, grouped: bool, verify: bool) -> Cut:
     """Verify what came for `piece` and find its samples in it; nothing is copied.
 
@@ -95,6 +117,9 @@ def cut(piece: Piece, bodies: Sequence[memoryview | Failed], *, grouped: bool, v
     bad = _mismatches(layout, members, source, starts, ends) if verify and layout.crc32c is not None else []
     for i in bad:
         source[i] = _corrupt(layout, int(members[i]))
+    if isinstance(layout.source, MdsShard):
+        rows = Rows(layout, members.tolist(), (source, starts, ends))
+        return Cut([rows] * len(members), list(range(len(members))), layout.sizes[members].tolist(), False)
     if not grouped:
         return Cut(source, starts, ends, bool(bad))
     lengths = layout.first[piece.numbers + 1] - layout.first[piece.numbers]

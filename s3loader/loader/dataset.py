@@ -9,9 +9,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from s3loader.errors import ObjectNotFoundError, PlanError, S3LoaderError, ShardReadError, StateMismatchError
+from s3loader.errors import IntegrityError, ObjectNotFoundError, PlanError, S3LoaderError, ShardReadError, StateMismatchError
 from s3loader.loader.indexes import find_index
 from s3loader.loader.layout import Layout, LayoutCache, LooseRun, Shard
+from s3loader.loader.mds_format import MdsShard
 from s3loader.loader.options import LoaderOptions
 from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
 from s3loader.plan.permutation import Int64Array
@@ -146,7 +147,10 @@ class Dataset:
     def _load(self, missing: Sequence[int]) -> dict[int, Layout | S3LoaderError]:
         found: dict[int, Layout | S3LoaderError] = {}
         shards = [part for number in missing if isinstance(part := self.parts[number], Shard)]
-        requests = (ReadRequest(index_key(shard.key), tag=number) for number, shard in zip(missing, shards, strict=True))
+        requests = (
+            shard.head_request(number) if isinstance(shard, MdsShard) else ReadRequest(index_key(shard.key), tag=number)
+            for number, shard in zip(missing, shards, strict=True)
+        )
         for shard, answer in zip(shards, self.store.read_many(requests, errors="return"), strict=True):
             number = answer.request.tag
             try:
@@ -154,7 +158,11 @@ class Dataset:
                 data = None if isinstance(answer, ReadFailure) else bytes(answer.data)
                 if isinstance(answer, ReadFailure) and not isinstance(answer.error, ObjectNotFoundError):
                     raise answer.error
-                if data is None or is_foreign(data):
+                if isinstance(shard, MdsShard):
+                    if isinstance(answer, ReadFailure):
+                        raise answer.error
+                    index = shard.index_of(answer)
+                elif data is None or is_foreign(data):
                     index = find_index(self.store, shard.key, self.index_dir)
                 else:
                     index = ShardIndex.from_bytes(data)
@@ -176,13 +184,14 @@ class Dataset:
         return self._select(number, layout)
 
     def _explain(self, shard: Shard, error: S3LoaderError) -> S3LoaderError:
-        url = f"{self.store.url}/{index_key(shard.key)}"
-        if isinstance(error, ObjectNotFoundError):
+        mds = isinstance(shard, MdsShard)
+        url = f"{self.store.url}/{shard.key if mds else index_key(shard.key)}"
+        if isinstance(error, ObjectNotFoundError) and not mds:
             return ShardReadError(
                 "the shard has no index", op="read", url=url, hint="s3loader.shard.build_index makes one beside it"
             )
-        if isinstance(error, ShardReadError) and error.url is None:
-            return ShardReadError(error.message, op="read", url=url, hint=error.hint)
+        if isinstance(error, (ShardReadError, IntegrityError)) and error.url is None:
+            return type(error)(error.message, op="read", url=url, hint=error.hint)
         return error
 
     # -- names -------------------------------------------------------------------------------

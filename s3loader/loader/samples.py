@@ -135,7 +135,7 @@ class SampleWork:
         assert self._decode is not None
         if isinstance(item, Mapping):
             return {
-                extension: value if extension.startswith("__") else self._decode(extension, value)
+                extension: self._decode(extension, value) if type(value) is memoryview and extension[:2] != "__" else value
                 for extension, value in item.items()
             }
         base = key.rsplit("/", 1)[-1]
