@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Final
 
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
@@ -34,6 +35,11 @@ from s3loader.types import (
 )
 
 __all__ = ["DirectBackend"]
+
+
+_LARGE_PUT: Final = 512 << 10
+"""From this size on a thread that blocks in `sendmsg` costs half of what a socket costs that takes a little at a time
+(1 MiB: 0.19 against 0.28 CPU-s/GB, 8 MiB: 0.12 against 0.24; `make bench-get`, write cases)."""
 
 
 class DirectBackend:
@@ -164,8 +170,14 @@ class DirectBackend:
         self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver = "auto"
     ) -> Iterator[PutResult | BaseException]:
         """As `put_many`, but an error takes the place of its result, and the rest follows."""
-        jobs = (PutJob(self._setting, request) for request in requests)
-        return self._run(jobs, max_bytes, concurrency, driver)
+        waiting = iter(requests)
+        first = next(waiting, None)
+        if first is None:
+            return
+        if driver == "auto" and memoryview(first.data).nbytes >= _LARGE_PUT:
+            driver = "threads"
+        jobs = (PutJob(self._setting, request) for request in chain((first,), waiting))
+        yield from self._run(jobs, max_bytes, concurrency, driver)
 
     def _run(self, jobs: Iterator[Job], max_bytes: int, concurrency: int, driver: Driver) -> Iterator[Any]:
         kind = Threads if driver == "threads" else Pump
