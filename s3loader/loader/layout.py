@@ -61,6 +61,24 @@ class Layout:
     index: ShardIndex | None = None
     nbytes: int = field(default=0)
     """Memory held, roughly."""
+    largest_gap: int = field(init=False, default=0)
+    """Most bytes between a sample and the next, in a shard."""
+
+    def __post_init__(self) -> None:
+        if self.index is not None and self.samples > 1:
+            first, last = self.first[:-1], self.first[1:] - 1
+            gaps = self.offsets[first[1:]] - (self.offsets[last[:-1]] + self.sizes[last[:-1]])
+            object.__setattr__(self, "largest_gap", int(gaps.max()))
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return len(self.first) - 1
+
+    def span(self, low: int, high: int) -> tuple[int, int]:
+        """(first byte, end) of samples `low` to `high` (included) of a shard."""
+        last = self.first[high + 1] - 1
+        return int(self.offsets[self.first[low]]), int(self.offsets[last] + self.sizes[last])
 
     @property
     def loose(self) -> bool:

@@ -151,6 +151,12 @@ def cut_into_pieces(
             yield Piece(layout, numbers[i:j], target, at + i)
             i = j
         return
+    low, high = int(numbers[0]), int(numbers[-1])
+    if high - low + 1 == len(numbers) and layout.largest_gap <= max_gap:  # neighbours: the usual case, mostly one piece
+        start, end = layout.span(low, high)
+        if end - start <= max_size or low == high:
+            yield Piece(layout, numbers, target, at, start, end)
+            return
     first, last = layout.first[numbers], layout.first[numbers + 1] - 1
     starts, ends = layout.offsets[first], layout.offsets[last] + layout.sizes[last]
     breaks = np.flatnonzero(starts[1:] - ends[:-1] > max_gap) + 1

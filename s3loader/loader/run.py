@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -77,9 +77,15 @@ class _Slab(NamedTuple):
 class _Wanted(NamedTuple):
     samples: Int64Array
     """Rising."""
-    first_use: Int64Array
-    """Index in the chunk at which each is first needed."""
+    first_use: Int64Array | int
+    """Index in the chunk at which each is first needed, or all of them."""
     target: Slots
+
+    def use(self, piece: Piece) -> int:
+        """Index in the chunk at which something of `piece` is first needed."""
+        if isinstance(self.first_use, int):
+            return self.first_use
+        return int(self.first_use[piece.at : piece.at + len(piece.numbers)].min())
 
 
 _END: Final = object()
@@ -225,37 +231,42 @@ class Run:
         chunk.starts = np.where(inside, units.start, -1)
         chunk.slots = chunk.samples - chunk.starts
         new = []
-        for i in np.sort(np.unique(chunk.starts, return_index=True)[1]).tolist():
-            start, length, until = int(chunk.starts[i]), int(units.length[i]), int(units.until[i])
+        first = np.sort(np.unique(chunk.starts, return_index=True)[1])
+        rows = zip(*(column[first].tolist() for column in (chunk.starts, units.length, units.until)), strict=True)
+        for i, (start, length, until) in zip(first.tolist(), rows, strict=True):
             if start < 0:
                 continue
             block = self._open.get(start)
             if block is None:
                 block = self._open[start] = Block(start, length, until)
-                numbers = np.arange(start, start + length, dtype=np.int64)
-                new.append(_Wanted(numbers, np.full(length, i, dtype=np.int64), block))
+                new.append(_Wanted(np.arange(start, start + length, dtype=np.int64), i, block))
             block.until = max(block.until, until)
             chunk.blocks[start] = block
         return new
 
     def _cut(self, wanted: list[_Wanted], max_gap: int) -> list[Piece]:
-        located = [self._plan.locate(want.samples) for want in wanted]
-        layouts = self._dataset.layouts(int(part) for parts, _ in located for part in np.unique(parts))
-        keyed = [
-            (int(want.first_use[piece.at : piece.at + len(piece.numbers)].min()), piece)
-            for want, (parts, numbers) in zip(wanted, located, strict=True)
-            for piece in self._cut_one(want, parts, numbers, layouts, max_gap)
-        ]
+        if not wanted:
+            return []
+        # All at once: a few calls of numpy for hundreds of blocks.
+        parts, numbers = self._plan.locate(np.concatenate([want.samples for want in wanted]))
+        changes = np.flatnonzero(np.diff(parts)) + 1
+        layouts = self._dataset.layouts(parts[[0, *changes.tolist()]].tolist())
+        bounds = list(itertools.accumulate((len(want.samples) for want in wanted), initial=0))
+        edges = sorted({*bounds, *changes.tolist()})
+        of_part = parts[edges[:-1]].tolist()
+        keyed: list[tuple[int, Piece]] = []
+        run = 0
+        for want, begin, end in zip(wanted, bounds, bounds[1:], strict=False):
+            while edges[run] < end:
+                low, high = edges[run : run + 2]
+                layout = layouts[of_part[run]]
+                pieces = cut_into_pieces(
+                    layout, numbers[low:high], want.target, low - begin, max_gap=max_gap, max_size=self._piece_size
+                )
+                keyed += [(want.use(piece), piece) for piece in pieces]
+                run += 1
         keyed.sort(key=lambda pair: pair[0])
         return [piece for _, piece in keyed]
-
-    def _cut_one(
-        self, want: _Wanted, parts: Int64Array, numbers: Int64Array, layouts: Mapping[int, Any], max_gap: int
-    ) -> Iterator[Piece]:
-        edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-        for low, high in itertools.pairwise(edges):
-            layout = layouts[int(parts[low])]
-            yield from cut_into_pieces(layout, numbers[low:high], want.target, low, max_gap=max_gap, max_size=self._piece_size)
 
     # -- delivery ----------------------------------------------------------------------------
 

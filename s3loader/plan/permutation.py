@@ -26,6 +26,8 @@ _GOLDEN: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 _A: Final = 0xBF58476D1CE4E5B9
 _B: Final = 0x94D049BB133111EB
+_FEW: Final = 16
+"""Up to so many values, Python's integers are faster than numpy's calls."""
 _U: Final = [np.uint64(n) for n in range(64)]
 _NA, _NB, _NG = np.uint64(_A), np.uint64(_B), np.uint64(_GOLDEN)
 
@@ -77,6 +79,24 @@ def _network(values: UInt64Array, low_bits: Any, high_bits: Any, keys: Any, orde
     return out
 
 
+def _walk_few(values: list[int], sizes: list[int], halves: list[list[int]], keys: list[int], order: range) -> list[int]:
+    """The network with cycle walking, in Python's integers: values that landed outside, sent on until they land inside."""
+    found = []
+    for value, size, (low_bits, high_bits), key in zip(values, sizes, halves, keys, strict=True):
+        low_mask, high_mask = (1 << low_bits) - 1, (1 << high_bits) - 1
+        while value >= size:
+            low, high = value & low_mask, value >> low_bits
+            for i in order:
+                salted = key + (i + 1) * _GOLDEN
+                if i % 2 == 0:
+                    high ^= _mix((low + salted) & _MASK) & high_mask
+                else:
+                    low ^= _mix((high + salted) & _MASK) & low_mask
+            value = (high << low_bits) | low
+        found.append(value)
+    return found
+
+
 def _halves(size: int) -> tuple[int, int]:
     """Bits of the low and the high half for a domain of `size`."""
     bits = max(MIN_BITS, (size - 1).bit_length())
@@ -84,6 +104,8 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 def _walk(values: Int64Array, size: int | Int64Array, keys: int | UInt64Array, order: range) -> Int64Array:
+    if values.size == 0:
+        return values
     if not isinstance(size, int):
         distinct, which = np.unique(size, return_inverse=True)
         if len(distinct) != 1:
@@ -91,16 +113,20 @@ def _walk(values: Int64Array, size: int | Int64Array, keys: int | UInt64Array, o
         size = int(distinct[0])
     if size <= 1:
         return np.zeros_like(values)
-    low, high = (_U[bits] for bits in _halves(size))
+    halves = _halves(size)
+    low, high = (_U[bits] for bits in halves)
     # A 1-element array, since numpy scalars warn where arrays wrap around.
     shared = np.array([keys], dtype=np.uint64) if isinstance(keys, int) else None
     each: Any = keys
     out = _network(values.astype(np.uint64), low, high, each if shared is None else shared, order)
     outside = np.flatnonzero(out >= size)
-    while outside.size:
+    while (few := outside.size) > _FEW:
         again = _network(out[outside], low, high, each[outside] if shared is None else shared, order)
         out[outside] = again
         outside = outside[again >= size]
+    if few:
+        left = [keys] * few if isinstance(keys, int) else keys[outside].tolist()
+        out[outside] = _walk_few(out[outside].tolist(), [size] * few, [[*halves]] * few, left, order)
     return out.astype(np.int64)
 
 
@@ -108,11 +134,15 @@ def _walk_mixed(values: Int64Array, sizes: Int64Array, keys: Any, order: range, 
     """The same with a size and a key per value: one pass for all of them."""
     out = values.astype(np.uint64)
     limits = sizes.astype(np.uint64)
-    outside = np.arange(len(out))
-    while outside.size:
+    out = _network(out, halves[:, 0], halves[:, 1], keys, order)
+    outside = np.flatnonzero(out >= limits)
+    while outside.size > _FEW:
         again = _network(out[outside], halves[outside, 0], halves[outside, 1], keys[outside], order)
         out[outside] = again
         outside = outside[again >= limits[outside]]
+    if outside.size:
+        left, of, cuts, by = (column[outside].tolist() for column in (out, limits, halves, keys))
+        out[outside] = _walk_few(left, of, cuts, by, order)
     return out.astype(np.int64)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3loader.errors import PlanError
-from s3loader.plan import OrderSpec, choose_spec
+from s3loader.plan import OrderSpec, choose_spec, permutation
 from s3loader.plan.order import BlockOrder, make_order
 from s3loader.plan.permutation import derive, derive_each, permute, unpermute
 
@@ -127,6 +127,20 @@ def test_permutation_inverts_and_agrees_with_plain_integers(size, key, raw):
     assert ((image >= 0) & (image < size)).all()
     assert np.array_equal(unpermute(image, size, key), values)
     assert image.tolist() == [bijection(value, size, key) for value in values.tolist()]
+
+
+@given(st.integers(1, 3000), st.integers(0, MASK), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_values_walked_few_at_a_time_land_where_many_do(size, key, mixed):
+    values = np.arange(size, dtype=np.int64)
+    sizes = np.arange(size, dtype=np.int64) // 7 * 5 + 1 + values if mixed else size
+    keys = derive_each(key, values) if mixed else key
+    many, permutation._FEW = permutation._FEW, 0
+    try:
+        want = permute(values, sizes, keys)
+    finally:
+        permutation._FEW = many
+    assert np.array_equal(permute(values, sizes, keys), want)
 
 
 def test_keys_of_columns_are_the_keys_of_their_rows():
