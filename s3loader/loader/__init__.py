@@ -1,26 +1,30 @@
 """The loader engine: a plan run against a store, batches in order, without any framework."""
 
 from s3loader.loader.collate import Collate, Ragged, collate_fixed, collate_ragged
+from s3loader.loader.constructors import AdapterKeywords, FromSources, Source, SourceKeywords, open_source
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
 from s3loader.loader.grain import GrainSource
 from s3loader.loader.loader import Batch, Loader
 from s3loader.loader.mds import from_mds
 from s3loader.loader.mixture import Mixture, mix_datasets
-from s3loader.loader.options import LoaderOptions
+from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.reading import SampleReader
 from s3loader.loader.samples import Place, Quarantined
 from s3loader.loader.sources import from_manifest, from_objects, from_prefix, from_webdataset, open_dataset
 from s3loader.loader.stats import LoaderStats
 
 __all__ = [
+    "AdapterKeywords",
     "Batch",
     "Collate",
     "Dataset",
     "Decode",
+    "FromSources",
     "GrainSource",
     "Group",
     "Loader",
+    "LoaderKeywords",
     "LoaderOptions",
     "LoaderStats",
     "Mixture",
@@ -28,6 +32,8 @@ __all__ = [
     "Quarantined",
     "Ragged",
     "SampleReader",
+    "Source",
+    "SourceKeywords",
     "collate_fixed",
     "collate_ragged",
     "from_manifest",
@@ -37,5 +43,6 @@ __all__ = [
     "from_webdataset",
     "mix_datasets",
     "open_dataset",
+    "open_source",
     "register_decoder",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Required, Unpack
 
 from s3loader.errors import StateMismatchError
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
-from s3loader.loader.options import LoaderOptions
+from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.position import Position
 from s3loader.loader.reading import read_samples
 from s3loader.loader.run import Run
@@ -47,6 +47,10 @@ class Batch:
         return [place_of(self._dataset, sample, position, self.epoch) for sample, position in pairs]
 
 
+class _Options(LoaderKeywords, total=False):
+    batch_size: Required[int]
+
+
 class Loader:
     """Iterates over batches; each `iter` is one epoch, and the next one begins where that ended.
 
@@ -78,7 +82,7 @@ class Loader:
         workers: int = 1,
         epoch: int = 0,
         first_epoch: int | None = None,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> None:
         self.dataset = dataset
         self.options = LoaderOptions.of(options)

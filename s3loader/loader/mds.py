@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from s3loader.errors import IntegrityError, ObjectNotFoundError, ShardReadError
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.mds_format import Columns, MdsShard, check_size
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.open import open_store
+from s3loader.store.open import StoreKeywords, open_store
 from s3loader.types import ObjectMeta
 
 __all__ = ["from_mds"]
@@ -19,7 +19,7 @@ _INDEX: Final = "index.json"
 _VERSION: Final = 2
 
 
-def from_mds(url: str, *, store: ObjectStore | None = None, **store_options: Any) -> Dataset:
+def from_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> Dataset:
     """The dataset in a folder of raw MDS shards; a sample is a dict of its columns, and ``__key__``, its number as text.
 
     Integers, floats, texts, JSON and arrays come decoded (numpy scalars and arrays; ``int`` as a Python int); ``bytes``,

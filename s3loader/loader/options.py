@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from s3loader.errors import ConfigError
 from s3loader.loader.collate import Collate, make_collate
@@ -13,7 +13,7 @@ from s3loader.plan import OrderSpec, Shuffle, Tail
 from s3loader.store.base import Driver
 from s3loader.units import parse_duration, parse_size
 
-__all__ = ["LoaderOptions", "OnError"]
+__all__ = ["LoaderKeywords", "LoaderOptions", "OnError"]
 
 OnError: TypeAlias = Literal["raise", "skip", "replace"]
 """What a sample that cannot be read, verified, decoded or transformed does. ``"raise"``: the error reaches you when its turn
@@ -99,4 +99,35 @@ class LoaderOptions:
             )
         if "batch_size" not in values:
             raise ConfigError("batch_size is missing", hint="give the samples per batch and rank")
+        shuffle = values.get("shuffle")
+        if isinstance(shuffle, bool):
+            values = {**values, "shuffle": "block" if shuffle else "none"}
         return cls(**values)
+
+
+class LoaderKeywords(TypedDict, total=False):
+    """The fields of `LoaderOptions` without `batch_size`, as keywords of everything that makes a `Loader`.
+
+    As in other libraries ``shuffle=True`` means ``"block"``, ``False`` means ``"none"``.
+    """
+
+    shuffle: Shuffle | bool
+    seed: int
+    order: OrderSpec | Mapping[str, Any] | None
+    tail: Tail
+    decode: Decode
+    transform: Callable[..., Any] | None
+    transform_key: bool
+    collate: Collate
+    on_error: OnError
+    verify: bool
+    memory_limit: int | str
+    prefetch: int | str
+    driver: Driver
+    concurrency: int | None
+    decode_threads: int
+    cache_dir: str | None
+    cache_limit: int | str
+    hedge_after: float | str | None
+    skip_steps: Sequence[tuple[int, int]]
+    exclude: Sequence[str]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Unpack
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from s3loader.loader.layout import LooseRun, Shard
 from s3loader.shard.index import index_key, is_foreign, read_counts, sample_key
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.open import open_store
+from s3loader.store.open import StoreKeywords, open_store
 from s3loader.types import Buffer, ObjectMeta, ObjectURL, ReadRequest
 from s3loader.units import KIB
 
@@ -172,7 +172,7 @@ def from_manifest(
     group: Group = None,
     where: Filter | None = None,
     index_dir: str | None = None,
-    **store_options: Any,
+    **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """The dataset a manifest lists: shards and loose objects, also mixed, references followed.
 
@@ -200,7 +200,7 @@ def from_manifest(
     return dataset if where is None else filtered(dataset, where, iter_manifest(store, key))
 
 
-def _rooted(store: ObjectStore, root: str, key: str, options: Mapping[str, Any]) -> tuple[ObjectStore, str]:
+def _rooted(store: ObjectStore, root: str, key: str, options: StoreKeywords) -> tuple[ObjectStore, str]:
     """The store relative to which the manifest's keys exist, and the manifest's key in it."""
     first = next((entry for entry in iter_manifest(store, key, resolve_refs=False, limit=1)), None)
     if first is None:
@@ -223,7 +223,9 @@ def _rooted(store: ObjectStore, root: str, key: str, options: Mapping[str, Any])
     )
 
 
-def from_prefix(url: str, *, store: ObjectStore | None = None, group: Group = None, **store_options: Any) -> Dataset:
+def from_prefix(
+    url: str, *, store: ObjectStore | None = None, group: Group = None, **store_options: Unpack[StoreKeywords]
+) -> Dataset:
     """Every object whose key starts with the prefix, one sample each (or grouped), in order of their keys.
 
     Indexes of shards, and empty objects that stand for folders, are left out.
@@ -247,7 +249,7 @@ def from_prefix(url: str, *, store: ObjectStore | None = None, group: Group = No
 
 
 def from_objects(
-    urls: str | Iterable[str], *, store: ObjectStore | None = None, group: Group = None, **store_options: Any
+    urls: str | Iterable[str], *, store: ObjectStore | None = None, group: Group = None, **store_options: Unpack[StoreKeywords]
 ) -> Dataset:
     """These objects, one sample each (or grouped), in this order; one that is listed twice is two samples.
 
@@ -265,7 +267,7 @@ def from_objects(
     return Dataset(store, parts.finish(), group=group, name=names[0] if names else "")
 
 
-def _one_store(urls: Sequence[str], store: ObjectStore | None, options: Mapping[str, Any]) -> tuple[ObjectStore, list[str]]:
+def _one_store(urls: Sequence[str], store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, list[str]]:
     if store is not None:
         return store, list(urls)
     pairs = [split_url(url) for url in urls]
@@ -282,7 +284,7 @@ def from_webdataset(
     store: ObjectStore | None = None,
     group: Group = "webdataset",
     index_dir: str | None = None,
-    **store_options: Any,
+    **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """Tar shards by their URLs, with braces: ``s3://bucket/train-{000000..000146}.tar``.
 
@@ -314,7 +316,7 @@ def open_dataset(
     group: Group = None,
     where: Filter | None = None,
     index_dir: str | None = None,
-    **store_options: Any,
+    **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """The dataset at a URL, by what it looks like: ``.jsonl`` is a manifest, ``.tar`` (with braces) are shards, a list is
     objects, anything else a prefix.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from s3loader.errors import ConfigError
 from s3loader.store.base import Backend
@@ -19,10 +19,27 @@ from s3loader.types import ObjectURL
 if TYPE_CHECKING:
     from s3loader.config import S3Settings
 
-__all__ = ["Engine", "assemble", "open_store"]
+__all__ = ["Engine", "StoreKeywords", "assemble", "open_store"]
 
 Engine: TypeAlias = Literal["auto", "direct", "obstore", "boto3"]
 _ENGINES = ("auto", "direct", "obstore", "boto3")
+
+
+class StoreKeywords(TypedDict, total=False):
+    """The keywords of `open_store`, for functions that hand them on."""
+
+    engine: Engine
+    endpoint_url: str | None
+    region: str | None
+    access_key_id: str | None
+    secret_access_key: str | None
+    session_token: str | None
+    profile: str | None
+    ca_bundle: str | None
+    addressing_style: str | None
+    s3_client: Any
+    settings: S3Settings | None
+    options: StoreOptions | None
 
 
 def open_store(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Unpack
 
 import jax
 from jax.sharding import Sharding
 
 from s3loader.errors import ConfigError
-from s3loader.loader import Batch, Dataset, Loader, LoaderStats, open_dataset
-from s3loader.loader import from_manifest as manifest_dataset
-from s3loader.loader import from_objects as objects_dataset
-from s3loader.loader import from_prefix as prefix_dataset
-from s3loader.loader import from_webdataset as webdataset_dataset
+from s3loader.loader import AdapterKeywords, Batch, FromSources, Loader, LoaderStats, Source, open_source
 from s3loader_jax.sharding import process_slice, shard_batch
 
 __all__ = ["S3JaxIterable"]
 
 
-class S3JaxIterable:
+class S3JaxIterable(FromSources):
     """Iterates over batches of samples; each `iter` is one epoch, and the next one begins where that ended.
 
     The order is that of the torch and TensorFlow adapters, sample for sample, and the state of one loads in the others.
@@ -37,8 +33,8 @@ class S3JaxIterable:
         device_prefetch: Batches on the devices or on their way, the one you compute on included; 2 is double buffering.
             Only with a `sharding`.
         collate: ``"fixed"`` (the default here), ``"ragged"`` or a function; see `s3loader.LoaderOptions`.
-        options: Everything else of `s3loader.LoaderOptions`: ``shuffle seed decode transform on_error memory_limit ...``. As
-            in other libraries ``shuffle=True`` means ``"block"``, ``False`` means ``"none"``.
+        options: Everything else of `s3loader.LoaderOptions`: ``shuffle seed decode transform on_error memory_limit ...``;
+            with a URL also those of `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable.
@@ -46,54 +42,32 @@ class S3JaxIterable:
 
     def __init__(
         self,
-        dataset: Dataset | str | Iterable[str],
+        dataset: Source,
         *,
         batch_size: int,
         sharding: Sharding | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         device_prefetch: int = 2,
-        **options: Any,
+        **options: Unpack[AdapterKeywords],
     ) -> None:
         if sharding is not None and (rank is not None or world_size is not None):
             raise ConfigError("rank and world_size are read off the sharding", hint="give either of the two")
         if device_prefetch < 1:
             raise ConfigError(f"device_prefetch must be at least 1, not {device_prefetch}")
-        options = {"tail": "drop", "collate": "fixed", **options}
-        if isinstance(options.get("shuffle"), bool):
-            options["shuffle"] = "block" if options["shuffle"] else "none"
-        if sharding is not None and options["tail"] == "short":
+        settings: dict[str, Any] = {"tail": "drop", "collate": "fixed", **options}
+        if sharding is not None and settings["tail"] == "short":
             raise ConfigError(
                 'tail="short" gives ranks unequal batches, which no global array can hold', hint='use "drop" or "pad"'
             )
-        self.dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+        self.dataset, settings = open_source(dataset, settings)
         self._sharding = sharding
         self._device_prefetch = device_prefetch
         self._ranks = (rank, world_size)
-        self._options = {"batch_size": batch_size, **options}
+        self._options = {"batch_size": batch_size, **settings}
         self._made: tuple[tuple[int, int], Loader] | None = None
         self._delivered: tuple[int, int] | None = None
         """(epoch, positions consumed) of the last batch given out."""
-
-    @classmethod
-    def from_manifest(cls, url: str, *, group: Any = None, where: Any = None, **options: Any) -> S3JaxIterable:
-        """The samples of a manifest; see `s3loader.loader.from_manifest`."""
-        return cls(manifest_dataset(url, group=group, where=where), **options)
-
-    @classmethod
-    def from_prefix(cls, url: str, *, group: Any = None, **options: Any) -> S3JaxIterable:
-        """One sample for each object below `url`."""
-        return cls(prefix_dataset(url, group=group), **options)
-
-    @classmethod
-    def from_objects(cls, urls: Iterable[str], *, group: Any = None, **options: Any) -> S3JaxIterable:
-        """One sample for each of `urls`."""
-        return cls(objects_dataset(urls, group=group), **options)
-
-    @classmethod
-    def from_webdataset(cls, urls: str | Iterable[str], *, group: Any = "webdataset", **options: Any) -> S3JaxIterable:
-        """Tar files by brace pattern or list; they are indexed on first use."""
-        return cls(webdataset_dataset(urls, group=group), **options)
 
     @property
     def loader(self) -> Loader:

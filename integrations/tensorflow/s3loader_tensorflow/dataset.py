@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Unpack
 
 import numpy as np
 import tensorflow as tf
 
 from s3loader.errors import ConfigError, PlanError
-from s3loader.loader import Batch, Dataset, Loader, LoaderStats, open_dataset
+from s3loader.loader import AdapterKeywords, Batch, FromSources, Loader, LoaderStats, Source, open_source
 from s3loader_tensorflow.specs import spec_of, to_tensorflow
 
 __all__ = ["S3TFLoader", "make_tf_dataset"]
 
 
-class S3TFLoader:
+class S3TFLoader(FromSources):
     """Makes `tf.data.Dataset`s of one exactly resumable order, and knows its state.
 
     tf.data prefetches, so only the training loop knows how many batches were trained on. It tells `state_dict`
@@ -28,7 +28,7 @@ class S3TFLoader:
         rank: This process among those that train together.
         world_size: How many there are.
         options: Everything else of `s3loader.LoaderOptions`. Here `collate` is ``"fixed"`` unless given, and samples that are
-            bytes become one `tf.string` tensor per batch. As in other libraries ``shuffle=True`` means ``"block"``.
+            bytes become one `tf.string` tensor per batch. With a URL also those of `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable, or TensorFlow has no type for a batch.
@@ -36,20 +36,17 @@ class S3TFLoader:
 
     def __init__(
         self,
-        source: Dataset | str | Iterable[str],
+        source: Source,
         *,
         batch_size: int,
         output_signature: Any = None,
         rank: int = 0,
         world_size: int = 1,
-        group: Any = None,
-        **options: Any,
+        **options: Unpack[AdapterKeywords],
     ) -> None:
-        if isinstance(options.get("shuffle"), bool):
-            options["shuffle"] = "block" if options["shuffle"] else "none"
-        dataset = source if isinstance(source, Dataset) else open_dataset(source, group=group)
-        options.setdefault("collate", _collate)
-        self.loader = Loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        dataset, rest = open_source(source, options)
+        rest.setdefault("collate", _collate)
+        self.loader = Loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size, **rest)
         self._signature = output_signature
         self._complete = 0
         """How many of `_given` belong to passes that came to their end."""
@@ -170,9 +167,13 @@ def _with_end(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         batch = coming
 
 
-def make_tf_dataset(
-    source: Dataset | str | Iterable[str], *, batch_size: int = 1, map_fn: Any = None, **options: Any
-) -> tf.data.Dataset:
+class _Options(AdapterKeywords, total=False):
+    output_signature: Any
+    rank: int
+    world_size: int
+
+
+def make_tf_dataset(source: Source, *, batch_size: int = 1, map_fn: Any = None, **options: Unpack[_Options]) -> tf.data.Dataset:
     """A `tf.data.Dataset` of batches in a shuffled, verified order; see `S3TFLoader` for the options and for resuming.
 
     Args:

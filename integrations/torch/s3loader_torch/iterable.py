@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
@@ -12,18 +12,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from s3loader.errors import ConfigError, S3LoaderError
 from s3loader.loader import (
-    Dataset,
+    FromSources,
     Loader,
+    LoaderKeywords,
     LoaderOptions,
     LoaderStats,
     Quarantined,
-    from_manifest,
-    from_objects,
-    from_prefix,
-    from_webdataset,
+    Source,
+    open_source,
 )
 from s3loader.plan import Plan, PlanState, Schedule, Topology
-from s3loader_torch.compat import connector_defaults, connector_options, open_source
+from s3loader_torch.compat import DatasetKeywords, without_connector
 from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
 from s3loader_torch.topology import Ranks, current_topology
 
@@ -50,12 +49,19 @@ def _shared(values: list[int]) -> torch.Tensor:
     return tensor
 
 
-class S3IterableDataset(IterableDataset[Any]):
+class _Options(LoaderKeywords, DatasetKeywords, total=False):
+    pass
+
+
+class S3IterableDataset(IterableDataset[Any], FromSources):
     """Samples or batches of a dataset, in one exactly resumable order, shared out to ranks and workers.
 
     With `batch_size` it yields whole batches: use ``DataLoader(dataset, batch_size=None, num_workers=k)``, or `S3DataLoader`,
     which also counts what was delivered. Without it, it yields single samples for ``DataLoader(dataset, batch_size=...)``;
     torch does not tell a dataset its batch size, so such a run has no exact state to resume from, and workers share blocks.
+
+    `from_prefix` and `from_objects` take s3torchconnector's keywords, and do as it does unless told otherwise: readers, in the
+    order listed.
 
     Ranks are found when an iteration begins: arguments, device mesh, `torch.distributed`, or ``RANK`` and ``WORLD_SIZE``.
 
@@ -74,9 +80,11 @@ class S3IterableDataset(IterableDataset[Any]):
         ConfigError: an option is unusable.
     """
 
+    object_defaults: ClassVar[Mapping[str, Any]] = {"return_type": "reader", "shuffle": "none"}
+
     def __init__(
         self,
-        dataset: Dataset | str | Iterable[str],
+        dataset: Source,
         *,
         batch_size: int | None = None,
         rank: int | None = None,
@@ -85,21 +93,21 @@ class S3IterableDataset(IterableDataset[Any]):
         mesh_dim: str | None = None,
         return_type: ReturnType = "tensor",
         enable_sharding: bool = True,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> None:
         super().__init__()
-        self.source, options = open_source(dataset, options)
+        self.source, rest = open_source(dataset, without_connector(options))
         self.batch_size = batch_size
         self.return_type: ReturnType = return_type
         self._ranks = Ranks(rank, world_size, device_mesh, mesh_dim)
         self._sharded = enable_sharding
         bucket = self.source.store.url.partition("://")[2].partition("/")[0]
-        transform, collate = options.get("transform"), options.get("collate")
+        transform, collate = rest.get("transform"), rest.get("collate")
         convert = to_return_type(return_type, transform, bucket)
         # Where no function of the user's sees single samples, a whole batch is converted at a time.
         self._late = transform is None and return_type != "reader" and not callable(collate)
         self._options = {
-            **options,
+            **rest,
             "batch_size": _FLAT_BATCH if batch_size is None else batch_size,
             "transform": None if self._late else convert,
             "collate": torch_collate(collate),
@@ -116,34 +124,6 @@ class S3IterableDataset(IterableDataset[Any]):
         self._begun = (0, 0)
         self._deliveries = False
         self._found: tuple[int, int] | None = None
-
-    # -- constructors ------------------------------------------------------------------------
-
-    @classmethod
-    def from_manifest(cls, manifest: str, *, store: Any = None, group: Any = None, where: Any = None, **options: Any) -> Self:
-        """The samples a manifest lists; see `s3loader.from_manifest`."""
-        store_options, rest = connector_options(options)
-        return cls(from_manifest(manifest, store=store, group=group, where=where, **store_options), **rest)
-
-    @classmethod
-    def from_webdataset(
-        cls, urls: str | Iterable[str], *, store: Any = None, group: Any = "webdataset", **options: Any
-    ) -> Self:
-        """WebDataset shards by their URLs, braces included; see `s3loader.from_webdataset`."""
-        store_options, rest = connector_options(options)
-        return cls(from_webdataset(urls, store=store, group=group, **store_options), **rest)
-
-    @classmethod
-    def from_prefix(cls, s3_uri: str, *, store: Any = None, group: Any = None, **options: Any) -> Self:
-        """Every object under a prefix, in order and as readers unless told otherwise; takes s3torchconnector's keywords."""
-        store_options, rest = connector_options(options)
-        return cls(from_prefix(s3_uri, store=store, group=group, **store_options), **connector_defaults(rest))
-
-    @classmethod
-    def from_objects(cls, object_uris: str | Iterable[str], *, store: Any = None, group: Any = None, **options: Any) -> Self:
-        """These objects, in this order and as readers unless told otherwise; takes s3torchconnector's keywords."""
-        store_options, rest = connector_options(options)
-        return cls(from_objects(object_uris, store=store, group=group, **store_options), **connector_defaults(rest))
 
     # -- epochs and state --------------------------------------------------------------------
 

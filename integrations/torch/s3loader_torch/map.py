@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
 from s3loader.errors import ConfigError
-from s3loader.loader import (
-    Dataset,
-    Decode,
-    SampleReader,
-    from_manifest,
-    from_objects,
-    from_prefix,
-    from_webdataset,
-)
-from s3loader_torch.compat import connector_options, open_source
+from s3loader.loader import Decode, FromSources, SampleReader, Source, open_source
+from s3loader_torch.compat import DatasetKeywords, without_connector
 from s3loader_torch.convert import ReturnType, to_return_type, to_tensors
 
 __all__ = ["S3MapDataset"]
 
 
-class S3MapDataset(TorchDataset[Any]):
+class S3MapDataset(TorchDataset[Any], FromSources):
     """Random access: ``dataset[i]``, and ``dataset.__getitems__([i, j, ...])``, which torch's DataLoader calls for each batch.
+
+    `from_prefix` and `from_objects` take s3torchconnector's keywords, and give readers unless told otherwise.
 
     For training, `S3IterableDataset` is faster: it reads whole blocks. This one is for samplers of your own and for evaluation.
 
@@ -41,17 +35,19 @@ class S3MapDataset(TorchDataset[Any]):
         ConfigError: an option is unusable.
     """
 
+    object_defaults: ClassVar[Mapping[str, Any]] = {"return_type": "reader"}
+
     def __init__(
         self,
-        dataset: Dataset | str | Iterable[str],
+        dataset: Source,
         *,
         decode: Decode = None,
         transform: Callable[[Any], Any] | None = None,
         return_type: ReturnType = "tensor",
         verify: bool = True,
-        **options: Any,
+        **options: Unpack[DatasetKeywords],
     ) -> None:
-        self.source, rest = open_source(dataset, options)
+        self.source, rest = open_source(dataset, without_connector(options))
         if rest:
             raise ConfigError(f"unknown option: {', '.join(sorted(rest))}", hint="use decode, transform, return_type, verify")
         bucket = self.source.store.url.partition("://")[2].partition("/")[0]
@@ -62,32 +58,6 @@ class S3MapDataset(TorchDataset[Any]):
             transform_key=return_type == "reader",
             verify=verify,
         )
-
-    @classmethod
-    def from_manifest(cls, manifest: str, *, store: Any = None, group: Any = None, where: Any = None, **options: Any) -> Self:
-        """The samples a manifest lists; see `s3loader.from_manifest`."""
-        store_options, rest = connector_options(options)
-        return cls(from_manifest(manifest, store=store, group=group, where=where, **store_options), **rest)
-
-    @classmethod
-    def from_webdataset(
-        cls, urls: str | Iterable[str], *, store: Any = None, group: Any = "webdataset", **options: Any
-    ) -> Self:
-        """WebDataset shards by their URLs, braces included; see `s3loader.from_webdataset`."""
-        store_options, rest = connector_options(options)
-        return cls(from_webdataset(urls, store=store, group=group, **store_options), **rest)
-
-    @classmethod
-    def from_prefix(cls, s3_uri: str, *, store: Any = None, group: Any = None, **options: Any) -> Self:
-        """Every object under a prefix, as readers unless told otherwise; takes s3torchconnector's keywords."""
-        store_options, rest = connector_options(options)
-        return cls(from_prefix(s3_uri, store=store, group=group, **store_options), **{"return_type": "reader", **rest})
-
-    @classmethod
-    def from_objects(cls, object_uris: str | Iterable[str], *, store: Any = None, group: Any = None, **options: Any) -> Self:
-        """These objects, as readers unless told otherwise; takes s3torchconnector's keywords."""
-        store_options, rest = connector_options(options)
-        return cls(from_objects(object_uris, store=store, group=group, **store_options), **{"return_type": "reader", **rest})
 
     def __len__(self) -> int:
         return len(self.source)
