@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 from s3loader.errors import ConfigError
 from s3loader.exchange import removal
@@ -35,15 +35,13 @@ from s3loader.exchange.types import (
     ManifestEntry,
     ShardEntry,
     ShardItem,
-    ShardSizePolicy,
     WriteMode,
 )
 from s3loader.exchange.writer import ManifestWriter
-from s3loader.exchange.writer_config import WriterProgress
+from s3loader.exchange.writer_config import WriterKeywords
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.store.objectstore import ObjectStore
-from s3loader.types import PutMode
 
 __all__ = ["S3ExchangeStore"]
 
@@ -286,40 +284,9 @@ class S3ExchangeStore:
         """Write shards (entries, or what `put_shard_archive` gave) into a manifest."""
         self.write_manifest(manifest_key, shard_entries, mode=update_mode)
 
-    def open_manifest_writer(
-        self,
-        manifest_key: str,
-        *,
-        mode: WriteMode = "append_parts",
-        part_max_entries: int = 50_000,
-        part_max_bytes: int = 50 * 1024 * 1024,
-        shard_size: ShardSizePolicy | None = None,
-        shard_prefix: str | None = None,
-        shard_format: str = "tar",
-        shard_compression: str | None = None,
-        internal_manifest_path: str = INTERNAL_MANIFEST,
-        publish_on_error: bool = False,
-        publish: PutMode = "overwrite",
-        max_in_flight: int = 8,
-        progress: Callable[[WriterProgress], None] | None = None,
-    ) -> ManifestWriter:
-        """A writer for a manifest, its shards and its objects: see `ManifestWriter`."""
-        return ManifestWriter(
-            self,
-            manifest_key,
-            mode=mode,
-            part_max_entries=part_max_entries,
-            part_max_bytes=part_max_bytes,
-            shard_size=shard_size,
-            shard_prefix=shard_prefix,
-            shard_format=shard_format,
-            shard_compression=shard_compression,
-            internal_manifest_path=internal_manifest_path,
-            publish_on_error=publish_on_error,
-            publish=publish,
-            max_in_flight=max_in_flight,
-            progress=progress,
-        )
+    def open_manifest_writer(self, manifest_key: str, **options: Unpack[WriterKeywords]) -> ManifestWriter:
+        """A writer for a manifest, its shards and its objects: see `ManifestWriter` for the options."""
+        return ManifestWriter(self, manifest_key, **options)
 
     def compact_manifest(
         self,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final, cast
+from typing import IO, TYPE_CHECKING, Any, Final, Unpack, cast
 
 from s3loader.exchange.entry_stream import EntryStream
 from s3loader.exchange.errors import WriterClosedError, WriterStateError
@@ -24,15 +23,12 @@ from s3loader.exchange.types import (
     ManifestRefEntry,
     ShardEntry,
     ShardItem,
-    ShardSizePolicy,
-    WriteMode,
 )
-from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
-from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.exchange.writer_config import ManifestWriterConfig, WriterKeywords, WriterProgress
 from s3loader.shard.pool import UploadPool
 from s3loader.store.arguments import open_source
 from s3loader.store.objectstore import ObjectStore
-from s3loader.types import PutMode, PutResult
+from s3loader.types import PutResult
 
 if TYPE_CHECKING:
     from s3loader.exchange.store import S3ExchangeStore
@@ -54,18 +50,18 @@ class ManifestWriter:
     Args:
         store: An `S3ExchangeStore` or an `ObjectStore`.
         manifest_key: Key of the manifest (the root, in append mode).
-        mode: ``"append_parts"`` writes parts beside the manifest and adds references to them to it, by compare-and-swap;
-            ``"overwrite"`` writes one manifest at `close` (also an empty one).
-        part_max_entries: Append mode: a part is full at so many entries ...
-        part_max_bytes: ... or so many bytes.
+        mode: ``"append_parts"`` (the default) writes parts beside the manifest and adds references to them to it, by
+            compare-and-swap; ``"overwrite"`` writes one manifest at `close` (also an empty one).
+        part_max_entries: Append mode: a part is full at so many entries (50,000) ...
+        part_max_bytes: ... or so many bytes (50 MiB).
         shard_size: When shards are full; needed for `add_to_shard`.
         shard_prefix: Folder of the shards; default ``shards`` beside the manifest.
         shard_format: ``"tar"``.
-        shard_compression: None, ``"gzip"``, ``"zstd"`` (keeps random access), ``"bz2"`` or ``"xz"``.
-        internal_manifest_path: Name of the first member of each shard.
-        publish_on_error: Publish what there is when left by an exception.
-        publish: Overwrite mode: how the manifest is put: ``"overwrite"``, ``"create"`` or ``Update(etag)``.
-        max_in_flight: Uploads at a time.
+        shard_compression: None (the default), ``"gzip"``, ``"zstd"`` (keeps random access), ``"bz2"`` or ``"xz"``.
+        internal_manifest_path: Name of the first member of each shard; default `INTERNAL_MANIFEST`.
+        publish_on_error: Publish what there is when left by an exception; default: no.
+        publish: Overwrite mode: how the manifest is put: ``"overwrite"`` (the default), ``"create"`` or ``Update(etag)``.
+        max_in_flight: Uploads at a time; default 8.
         progress: Called with a `WriterProgress` in the caller's thread, as entries become final.
     """
 
@@ -76,39 +72,16 @@ class ManifestWriter:
         self,
         store: S3ExchangeStore | ObjectStore,
         manifest_key: str,
-        *,
-        mode: WriteMode = "append_parts",
-        part_max_entries: int = 50_000,
-        part_max_bytes: int = 50 * 1024 * 1024,
-        shard_size: ShardSizePolicy | None = None,
-        shard_prefix: str | None = None,
-        shard_format: str = "tar",
-        shard_compression: str | None = None,
-        internal_manifest_path: str = INTERNAL_MANIFEST,
-        publish_on_error: bool = False,
-        publish: PutMode = "overwrite",
-        max_in_flight: int = 8,
-        progress: Callable[[WriterProgress], None] | None = None,
+        **options: Unpack[WriterKeywords],
     ) -> None:
-        self.config = ManifestWriterConfig(
-            mode=mode,
-            part_max_entries=part_max_entries,
-            part_max_bytes=part_max_bytes,
-            shard_size=shard_size,
-            shard_prefix=shard_prefix,
-            shard_format=shard_format,
-            shard_compression=shard_compression,
-            internal_manifest_path=internal_manifest_path,
-            publish_on_error=publish_on_error,
-            publish=publish,
-            max_in_flight=max_in_flight,
-        )
+        self.config = ManifestWriterConfig(**options)
         self.manifest_key = manifest_key
         self.published = None
         self._store = store if isinstance(store, ObjectStore) else store.objects
         self._infer_id = infer_id_from_key if isinstance(store, ObjectStore) else store.infer_id
-        self._pool = UploadPool(max_in_flight)
+        self._pool = UploadPool(self.config.max_in_flight)
         self._journal = Journal()
+        progress = self.config.progress
         report = None if progress is None else lambda: progress(self.totals())
         self._entries = EntryStream(self._store, manifest_key, self.config, self._pool, self._journal, report)
         self._shards = ShardStream(self._store, manifest_key, self.config, self._pool, self._journal)

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from s3loader.errors import ConfigError
 from s3loader.exchange.types import ShardSizePolicy, WriteMode
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.types import PutMode
 
-__all__ = ["ManifestWriterConfig", "WriterProgress"]
+__all__ = ["ManifestWriterConfig", "WriterKeywords", "WriterProgress"]
+
+
+class WriterKeywords(TypedDict, total=False):
+    """The keywords of `ManifestWriter`, which describes them, for functions that hand them on."""
+
+    mode: WriteMode
+    part_max_entries: int
+    part_max_bytes: int
+    shard_size: ShardSizePolicy | None
+    shard_prefix: str | None
+    shard_format: str
+    shard_compression: str | None
+    internal_manifest_path: str
+    publish_on_error: bool
+    publish: PutMode
+    max_in_flight: int
+    progress: Callable[[WriterProgress], None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestWriterConfig:
-    """Options of a `ManifestWriter`; see there."""
+    """Options of a `ManifestWriter` with their defaults; see there."""
 
     mode: WriteMode = "append_parts"
     part_max_entries: int = 50_000
@@ -27,6 +46,7 @@ class ManifestWriterConfig:
     publish_on_error: bool = False
     publish: PutMode = "overwrite"
     max_in_flight: int = 8
+    progress: Callable[[WriterProgress], None] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("overwrite", "append_parts"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 from s3loader.errors import ConfigError
 from s3loader.store.arguments import check_several
@@ -14,7 +14,19 @@ from s3loader.store.options import StoreOptions
 from s3loader.types import PutRequest, PutResult, ReadRequest
 from s3loader.units import parse_size
 
-__all__ = ["BulkVerbs"]
+__all__ = ["BulkKeywords", "BulkVerbs"]
+
+
+class BulkKeywords(TypedDict, total=False):
+    """How a bulk call is made."""
+
+    max_bytes: int | str
+    """Most bytes fetched or being fetched and not yet taken, or taken from the requests and not yet written (one request may
+    be larger); default 64 MiB."""
+    concurrency: int | None
+    """Requests at a time; default `StoreOptions.concurrency`."""
+    driver: Driver
+    """Default ``"auto"``; see `Driver`."""
 
 
 class BulkVerbs(ABC):
@@ -29,40 +41,20 @@ class BulkVerbs(ABC):
 
     @overload
     def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
+        self, requests: Iterable[ReadRequest], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
     ) -> Iterator[ReadResult]: ...
     @overload
     def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
+        self, requests: Iterable[ReadRequest], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
     ) -> Iterator[ReadResult | ReadFailure]: ...
     def read_many(
-        self,
-        requests: Iterable[ReadRequest],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: OnError = "raise",
+        self, requests: Iterable[ReadRequest], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]
     ) -> Iterator[Any]:
         """Many reads, several at a time, answers in the order of `requests`.
 
         Args:
             requests: Taken as they are needed, in the calling thread.
-            max_bytes: Most bytes fetched or being fetched and not yet taken (one request may be larger).
-            concurrency: Requests at a time; default `StoreOptions.concurrency`.
-            driver: See `Driver`.
+            options: See `BulkKeywords`.
             errors: ``"raise"`` raises an error at the position of its request and ends; ``"return"``
                 gives a `ReadFailure` there and goes on.
 
@@ -70,79 +62,46 @@ class BulkVerbs(ABC):
             `ReadResult`; its `data` stays valid as long as a view of it lives.
         """
         check_several(requests, "ReadRequest")
-        return read_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
+        return read_many(self.backend, requests, **self._bulk_options(errors, **options))
 
     @overload
     def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
+        self, keys: Iterable[str], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
     ) -> Iterator[ReadResult]: ...
     @overload
     def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
+        self, keys: Iterable[str], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
     ) -> Iterator[ReadResult | ReadFailure]: ...
-    def get_many(
-        self,
-        keys: Iterable[str],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: OnError = "raise",
-    ) -> Iterator[Any]:
+    def get_many(self, keys: Iterable[str], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]) -> Iterator[Any]:
         """Many whole objects; as `read_many` with one request per key."""
         check_several(keys, "key")
-        return read_many(self.backend, map(ReadRequest, keys), **self._bulk_options(max_bytes, concurrency, driver, errors))
+        return read_many(self.backend, map(ReadRequest, keys), **self._bulk_options(errors, **options))
 
     @overload
     def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["raise"] = ...,
+        self, requests: Iterable[PutRequest], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
     ) -> Iterator[PutResult]: ...
     @overload
     def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = ...,
-        concurrency: int | None = ...,
-        driver: Driver = ...,
-        errors: Literal["return"],
+        self, requests: Iterable[PutRequest], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
     ) -> Iterator[PutResult | PutFailure]: ...
     def put_many(
-        self,
-        requests: Iterable[PutRequest],
-        *,
-        max_bytes: int | str = "64MiB",
-        concurrency: int | None = None,
-        driver: Driver = "auto",
-        errors: OnError = "raise",
+        self, requests: Iterable[PutRequest], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]
     ) -> Iterator[Any]:
         """Many writes, several at a time, results in the order of `requests`. Runs as the iterator is consumed.
 
-        Args and errors as in `read_many`, with `PutFailure`; `max_bytes` counts data taken from
-        `requests` and not yet written.
+        Args and errors as in `read_many`, with `PutFailure`.
         """
         check_several(requests, "PutRequest")
-        return put_many(self.backend, requests, **self._bulk_options(max_bytes, concurrency, driver, errors))
+        return put_many(self.backend, requests, **self._bulk_options(errors, **options))
 
-    def _bulk_options(self, max_bytes: int | str, concurrency: int | None, driver: Driver, errors: OnError) -> BulkOptions:
+    def _bulk_options(
+        self,
+        errors: OnError,
+        max_bytes: int | str = "64MiB",
+        concurrency: int | None = None,
+        driver: Driver = "auto",
+    ) -> BulkOptions:
         if concurrency is None:
             concurrency = self.options.concurrency
         if not isinstance(concurrency, int) or concurrency < 1:

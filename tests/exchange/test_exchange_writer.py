@@ -10,7 +10,7 @@ import threading
 import tracemalloc
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from exchange_helpers import watched
@@ -26,6 +26,7 @@ from s3loader.errors import (
 from s3loader.exchange.store import S3ExchangeStore
 from s3loader.exchange.types import ShardSizePolicy
 from s3loader.exchange.writer import ManifestWriter
+from s3loader.exchange.writer_config import ManifestWriterConfig, WriterKeywords
 from s3loader.shard.compression import suffix_of
 from s3loader.store.open import open_store
 from s3loader.testing import server
@@ -360,3 +361,9 @@ def test_an_object_store_will_do_instead_of_an_exchange_store() -> None:
     with pytest.raises(S3ExchangeError) as caught:
         writer.close()
     assert isinstance(caught.value, RuntimeError)
+
+
+def test_the_writers_keywords_are_the_fields_of_its_configuration():
+    assert get_type_hints(WriterKeywords) == get_type_hints(ManifestWriterConfig)
+    with pytest.raises(TypeError, match="part_max"):
+        ManifestWriter(open_store("memory://keywords"), "m.jsonl", part_max=3)
