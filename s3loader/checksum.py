@@ -9,11 +9,11 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from s3loader.types import Buffer
 
-__all__ = ["crc32c", "crc32c_base64"]
+__all__ = ["crc32c", "crc32c_base64", "file_crc32c_base64"]
 
 _update: Callable[[Any, int], int] | None = None
 
@@ -30,4 +30,16 @@ def crc32c(data: Buffer, previous: int = 0) -> int:
 
 def crc32c_base64(data: Buffer) -> str:
     """The CRC32C of `data` as S3 writes it: base64 of 4 big-endian bytes."""
-    return base64.b64encode(struct.pack(">I", crc32c(data))).decode("ascii")
+    return _base64(crc32c(data))
+
+
+def file_crc32c_base64(file: BinaryIO) -> str:
+    """As `crc32c_base64`, of what is left of a file."""
+    crc = 0
+    while chunk := file.read(1 << 20):
+        crc = crc32c(chunk, crc)
+    return _base64(crc)
+
+
+def _base64(crc: int) -> str:
+    return base64.b64encode(struct.pack(">I", crc)).decode("ascii")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from s3loader.checksum import file_crc32c_base64
 from s3loader.errors import ConfigError, ObjectNotFoundError, StoreError
 from s3loader.store import _files
 from s3loader.store._files import RESERVED, TempFile
@@ -75,6 +76,25 @@ class Uploads:
         finally:
             temp.close()
         return PartResult(number, _files.etag_of(status), status.st_size)
+
+    def parts(self, key: str, upload_id: str) -> list[PartResult]:
+        """What an upload has.
+
+        Raises:
+            ObjectNotFoundError: there is no such upload of `key`.
+        """
+        self.attributes(key, upload_id)
+        folder = self._folder(upload_id)
+        try:
+            names = sorted(name for name in os.listdir(folder) if name.isdigit())
+            found = []
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    status = os.fstat(file.fileno())
+                    found.append(PartResult(int(name), _files.etag_of(status), status.st_size, file_crc32c_base64(file)))
+        except FileNotFoundError:
+            raise _no_upload() from None
+        return found
 
     def join(self, target: TempFile, upload_id: str, parts: Sequence[PartResult]) -> None:
         """Append the parts to `target`; they stay until `drop`, so that it may be tried again.

@@ -135,6 +135,17 @@ class Backend(Protocol):
         """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``."""
         ...
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """Parts that an open upload has, by number, as `complete_multipart` takes them.
+
+        `PartResult.checksum` is there where the store tells it; what an ETag says of the bytes is the store's affair.
+
+        Raises:
+            ObjectNotFoundError: there is no such upload (any more).
+            UnsupportedOperationError: the store does not tell.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of connections and threads; closing twice is fine."""
         ...

@@ -374,6 +374,20 @@ class Boto3Backend:
                 raise StoreError("the server's listing does not go on", op="list uploads", url=self._client.at(prefix))
             markers = after
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`: one page of 1000 at a time."""
+        marker: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list parts", "list_parts", key, {"Key": key, "UploadId": upload_id, **marker})
+            for part in page.get("Parts") or ():
+                yield PartResult(part["PartNumber"], bare_etag(part.get("ETag")), part["Size"], part.get("ChecksumCRC32C"))
+            if not page.get("IsTruncated"):
+                return
+            after = {"PartNumberMarker": page.get("NextPartNumberMarker")}
+            if not after["PartNumberMarker"] or after == marker:
+                raise StoreError("the server's listing does not go on", op="list parts", url=self._client.at(key))
+            marker = after
+
     def close(self) -> None:
         """See `Backend.close`. A client given by the user stays open."""
         self._client.close()

@@ -334,6 +334,11 @@ class LocalBackend:
         with Guard("list uploads", f"{self.url}/{prefix}", self._root):
             return iter(self._uploads.open_ones(prefix))
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`; the checksums are of what is on disk."""
+        with Guard("list parts", f"{self.url}/{key}", self._root):
+            return iter(self._uploads.parts(key, upload_id))
+
     def close(self) -> None:
         """See `Backend.close`; nothing is kept open."""
 

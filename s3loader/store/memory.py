@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from s3loader.checksum import crc32c_base64
 from s3loader.errors import (
     ObjectChangedError,
     ObjectExistsError,
@@ -254,6 +255,12 @@ class MemoryBackend:
         with _lock:
             found = [(u.key, upload_id, u.initiated) for upload_id, u in self._bucket.uploads.items()]
         return iter(sorted(entry for entry in found if entry[0].startswith(prefix)))
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`; the checksums are of what is held."""
+        with _lock:
+            held = sorted(self._upload("list parts", key, upload_id).parts.items())
+        return iter([PartResult(number, etag, len(body), crc32c_base64(body)) for number, (etag, body) in held])
 
     def close(self) -> None:
         """See `Backend.close`; the objects stay."""

@@ -30,6 +30,7 @@ _NAMES: Final[dict[Op, str]] = {
     "complete upload": "MULTIPART",
     "abort upload": "MULTIPART",
     "list uploads": "LIST",
+    "list parts": "LIST",
 }
 
 

@@ -331,6 +331,10 @@ class ObstoreBackend:
         """See `Backend.list_multipart`: those of this process."""
         return self._spool.uploads(prefix)
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`: of uploads of this process, whose parts are on disk here."""
+        return iter(self._spool.parts(self._client.at(key), key, upload_id))
+
     def close(self) -> None:
         """See `Backend.close`. Parts of uploads that were not completed go too."""
         self._client.close()

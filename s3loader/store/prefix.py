@@ -107,6 +107,10 @@ class PrefixBackend(Wrapper):
         for key, upload_id, initiated in self.inner.list_multipart(self.prefix + prefix):
             yield key[cut:], upload_id, initiated
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`."""
+        return self.inner.list_parts(self.prefix + key, upload_id)
+
 
 def prefix_of(backend: Backend) -> str:
     """What all the wrappers together put in front of a key before it reaches the engine."""

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from s3loader.checksum import file_crc32c_base64
 from s3loader.errors import NoSpaceError, ObjectNotFoundError, StoreError
 from s3loader.types import Buffer, PartResult
 
@@ -102,6 +103,15 @@ class Spool:
         with self._lock:
             found = [(upload.key, upload_id, upload.begun) for upload_id, upload in self._uploads.items()]
         yield from sorted(entry for entry in found if entry[0].startswith(prefix))
+
+    def parts(self, url: str, key: str, upload_id: str) -> list[PartResult]:
+        """What an upload has, with the checksum of what is on disk."""
+        upload = self._find(url, key, upload_id, "list parts")
+        found = []
+        for number, size in sorted(upload.sizes.items()):
+            with open(os.path.join(upload.folder, str(number)), "rb") as file:
+                found.append(PartResult(number, f"{number}-{size}", size, file_crc32c_base64(file)))
+        return found
 
     def close(self) -> None:
         """Drop all."""

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 Op: TypeAlias = Literal[
     "get", "read", "head", "put", "list", "delete", "delete many", "copy",
-    "create upload", "upload part", "complete upload", "abort upload", "list uploads",
+    "create upload", "upload part", "complete upload", "abort upload", "list uploads", "list parts",
 ]  # fmt: skip
 """A verb of `Backend`, as errors name it; `read` is `read_into`."""
 
@@ -103,6 +103,10 @@ class Wrapper:
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
         """See `Backend.list_multipart`."""
         return self.inner.list_multipart(prefix)
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`."""
+        return self.inner.list_parts(key, upload_id)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -191,8 +195,12 @@ class Interceptor(Wrapper, ABC):
         self.around("abort upload", key, 0, lambda: self.inner.abort_multipart(key, upload_id))
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`."""
-        return self.around("list uploads", prefix, 0, lambda: self.inner.list_multipart(prefix))
+        """See `Backend.list_multipart`. Read to its end inside `around`: there are few."""
+        return self.around("list uploads", prefix, 0, lambda: iter([*self.inner.list_multipart(prefix)]))
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`. Read to its end inside `around`."""
+        return self.around("list parts", key, 0, lambda: iter([*self.inner.list_parts(key, upload_id)]))
 
 
 def innermost(backend: Backend) -> Backend:

@@ -236,6 +236,10 @@ class DirectBackend:
         """See `Backend.list_multipart`."""
         return self.general.list_multipart(prefix)
 
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`."""
+        return self.general.list_parts(key, upload_id)
+
     def close(self) -> None:
         """See `Backend.close`."""
         self._connections.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from s3loader.errors import ClosedError, ObjectChangedError, ObjectExistsError
+from s3loader.checksum import crc32c_base64
+from s3loader.errors import ClosedError, ObjectChangedError, ObjectExistsError, ObjectNotFoundError, UnsupportedOperationError
 from s3loader.store import ObjectStore
 from s3loader.testing.suite._base import Base, random_bytes
 from s3loader.types import Update
@@ -140,6 +141,31 @@ class MultipartTests(Base):
         with pytest.raises(ObjectChangedError):
             late.close()
         assert store.head("k").etag == second.etag
+        self._nothing_is_left(store)
+
+    def test_multipart_parts_of_an_open_upload(self, store: ObjectStore) -> None:
+        backend = store.backend
+        try:
+            assert list(backend.list_parts("k", backend.create_multipart("k"))) == []
+        except UnsupportedOperationError:
+            pytest.skip("the store does not tell")
+        for key, upload_id, _ in list(backend.list_multipart()):
+            backend.abort_multipart(key, upload_id)
+        first, last = random_bytes(PART, 1), random_bytes(100, 2)
+        upload_id = backend.create_multipart("k")
+        for number, body in ((1, first), (2, last)):
+            backend.upload_part("k", upload_id, number, body)
+        parts = list(backend.list_parts("k", upload_id))
+        assert [(part.number, part.size) for part in parts] == [(1, PART), (2, 100)]
+        for part, body in zip(parts, (first, last), strict=True):
+            assert part.checksum in (None, crc32c_base64(body))
+            assert part.etag
+        with pytest.raises(ObjectNotFoundError):
+            list(backend.list_parts("another", "0" * 32))
+        backend.complete_multipart("k", upload_id, parts)
+        assert store.get("k") == first + last
+        with pytest.raises(ObjectNotFoundError):
+            list(backend.list_parts("k", upload_id))
         self._nothing_is_left(store)
 
     def test_multipart_two_uploads_of_one_key_do_not_mix(self, store: ObjectStore) -> None:
