@@ -1,14 +1,16 @@
 """The commit protocol as a small model, searched exhaustively (breadth first).
 
-One step of a run; writers, retention and garbage collection act on its root. A root write is a message that the
-store may apply at once, much later (even after its sender died), or twice; its reply may be lost. Any actor may stop
+One step of a run; writers, retention, garbage collection and compaction act on its root. A root write is a message that
+the store may apply at once, much later (even after its sender died), or twice; its reply may be lost. Any actor may stop
 for ever at any point (it is simply not scheduled again). Deleting needs nobody's consent, so it is what must be ordered.
 
 Checked in every state:
 
 - INV1: a committed root's data is there;
 - INV2: who was told "committed" was committed;
-- INV3: who was told "failed" was never committed.
+- INV3: who was told "failed" was never committed;
+- INV4: what a reader found was committed;
+- INV5: a committed root goes by being replaced or retired, and in no other way.
 
 The proposed protocol has no violation. Each of the known-bad variants must have one, or the model has gone blind.
 """
@@ -23,12 +25,13 @@ import pytest
 Value = tuple[Any, ...] | None
 """A root: None, ``("C", attempt, touched by, earlier attempts)`` or ``("T", by, earlier attempts)``. Unique, as an ETag is."""
 
-SENDS = 2  # a writer sends its root at most so often
+GENERATIONS = 2  # a step is compacted once at most (and then goes on in its second generation)
 
 
 class Variant(NamedTuple):
     """The protocol, and what is left out of it."""
 
+    sends: int = 2  # a writer sends its root at most so often
     replace: bool = False  # the second writer may replace a committed root
     fence: bool = True  # gc writes a tombstone before it deletes
     touch: bool = True  # gc rewrites a committed root before it deletes other attempts
@@ -36,23 +39,51 @@ class Variant(NamedTuple):
     history: bool = True  # the root tells which attempts were committed before
     tombstones_expire: bool = False
     conditions: bool = True  # the store honours them
+    compact: tuple[str, ...] = ()  # what compaction does, in its order: ("mark", "delete")
+    buried: bool = True  # compaction takes generations that have a tombstone, no others
+    terminal: bool = True  # nobody commits over a tombstone: a step goes on in its next generation
+    generations: bool = True  # a generation has a key of its own
+    look: bool = True  # a writer looks at the mark after its write
+    unknown: bool = True  # a writer that finds its generation marked cannot know, and says so
+    reader: bool = False  # a reader is in it...
+    reader_looks: bool = True  # ...and looks at the mark after the root
 
 
 class State(NamedTuple):
-    root: Value
+    roots: tuple[Value, ...]  # by generation
+    mark: int  # generations below it are dead
     data: frozenset[str]
     sent: frozenset[
-        tuple[Value, Value]
-    ]  # (condition, value) of every root write ever sent: it may be applied (again) at any time
+        tuple[int, Value, Value]
+    ]  # (generation, condition, value) of every root write ever sent: it may be applied (again) at any time
     ever: frozenset[str]
-    writers: tuple[tuple[str, Value, int], ...]  # (phase, expected root, times sent)
-    retention: tuple[str, Value]
-    gc: tuple[str, frozenset[str], Value]
+    writers: tuple[tuple[str, int, Value, int], ...]  # (phase, generation, expected root, times sent)
+    retention: tuple[str, int, Value]
+    gc: tuple[str, frozenset[str], int, Value]
+    compaction: tuple[int, int]  # (steps done, generation)
+    reader: tuple[str, int, str]  # (phase, generation, attempt seen)
+
+    @property
+    def root(self) -> Value:
+        """The root that counts."""
+        return self.roots[self.mark]
+
+    def put(self, generation: int, value: Value) -> State:
+        return self._replace(roots=(*self.roots[:generation], value, *self.roots[generation + 1 :]))
 
 
 NAMES = ("A", "B")
 START = State(
-    None, frozenset(), frozenset(), frozenset(), (("start", None, 0),) * 2, ("start", None), ("start", frozenset(), None)
+    (None,) * GENERATIONS,
+    0,
+    frozenset(),
+    frozenset(),
+    frozenset(),
+    (("start", 0, None, 0),) * 2,
+    ("start", 0, None),
+    ("start", frozenset(), 0, None),
+    (0, 0),
+    ("start", 0, ""),
 )
 
 
@@ -63,113 +94,178 @@ def was(root: Value) -> frozenset[str]:
     return root[3] | {root[1]} if root[0] == "C" else root[2]
 
 
-def applied(state: State, condition: Value, value: Value, v: Variant) -> State | None:
+def applied(state: State, generation: int, condition: Value, value: Value, v: Variant) -> State | None:
     """The state after the store has applied a write; None where its condition fails."""
-    if v.conditions and state.root != condition:
+    if v.conditions and state.roots[generation] != condition:
         return None
-    ever = state.ever | {value[1]} if value is not None and value[0] == "C" else state.ever
-    return state._replace(root=value, ever=ever)
+    live = value is not None and value[0] == "C" and generation == state.mark
+    ever = state.ever | {value[1]} if live and value is not None else state.ever
+    return state.put(generation, value)._replace(ever=ever)
 
 
 def steps(s: State, v: Variant) -> Iterator[State]:
     """Every state that may come next."""
-    for condition, value in s.sent:  # a delayed or repeated message arrives
-        after = applied(s, condition, value, v)
-        if after is not None and after.root != s.root:
+    for generation, condition, value in s.sent:  # a delayed or repeated message arrives
+        after = applied(s, generation, condition, value, v)
+        if after is not None and after.roots != s.roots:
             yield after
     if v.tombstones_expire and s.root is not None and s.root[0] == "T":
-        yield s._replace(root=None)
+        yield s.put(s.mark, None)
     for i, name in enumerate(NAMES):
         yield from writer(s, i, name, v)
     yield from retention(s, v)
     yield from collector(s, v)
+    yield from compaction(s, v)
+    yield from reader(s, v)
 
 
 def writer(s: State, i: int, name: str, v: Variant) -> Iterator[State]:
-    phase, expected, sends = s.writers[i]
+    phase, generation, expected, sends = s.writers[i]
 
-    def to(phase: str, expected: Value = expected, sends: int = sends, state: State = s) -> State:
-        return state._replace(writers=(*state.writers[:i], (phase, expected, sends), *state.writers[i + 1 :]))
+    def to(phase: str, expected: Value = expected, sends: int = sends, state: State = s, at: int = generation) -> State:
+        return state._replace(writers=(*state.writers[:i], (phase, at, expected, sends), *state.writers[i + 1 :]))
 
+    dead = generation < s.mark
     if phase == "start":
-        committed = s.root is not None and s.root[0] == "C"
-        yield to("refused") if committed and not (v.replace and i == 1) else to("data", s.root)
+        if s.root is not None and s.root[0] == "C":
+            yield to("data", s.root, at=s.mark) if v.replace and i == 1 else to("refused")
+        elif s.root is not None and v.terminal:
+            if v.compact and s.mark + 1 < GENERATIONS:
+                yield s._replace(mark=s.mark + 1)  # helps: marks it, and looks again
+            else:
+                yield to("refused")
+        else:
+            yield to("data", s.root, at=s.mark)
     elif phase == "data":
         yield to("send")._replace(data=s.data | {name})
     elif phase == "send":
         value: Value = ("C", name, "", was(expected) if v.history else frozenset())
-        message = s._replace(sent=s.sent | {(expected, value)})
-        after = applied(message, expected, value, v)
+        message = s._replace(sent=s.sent | {(generation, expected, value)})
+        after = applied(message, generation, expected, value, v)
         if after is not None:
-            yield to("told ok", sends=sends + 1, state=after)  # applied, answered
+            yield to("look" if v.look and v.compact else "told ok", sends=sends + 1, state=after)  # applied, answered
             yield to("settle", sends=sends + 1, state=after)  # applied, the answer is lost
         else:
             yield to("settle" if v.read_back else "told failed", sends=sends + 1, state=message)
         yield to("settle", sends=sends + 1, state=message)  # delayed
+    elif phase == "look":
+        yield to("told ok" if not dead else "unknown" if v.unknown else "told failed")
     elif phase == "settle":
+        root = s.roots[generation]
         if not v.read_back:
-            yield to("send") if sends < SENDS else to("unknown")
-        elif s.root is not None and ((s.root[1] == name and s.root[0] == "C") or (v.history and name in was(s.root))):
-            yield to("told ok")
-        elif s.root == expected:
-            yield to("send") if sends < SENDS else to("unknown")
+            yield to("send") if sends < v.sends else to("unknown")
+        elif root is not None and ((root[1] == name and root[0] == "C") or (v.history and name in was(root))):
+            yield to("look" if v.look and v.compact else "told ok")
+        elif root == expected:
+            yield to("send") if sends < v.sends else to("unknown")
+        elif v.compact and v.unknown and dead:
+            yield to("unknown")
         else:
             yield to("told failed")
 
 
 def retention(s: State, v: Variant) -> Iterator[State]:
-    phase, seen = s.retention
+    phase, generation, seen = s.retention
     if phase == "start" and s.root is not None and s.root[0] == "C":
-        yield s._replace(retention=("retire", s.root))
+        yield s._replace(retention=("retire", s.mark, s.root))
     elif phase == "retire" and seen is not None:
         value: Value = ("T", "retention", was(seen) if v.history else frozenset())
-        message = s._replace(sent=s.sent | {(seen, value)}, retention=("done", None))
+        message = s._replace(sent=s.sent | {(generation, seen, value)}, retention=("done", 0, None))
         yield message  # delayed or lost: retention gives up
-        after = applied(message, seen, value, v)
+        after = applied(message, generation, seen, value, v)
         if after is not None:
-            yield after._replace(retention=("delete", seen))
+            yield after._replace(retention=("delete", generation, seen))
     elif phase == "delete" and seen is not None:
-        yield s._replace(data=s.data - {seen[1]}, retention=("done", None))
+        yield s._replace(data=s.data - {seen[1]}, retention=("done", 0, None))
 
 
 def collector(s: State, v: Variant) -> Iterator[State]:
-    phase, listed, seen = s.gc
+    phase, listed, generation, seen = s.gc
     if phase == "start" and s.data:
-        yield s._replace(gc=("read", s.data, None))
+        yield s._replace(gc=("read", s.data, 0, None))
     elif phase == "read":
         committed = s.root is not None and s.root[0] == "C"
         doomed = listed - {s.root[1]} if committed and s.root is not None else listed
         if doomed:
-            fenced = v.touch if committed else v.fence
-            yield s._replace(gc=("fence" if fenced else "delete", doomed, s.root))
+            fenced = v.touch if committed else v.fence and not (v.terminal and s.root is not None)
+            yield s._replace(gc=("fence" if fenced else "delete", doomed, s.mark, s.root))
     elif phase == "fence":
         if seen is not None and seen[0] == "C":
             value: Value = ("C", seen[1], "gc", seen[3])
         else:
             value = ("T", "gc", was(seen))
-        message = s._replace(sent=s.sent | {(seen, value)}, gc=("done", frozenset(), None))
+        message = s._replace(sent=s.sent | {(generation, seen, value)}, gc=("done", frozenset(), 0, None))
         yield message
-        after = applied(message, seen, value, v)
+        after = applied(message, generation, seen, value, v)
         if after is not None:
-            yield after._replace(gc=("delete", listed, None))
+            yield after._replace(gc=("delete", listed, 0, None))
     elif phase == "delete":
         for name in listed:
             rest = listed - {name}
-            yield s._replace(data=s.data - {name}, gc=("delete" if rest else "done", rest, None))
+            yield s._replace(data=s.data - {name}, gc=("delete" if rest else "done", rest, 0, None))
+
+
+def compaction(s: State, v: Variant) -> Iterator[State]:
+    """Looks for a tombstone; marks its generation dead; deletes it, by a plain delete that may come very late."""
+    done, generation = s.compaction
+    if done == 0 and v.compact:
+        buried = s.root is not None and s.root[0] == "T"
+        if (buried or not v.buried) and s.mark + 1 < GENERATIONS:
+            yield s._replace(compaction=(1, s.mark))
+    elif 0 < done <= len(v.compact):
+        after = s._replace(compaction=(done + 1, generation))
+        if v.compact[done - 1] == "mark":
+            mark = max(s.mark, generation + 1)
+            # where a generation has no key of its own, the next one begins with what lies under the old key
+            yield after._replace(mark=mark)
+        else:
+            after = after.put(generation, None)
+            yield after if v.generations else after.put(s.mark, None)
+
+
+def reader(s: State, v: Variant) -> Iterator[State]:
+    phase, generation, seen = s.reader
+    if not v.reader:
+        return
+    if phase == "start":
+        yield s._replace(reader=("mark", s.mark, ""))
+    elif phase == "mark":
+        root = s.roots[generation]
+        if root is not None and root[0] == "C":
+            yield s._replace(reader=("look" if v.reader_looks else "found", generation, root[1]))
+    elif phase == "look":
+        yield s._replace(reader=("found", generation, seen) if s.mark == generation else ("start", 0, ""))
 
 
 def violation(s: State) -> str | None:
     if s.root is not None and s.root[0] == "C" and s.root[1] not in s.data:
         return "INV1: the root is committed, its data is gone"
-    for name, (phase, _, _) in zip(NAMES, s.writers, strict=True):
+    for name, (phase, _, _, _) in zip(NAMES, s.writers, strict=True):
         if phase == "told ok" and name not in s.ever:
             return "INV2: told committed, but it never was"
         if phase == "told failed" and name in s.ever:
             return "INV3: told failed, but it was committed"
+    if s.reader[0] == "found" and s.reader[2] not in s.ever:
+        return "INV4: found by a reader, but it never was committed"
     return None
 
 
-def search(v: Variant, limit: int = 400_000) -> tuple[int, str | None, list[State]]:
+def lost(before: State, after: State) -> bool:
+    """Whether a committed root has gone without having been retired or replaced."""
+    if before.root is None or before.root[0] != "C":
+        return False
+    return after.root is None or before.root[1] not in was(after.root)
+
+
+def way_to(state: State, before: dict[State, State | None]) -> list[State]:
+    """The states from the start to `state`."""
+    path = [state]
+    while (earlier := before[path[-1]]) is not None:
+        path.append(earlier)
+    return path[::-1]
+
+
+def search(v: Variant, limit: int = 900_000) -> tuple[int, str | None, list[State]]:
     """Every reachable state; the first violation with the way to it, if there is one."""
     before: dict[State, State | None] = {START: None}
     frontier = [START]
@@ -178,11 +274,10 @@ def search(v: Variant, limit: int = 400_000) -> tuple[int, str | None, list[Stat
         for state in frontier:
             problem = violation(state)
             if problem is not None:
-                path = [state]
-                while (earlier := before[path[-1]]) is not None:
-                    path.append(earlier)
-                return len(before), problem, path[::-1]
+                return len(before), problem, way_to(state, before)
             for after in steps(state, v):
+                if v.compact and lost(state, after):
+                    return len(before), "INV5: a committed step was lost", [*way_to(state, before), after]
                 if after not in before:
                     before[after] = state
                     following.append(after)
@@ -191,9 +286,21 @@ def search(v: Variant, limit: int = 400_000) -> tuple[int, str | None, list[Stat
     return len(before), None, []
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_the_protocol_has_no_violation(replace: bool) -> None:
-    states, problem, path = search(Variant(replace=replace))
+COMPACT = ("mark", "delete")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(),
+        Variant(replace=True),
+        Variant(compact=COMPACT, replace=True),
+        Variant(compact=COMPACT, reader=True, sends=1),
+    ],
+    ids=["plain", "replace", "compaction", "reader"],
+)
+def test_the_protocol_has_no_violation(variant: Variant) -> None:
+    states, problem, path = search(variant)
     assert problem is None, "\n".join(map(str, path))
     assert states > 5_000
 
@@ -207,6 +314,14 @@ def test_the_protocol_has_no_violation(replace: bool) -> None:
         (Variant(conditions=False), "INV1"),
         (Variant(replace=True, touch=False), "INV1"),
         (Variant(history=False), "INV3"),
+        (Variant(compact=("delete",)), "INV1"),
+        (Variant(compact=("delete", "mark")), "INV5"),
+        (Variant(compact=COMPACT, buried=False), "INV5"),
+        (Variant(compact=COMPACT, terminal=False), "INV5"),
+        (Variant(compact=COMPACT, look=False), "INV2"),
+        (Variant(compact=COMPACT, unknown=False), "INV3"),
+        (Variant(compact=COMPACT, generations=False), "INV5"),
+        (Variant(compact=COMPACT, reader=True, reader_looks=False), "INV4"),
     ],
     ids=[
         "gc does not fence",
@@ -215,6 +330,14 @@ def test_the_protocol_has_no_violation(replace: bool) -> None:
         "store ignores conditions",
         "gc does not touch",
         "no history",
+        "tombstones are deleted, no mark",
+        "tombstones are deleted before the mark",
+        "the mark covers what has no tombstone",
+        "commits over a tombstone",
+        "the writer does not look at the mark",
+        "the writer takes the mark for a failure",
+        "a step goes on under its old key",
+        "the reader does not look at the mark",
     ],
 )
 def test_what_is_known_to_be_wrong_is_found(variant: Variant, invariant: str) -> None:
