@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import mmap
 import random
+import re
 import tempfile
 import time
 import uuid
@@ -36,7 +37,16 @@ from s3loader.shard.source import read_chunks
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, PutMode, PutResult, Update
 
-__all__ = ["append_entries", "append_lines", "can_compare_and_swap", "part_key", "publish_file", "publish_manifest", "put_part"]
+__all__ = [
+    "append_entries",
+    "append_lines",
+    "can_compare_and_swap",
+    "is_part_key",
+    "part_key",
+    "publish_file",
+    "publish_manifest",
+    "put_part",
+]
 
 IN_MEMORY: Final = 16 << 20
 """Roots and manifests up to this size are kept in memory while they are handled, larger ones in a temporary file."""
@@ -70,6 +80,11 @@ def part_key(manifest_key: str) -> str:
     """A fresh name for a part of `manifest_key`: ``manifests/part-<UTC>-<8 hex>.jsonl`` beside it."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     return beside(manifest_key, f"manifests/part-{now}-{uuid.uuid4().hex[:8]}.jsonl")
+
+
+def is_part_key(manifest_key: str, key: str) -> bool:
+    """Whether `key` is one that `part_key` makes for `manifest_key` (and for others in its folder)."""
+    return re.fullmatch(re.escape(beside(manifest_key, "manifests/part-")) + r"\d{8}-\d{6}-[0-9a-f]{8}\.jsonl", key) is not None
 
 
 class _Spool(tempfile.SpooledTemporaryFile[bytes]):

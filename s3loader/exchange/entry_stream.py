@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
 
+from s3loader.errors import InvalidManifestError, S3LoaderError
 from s3loader.exchange.commit import append_lines, new_spool, publish_file, put_part, settled_mode
 from s3loader.exchange.journal import Journal
 from s3loader.exchange.lines import EMPTY_MANIFEST, serialize_entry
@@ -125,7 +126,22 @@ class EntryStream:
         if self.part_entries:
             self._send_part()
         refs: list[ManifestRefEntry] = [{"kind": "manifest_ref", "key": future.result()} for future in self.parts]
-        return append_lines(self._store, self._key, [serialize_entry(ref) for ref in refs]) if refs else None
+        if not refs:
+            return None
+        try:
+            return append_lines(self._store, self._key, [serialize_entry(ref) for ref in refs])
+        except InvalidManifestError:  # the root has none of them
+            self._drop_parts()
+            raise
+
+    def _drop_parts(self) -> None:
+        """Remove what was sent for nothing; parts that cannot be removed stay noted."""
+        try:
+            left = self._store.delete_many(future.result() for future in self.parts)
+        except S3LoaderError:
+            return
+        if not left:
+            self._journal.forget("manifest")
 
     def close(self) -> None:
         """Drop the temporary file."""

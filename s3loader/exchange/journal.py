@@ -54,6 +54,16 @@ class Journal:
         more = f", ... ({self._count} writes in all)" if self._count > len(keys) else ""
         return ", ".join(keys) + more
 
+    def forget(self, what: Written) -> None:
+        """Take out the keys of one kind: they were removed."""
+        kept = Journal()
+        for kind, key in self:
+            if kind != what:
+                kept.note(kind, key)
+        with self._lock:
+            self._file.close()
+            self._file, self._count = kept._file, kept._count
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

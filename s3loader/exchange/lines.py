@@ -70,6 +70,11 @@ def serialize_entry(entry: ManifestEntry) -> str:
         raise _invalid(f"{name} is not JSON: the names of its fields must be str", None) from None
 
 
+def serialize_member(entry: FileEntry) -> str:
+    """As `serialize_entry`, for the entry of a member that was read: NaN and infinities in it stay what they were there."""
+    return json.dumps(entry, separators=(",", ":"))
+
+
 def json_value(value: Any, what: str) -> str:
     """Any value, as a manifest line holds it.
 
@@ -220,6 +225,16 @@ def iter_entries(chunks: Iterable[Buffer], *, limit: int | None = None) -> Itera
     """
     for number, line in iter_lines(chunks, limit=limit):
         yield _parse(line, number)
+
+
+def iter_entry_lines(chunks: Iterable[Buffer]) -> Iterator[tuple[ManifestEntry, bytes]]:
+    """As `iter_entries`, each entry with its line, without the white space around that.
+
+    Raises:
+        InvalidManifestError: with `.line_number`.
+    """
+    for number, line in iter_lines(chunks):
+        yield _parse(line, number), line.strip()
 
 
 def iter_members(data: Buffer) -> Iterator[FileEntry]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from s3loader.errors import ConfigError
 from s3loader.exchange.commit import append_entries, part_key, publish_manifest
 from s3loader.exchange.iteration import iter_contents, iter_files
 from s3loader.exchange.lines import CONTENT_TYPE, encode_manifest, iter_entries, parse_line, serialize_entry
-from s3loader.exchange.reading import iter_manifest
+from s3loader.exchange.reading import iter_manifest, read_manifest_lines
 from s3loader.exchange.removal import delete_manifest
 from s3loader.exchange.shard import Shard
-from s3loader.exchange.types import CompactReport, DeleteReport, ManifestEntry, ManifestRefEntry, WriteMode
+from s3loader.exchange.types import CompactOptions, CompactReport, DeleteReport, ManifestEntry, ManifestRefEntry, WriteMode
 from s3loader.shard.body import ObjectBody
 
 if TYPE_CHECKING:
@@ -112,6 +112,16 @@ class Manifest:
             return
         yield from islice(self._given(resolve_refs), limit)
 
+    def iter_own_lines(self) -> Iterator[tuple[ManifestEntry, bytes | None]]:
+        """Its entries, references not followed, each with its line where it stands in a store.
+
+        Raises: as `iter_entries`.
+        """
+        if self._entries is None:
+            assert self._key is not None
+            return read_manifest_lines(self._store.objects, self._key)
+        return ((entry, None) for entry in self._entries)
+
     def _given(self, resolve_refs: bool) -> Iterator[ManifestEntry]:
         visited: set[str] = set()
         for entry in self._entries or []:
@@ -178,20 +188,11 @@ class Manifest:
             dry_run=dry_run,
         )
 
-    def compact(
-        self, dst_key: str, *, resolve_refs: bool = True, apply_deletes: bool = True, expand_shards: bool = False
-    ) -> CompactReport:
+    def compact(self, dst_key: str, **options: Unpack[CompactOptions]) -> CompactReport:
         """Write it as one manifest: see `S3ExchangeStore.compact_manifest`."""
         from s3loader.exchange.compaction import compact
 
-        return compact(
-            self._store,
-            self,
-            dst_key,
-            resolve_refs=resolve_refs,
-            apply_deletes=apply_deletes,
-            expand_shards=expand_shards,
-        )
+        return compact(self._store, self, dst_key, **options)
 
 
 def write_manifest(store: S3ExchangeStore, key: str, entries: Iterable[ManifestEntry], mode: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 from s3loader.errors import InvalidManifestError, ObjectNotFoundError, RangeError
 from s3loader.exchange.errors import ManifestNotFoundError
-from s3loader.exchange.lines import iter_entries
+from s3loader.exchange.lines import iter_entries, iter_entry_lines
 from s3loader.exchange.types import ManifestEntry, ManifestRefEntry
 from s3loader.shard.source import CHUNK, read_chunks, rest_of
 from s3loader.store.base import ReadResult
@@ -16,7 +16,9 @@ from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 
-__all__ = ["MAX_DEPTH", "iter_manifest", "read_manifest_object"]
+__all__ = ["MAX_DEPTH", "iter_manifest", "read_manifest_lines", "read_manifest_object"]
+
+T = TypeVar("T")
 
 MAX_DEPTH: Final = 100
 """Deepest chain of references followed: deeper is a mistake, and each level holds an open stream."""
@@ -31,16 +33,28 @@ def read_manifest_object(store: ObjectStore, key: str, *, limit: int | None = No
         ManifestNotFoundError: there is no such object.
         InvalidManifestError: a line is none of ours; `.line_number` and the message say which.
     """
+    return _located(store, key, iter_entries(_chunks(store, key), limit=limit))
+
+
+def read_manifest_lines(store: ObjectStore, key: str) -> Iterator[tuple[ManifestEntry, bytes]]:
+    """As `read_manifest_object`, each entry with its line as it stands there.
+
+    Raises: as `read_manifest_object`.
+    """
+    return _located(store, key, iter_entry_lines(_chunks(store, key)))
+
+
+def _chunks(store: ObjectStore, key: str) -> Iterable[Buffer]:
     try:
-        _, chunks = read_chunks(store, key)
+        return read_chunks(store, key)[1]
     except ObjectNotFoundError as error:
         raise _not_found(key, error) from error
-    return _entries(store, key, chunks, limit)
 
 
-def _entries(store: ObjectStore, key: str, chunks: Iterable[Buffer], limit: int | None = None) -> Iterator[ManifestEntry]:
+def _located(store: ObjectStore, key: str, items: Iterator[T]) -> Iterator[T]:
+    """`items`, with the manifest named in their errors."""
     try:
-        yield from iter_entries(chunks, limit=limit)
+        yield from items
     except InvalidManifestError as error:
         url = f"{store.url.rstrip('/')}/{key}"
         raise InvalidManifestError(error.message, error.line_number, op="read", url=url, key=key) from error
@@ -82,7 +96,7 @@ class _Level:
         answer = next(self._answers)
         if isinstance(answer, ReadResult):
             chunks = rest_of(self._store, answer)
-            return _Level(self._store, key, _entries(self._store, key, chunks))
+            return _Level(self._store, key, _located(self._store, key, iter_entries(chunks)))
         if isinstance(answer.error, RangeError):  # an empty object has no range
             return _Level(self._store, key, read_manifest_object(self._store, key))
         if isinstance(answer.error, ObjectNotFoundError):

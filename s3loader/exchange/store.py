@@ -29,6 +29,7 @@ from s3loader.exchange.removal import DeletedKeys
 from s3loader.exchange.scope import ScopedStore
 from s3loader.exchange.shard import Shard, entry_of
 from s3loader.exchange.types import (
+    CompactOptions,
     CompactReport,
     DeleteReport,
     FileEntry,
@@ -289,18 +290,10 @@ class S3ExchangeStore:
         return ManifestWriter(self, manifest_key, **options)
 
     def compact_manifest(
-        self,
-        src_manifest_key: str,
-        dst_manifest_key: str,
-        *,
-        resolve_refs: bool = True,
-        apply_deletes: bool = True,
-        expand_shards: bool = False,
+        self, src_manifest_key: str, dst_manifest_key: str, **options: Unpack[CompactOptions]
     ) -> CompactReport:
-        """One manifest out of one with parts: see `s3loader.exchange.compaction.compact`."""
-        return Manifest(self, key=src_manifest_key).compact(
-            dst_manifest_key, resolve_refs=resolve_refs, apply_deletes=apply_deletes, expand_shards=expand_shards
-        )
+        """One manifest out of one with parts: see `s3loader.exchange.compaction.compact` and `CompactOptions`."""
+        return Manifest(self, key=src_manifest_key).compact(dst_manifest_key, **options)
 
     # deleting
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 from s3loader.errors import ConfigError
 
 __all__ = [
+    "CompactOptions",
     "CompactReport",
     "DeleteReport",
     "FileEntry",
@@ -128,6 +129,20 @@ class CompactReport(TypedDict):
     """References that were followed."""
     expanded_shards: int
     """Members written in place of their shards' entries."""
+
+
+class CompactOptions(TypedDict, total=False):
+    """The keywords of `compact_manifest`."""
+
+    resolve_refs: bool
+    """Put the referenced entries in place of references (the default); otherwise references are kept as they are."""
+    apply_deletes: bool
+    """Drop entries whose object, archive or member is gone (the default; one HEAD each, several at a time)."""
+    expand_shards: bool
+    """Put a shard's members in place of its entry."""
+    delete_parts: bool
+    """Compacting a manifest onto itself: delete its old parts afterwards. By default they stay: nothing refers to them now,
+    and no `delete_manifest` finds them, but another manifest may have taken over the reference, or somebody be reading."""
 
 
 class StreamingBodyLike(Protocol):
