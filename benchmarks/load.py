@@ -24,6 +24,7 @@ from benchmarks import _peers, _servers
 from benchmarks._harness import (
     Child,
     ClientFailed,
+    Command,
     Goal,
     Round,
     Row,
@@ -43,6 +44,7 @@ from benchmarks._servers import BUCKET, Layout, Unavailable
 
 KIB, MIB = 1 << 10, 1 << 20
 OURS = "s3loader"
+LOOP, LOOSE_LOOP = "C loop, whole tars", "C loop, loose objects"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Data:
     @property
     def title(self) -> str:
         return f"{self.count:,} x {self.size // KIB} KiB in {self.tars} tars"
+
+    @property
+    def tar_size(self) -> int:
+        """Bytes of each tar: a header and padded data per member, then zeros up to whole records."""
+        members = self.count // self.tars * (512 + -(-self.size // 512) * 512)
+        return -(-(members + 1024) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
     def tar_keys(self) -> list[str]:
         return [f"{self.name}/tar/part-{t:06d}.tar" for t in range(self.tars)]
@@ -74,6 +82,8 @@ class Contender:
 
 
 CONTENDERS = (
+    Contender(LOOP, "limit", workers="0", peer=False),
+    Contender(LOOSE_LOOP, "limit", "loose", workers="0", peer=False),
     Contender(OURS, "s3loader", workers="0", peer=False),
     Contender("s3loader, not verified", "s3loader", "unverified", workers="0", peer=False),
     Contender("s3loader, loose objects", "s3loader", "loose", workers="0", peer=False),
@@ -85,6 +95,20 @@ CONTENDERS = (
     Contender("s3torchconnector, loose objects", "s3torchconnector"),
     Contender("s3dlio, loose objects", "s3dlio", workers="0"),
 )
+
+
+class Floor(Command):
+    """The raw bytes in C, thrown away: no order, no samples, no checks; eight tars, or sixteen objects, at a time."""
+
+    def __init__(self, program: Path, data: Data, port: int, *, loose: bool) -> None:
+        name = f"{data.name}/loose/%06u" if loose else f"{data.name}/tar/part-%06u.tar"
+        what = [16, data.count, data.size] if loose else [min(8, data.tars), data.tars, data.tar_size]
+        super().__init__([str(program), "get", "127.0.0.1", str(port), *map(str, what), f"/{BUCKET}/{name}"])
+        self._data = data
+
+    def run(self) -> Round:
+        count = self._data.count // self._data.tars * self._data.tars
+        return {**super().run(), "items": count, "bytes": count * self._data.size, "first": None}
 
 
 class Loading:
@@ -172,6 +196,10 @@ def first(r: Round) -> float:
     return float(r["first"])
 
 
+def first_of(row: Row) -> str:
+    return "-" if row.rounds[0]["first"] is None else f"{row.median(first) * 1e3:,.0f}"
+
+
 def samples_rate(r: Round) -> float:
     return float(r["items"] / r["wall"])
 
@@ -195,7 +223,7 @@ def table(rows: Mapping[str, Row]) -> str:
                 f"{row.median(lambda r: r['peak'] - r['base']) / MIB:,.0f}",
                 f"{row.median(lambda r: r['requests']):,.0f}",
                 f"{row.median(lambda r: r['server_bytes'] / r['bytes']):.2f}",
-                f"{row.median(first) * 1e3:,.0f}",
+                first_of(row),
                 f"{ours.ratio(row, samples_rate):.2f}" if ours and ours.rounds else "-",
             ]
         )
@@ -258,13 +286,13 @@ def goals(results: Mapping[str, Mapping[str, Row]]) -> list[Goal]:
         ("4k", "mosaicml-streaming, cold", 10.0),
         ("100k", "mosaicml-streaming, cold", 10.0),
     ):
-        found.append(Goal(f"{size}, one process: samples/s against {other}", target, against(f"load-{size}-0", other), True))
+        value, floor = (against(f"load-{size}-0", other, who) for who in (OURS, LOOP))
+        found.append(Goal(f"{size}, one process: samples/s against {other}", target, value, True, floor))
     for size in ("4k", "100k"):
         for other in ("s3torchconnector, loose objects", "s3dlio, loose objects"):
-            value = against(f"load-{size}-0", other, "s3loader, loose objects")
-            found.append(
-                Goal(f"{size}, loose objects on both sides: samples/s against {other.split(',')[0]}", 3.0, value, True)
-            )
+            value, floor = (against(f"load-{size}-0", other, who) for who in ("s3loader, loose objects", LOOSE_LOOP))
+            text = f"{size}, loose objects on both sides: samples/s against {other.split(',')[0]}"
+            found.append(Goal(text, 3.0, value, True, floor))
     speed = own("load-4k-0", samples_rate)
     found.append(Goal("4k: samples/s, in units of 200,000", 1.0, speed and speed / 200_000, True))
     for size in ("4k", "100k"):
@@ -308,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         peers, why = _peers.python(_peers.LOAD)
         with tempfile.TemporaryDirectory(prefix="s3loader-bench-") as name:
             folder = Path(name)
-            (program,) = _servers.build(folder, "s3server")
+            program, limit = _servers.build(folder, "s3server", "limit")
             with _servers.started(program, reserve_mib=2048) as port:
                 for data in sets:
                     wanted = [
@@ -331,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
                             if str(workers) in who.workers.split() and matches(who.name, args.clients):
                                 spec = spec_of(who, data, workers, port, args, folder)
                                 kind = Loading if case.startswith("load") else Resuming
-                                makers[who.name] = _maker(who, spec, peers, why, kind, port)
+                                makers[who.name] = _maker(who, spec, peers, why, kind, port, limit, data)
                         results[case], found = run_case(makers, rounds=args.rounds)
                         versions.update(found)
                         how = "one process" if not workers else "two worker processes"
@@ -354,9 +382,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _maker(
-    who: Contender, spec: dict[str, Any], peers: Path | None, why: str, kind: type[Loading], port: int
+    who: Contender,
+    spec: dict[str, Any],
+    peers: Path | None,
+    why: str,
+    kind: type[Loading],
+    port: int,
+    limit: Path,
+    data: Data,
 ) -> Callable[[], Runner]:
     def make() -> Runner:
+        if who.client == "limit":
+            return Counting(Floor(limit, data, port, loose=who.variant == "loose"), port)
         if who.peer and peers is None:
             raise ClientFailed(why)
         python = peers if who.peer and peers else Path(sys.executable)

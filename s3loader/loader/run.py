@@ -218,19 +218,28 @@ class Run:
             return False
         self._begun = True
         blocks = np.unique(units.start, return_index=True)[1]
-        return int(units.length[blocks].sum()) * self._average > _FIRST_BLOCKS
+        return int(np.maximum(units.length[blocks], 0).sum()) * self._average > _FIRST_BLOCKS
 
     def _open_blocks(self, chunk: _Chunk, units: Units) -> list[_Wanted]:
         """Note which block each sample comes from; open those that are not, in order of first use."""
         # Padding goes back to the start of the epoch, whose blocks are closed.
-        inside = (units.length > 0) & (np.maximum.accumulate(chunk.positions) == chunk.positions)
-        if not inside.any():
+        forward = np.maximum.accumulate(chunk.positions) == chunk.positions
+        inside = (units.length > 0) & forward
+        if not inside.any() and not self._open:
             return []
         now = int(chunk.positions[0])
         self._open = {start: block for start, block in self._open.items() if block.until > now}
         chunk.starts = np.where(inside, units.start, -1)
+        new = list(self._missing_blocks(chunk, units))
+        late = (units.length < 0) & forward
+        if late.any() and (kept := late & np.isin(units.start, list(self._open))).any():
+            chunk.starts[kept] = units.start[kept]
+            chunk.blocks |= {start: self._open[start] for start in np.unique(units.start[kept]).tolist()}
         chunk.slots = chunk.samples - chunk.starts
-        new = []
+        return new
+
+    def _missing_blocks(self, chunk: _Chunk, units: Units) -> Iterator[_Wanted]:
+        """Open the blocks of `chunk` that are not."""
         first = np.sort(np.unique(chunk.starts, return_index=True)[1])
         rows = zip(*(column[first].tolist() for column in (chunk.starts, units.length, units.until)), strict=True)
         for i, (start, length, until) in zip(first.tolist(), rows, strict=True):
@@ -239,10 +248,9 @@ class Run:
             block = self._open.get(start)
             if block is None:
                 block = self._open[start] = Block(start, length, until)
-                new.append(_Wanted(np.arange(start, start + length, dtype=np.int64), i, block))
+                yield _Wanted(np.arange(start, start + length, dtype=np.int64), i, block)
             block.until = max(block.until, until)
             chunk.blocks[start] = block
-        return new
 
     def _cut(self, wanted: list[_Wanted], max_gap: int) -> list[Piece]:
         if not wanted:

@@ -144,7 +144,7 @@ def explain_plan(
     whole = budget.whole_blocks
     ahead = budget.look_ahead / max(1.0, average)
     if whole:
-        requests, fetched = _block_reads(plan.order, average, len(plan.counts), readers)
+        requests, fetched = _block_reads(plan.order, average, len(plan.counts), readers, world_size * workers)
     else:
         if resident > budget.resident:
             notes.append(
@@ -205,16 +205,18 @@ def _resident(order: Order, average: float, batch_size: int, world_size: int, wo
     return round(total), weighted / max(1, sum(block.size for block in blocks))
 
 
-def _block_reads(order: Order, average: float, shards: int, readers: float) -> tuple[float, float]:
+def _block_reads(order: Order, average: float, shards: int, readers: float, processes: int) -> tuple[float, float]:
     requests = fetched = 0.0
     for block in _blocks_of(order):
         spec = block.spec
-        size = spec.block * average
-        straddling = min(shards, block.lane_blocks * spec.lanes)
-        requests += (block.lane_blocks * spec.lanes * max(1.0, size / (8 << 20)) + straddling) * readers
-        rest = block.size - block.lane_samples
-        requests += rest / spec.run
-        fetched += block.lane_samples * average * readers + rest * average
+        in_lanes = block.lane_blocks * spec.lanes
+        straddling = min(shards, in_lanes)
+        requests += (in_lanes * max(1.0, spec.block * average / (8 << 20)) + straddling) * readers
+        # At the end of the epoch a process has the last blocks of its own lanes still open.
+        left_in_lanes = in_lanes * spec.block - block.lane_samples
+        alone = block.size - in_lanes * spec.block + left_in_lanes * max(0.0, 1 - readers / processes)
+        requests += alone / spec.run
+        fetched += (in_lanes * spec.block * readers + alone) * average
     return requests, fetched
 
 

@@ -156,7 +156,7 @@ class MixtureOrder:
         for d, own_epoch, where, own in self._split(positions, epoch):
             unit = self.orders[d].units(own, samples[where] - self._base[d], own_epoch)
             ends = own_epoch * self.orders[d].size - epoch * self._per_epoch[d] + unit.until
-            until = np.where(unit.length > 0, self._position(d, np.maximum(ends, 1) - 1) + 1, 0)
+            until = np.where(unit.length != 0, self._position(d, np.maximum(ends, 1) - 1) + 1, 0)
             parts.append((where, Units(unit.start + self._base[d], unit.length, until)))
         return join_units(parts, len(positions))
 

@@ -29,7 +29,8 @@ class Units(NamedTuple):
     start: Int64Array
     """First sample of the block."""
     length: Int64Array
-    """Samples in it; 0 where the sample is best fetched by itself, with its neighbours in the look-ahead."""
+    """Samples in it; 0 where the sample is best fetched by itself, with its neighbours in the look-ahead; negative where that
+    is so unless the block happens to be open still."""
     until: Int64Array
     """No position from here on needs this block."""
 
@@ -285,17 +286,22 @@ class BlockOrder:
         return out
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`: in lanes the block, until its window is over."""
-        out = no_units(len(positions))
-        here = np.flatnonzero(positions < self.lane_samples)
-        if here.size == 0:
-            return out
-        lane, offset = self.lane_of(positions[here])
-        _, _, end = self.window_span(lane, offset)
-        last = np.minimum(end, self.lane_used) - 1
+        """See `Order`: in lanes the block, until its window is over; the last of a lane until the end of the epoch,
+        where what whole rounds left of them comes."""
         m = self.spec.block
-        block = Units(samples[here] // m * m, np.full(here.size, m), self.position_in_lane(lane, last) + 1)
-        return join_units([(here, block)], len(positions))
+        in_lane = positions < self.lane_samples
+        here, tail = np.flatnonzero(in_lane), np.flatnonzero(~in_lane)
+        parts = []
+        if here.size:
+            lane, offset = self.lane_of(positions[here])
+            _, _, end = self.window_span(lane, offset)
+            until = self.position_in_lane(lane, np.minimum(end, self.lane_used) - 1) + 1
+            if self._rest:
+                until[end == self.lane_blocks * m] = self.size
+            parts.append((here, Units(samples[here] // m * m, np.full(here.size, m), until)))
+        if tail.size and self._rest:
+            parts.append((tail, Units(samples[tail] // m * m, np.full(tail.size, -m), np.full(tail.size, self.size))))
+        return join_units(parts, len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
         """See `Order`: a window of each lane."""

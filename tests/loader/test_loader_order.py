@@ -254,3 +254,14 @@ def test_len_behind_the_last_batch_is_that_of_the_next_epoch(tmp_path):
     resumed.load_state_dict(first.state_dict())
     assert len(resumed) == len(list(resumed)) == 5
     assert resumed.epoch == 1
+
+
+def test_the_end_of_an_epoch_fetches_nothing_again_that_is_still_open(dataset):
+    order = OrderSpec("block", seed=2, block=7, lanes=4, chunk=8, window=2, run=1)  # 28 samples are left of the lanes
+    loader = Loader(dataset, batch_size=8, order=order, memory_limit="200KiB")
+    assert numbers(loader) == plan_order(loader)
+    shards = len(dataset.parts)
+    assert 100 <= loader.stats.requests <= 100 + shards  # each block once; a block over two shards is two requests
+    resumed = Loader(dataset, batch_size=8, order=order, memory_limit="200KiB")
+    resumed.load_state_dict(loader.plan.state(0, 688).as_dict())  # nothing is open there: the last samples come alone
+    assert numbers(resumed) == plan_order(loader)[688:]
