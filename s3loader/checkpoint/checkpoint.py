@@ -72,7 +72,7 @@ class Checkpoint:
 
     def _gone(self, key: str) -> CheckpointError:
         now = self._run.read_root(self.step)
-        if now.state == "tombstone":
+        if now.state in ("absent", "tombstone"):
             return CheckpointNotFoundError(f"step {self.step} was deleted while it was opened", url=self._run.store.url)
         return CheckpointError(f"step {self.step} is incomplete: {key} is missing", url=f"{self._run.store.url}/{key}")
 

@@ -11,7 +11,7 @@ from s3loader.checkpoint import layout, records
 from s3loader.checkpoint.merge import Merged
 from s3loader.checkpoint.records import Failure, Part
 from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.run import Run, lost
 from s3loader.checkpoint.session import Session
 from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
 from s3loader.types import ObjectMeta
@@ -55,10 +55,13 @@ def expect_free(attempt: Attempt, *, replace: bool) -> Root:
         StepExistsError: the step is committed, and `replace` was not asked for.
     """
     found = attempt.run.read_root(attempt.step)
+    while found.state == "tombstone":  # nobody writes over it: the step goes on in its next generation
+        attempt.run.mark.add({attempt.step: found.generation})
+        found = attempt.run.read_root(attempt.step)
     if found.state in ("committed", "damaged") and not replace:
         raise StepExistsError(
             f"step {attempt.step} is committed already, by attempt {found.attempt or '(damaged)'}",
-            url=f"{attempt.run.store.url}/{layout.root_key(attempt.step)}",
+            url=f"{attempt.run.store.url}/{found.key}",
             hint="save(..., on_exists='replace') puts a new one in its place in one atomic write; 'skip' leaves it",
         )
     return found
@@ -89,14 +92,15 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
         failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
         if failed:
             raise _failed(attempt, failed)
-        found = attempt.run.read_root(attempt.step)
+        found = attempt.run.root_at(attempt.step, expected.generation)
         if attempt.id in found.history:
+            attempt.run.expect_alive(found)
             return found
         if (found.state, found.etag) != (expected.state, expected.etag):
-            if found.state == "tombstone":
-                raise FencedError(f"step {attempt.step} was retired while it was written")
-            raise StepExistsError(f"step {attempt.step} is taken by attempt {found.attempt or '(damaged)'}")
+            attempt.run.expect_alive(found)
+            raise lost(found, attempt.run.store.url)
         if time.monotonic() > end or abandoned():
+            attempt.run.expect_alive(found)
             attempt.session.check_fence()
             raise IncompleteCheckpointError(
                 f"step {attempt.step} was not committed within {attempt.deadline:.0f} s: "

@@ -2,20 +2,23 @@
 
 A stalled writer may still publish an attempt that looks abandoned, so the step's root is rewritten
 first (*fenced*): whatever that writer was about to send has a condition that no longer holds.
+Tombstones are compacted last: see `compaction`.
 Every step of a collection can be cut off and done again.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass, field
 
 from s3loader.checkpoint import layout
+from s3loader.checkpoint.compaction import dead_keys
 from s3loader.checkpoint.retention import delete_keys, in_use
 from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.run import Run, Scan
 from s3loader.errors import FencedError, StepExistsError, UnsupportedOperationError
 from s3loader.types import ObjectMeta
 
@@ -38,6 +41,8 @@ class GCReport:
     """Steps whose root was rewritten first."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Steps left alone, and why."""
+    compacted: list[int] = field(default_factory=list)
+    """Deleted steps whose tombstones are no longer needed, and gone."""
 
 
 def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCReport:
@@ -64,6 +69,7 @@ def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCR
     if not dry_run:
         delete_keys(run, report.keys)
         _drop_control(run, now - grace)
+    _compact(run, report, before, now - grace)
     _abort_uploads(run, report, now - grace)
     return report
 
@@ -76,8 +82,8 @@ def _abandoned(found: Root, attempt: str, metas: list[ObjectMeta], before: float
 
 def _fence(run: Run, found: Root, old: dict[str, list[ObjectMeta]], epoch: int, report: GCReport) -> bool:
     """Make sure that none of the attempts `old` can be committed any more."""
-    if found.state == "tombstone" and set(old) == {found.attempt}:
-        return True  # its root was replaced by this tombstone already
+    if found.state == "tombstone":
+        return True  # nobody writes over one
     try:
         if found.state == "committed":
             run.touch(found)
@@ -88,6 +94,23 @@ def _fence(run: Run, found: Root, old: dict[str, list[ObjectMeta]], epoch: int, 
         return False
     report.fenced.append(found.step)
     return True
+
+
+def _compact(run: Run, report: GCReport, scan: Scan, before: float) -> None:
+    """Delete the tombstones of steps of which nothing else is left, after they were marked: see `compaction`."""
+    gone = set(report.keys)
+    dead: dict[int, int] = {}
+    for step, found in scan.roots.items():
+        listed = scan.objects[step].get(found.generation)
+        written = (listed.last_modified or 0.0) if listed is not None else math.inf
+        files = (meta.key for metas in scan.attempts.get(step, {}).values() for meta in metas)
+        if found.state == "tombstone" and written <= before and all(key in gone for key in files):
+            dead[step] = found.generation
+    report.compacted = sorted(dead)
+    if not report.dry_run:
+        if dead:
+            run.mark.add(dead)
+        delete_keys(run, dead_keys(scan.objects, run.mark))
 
 
 def _count(run: Run, report: GCReport, doomed: dict[int, dict[str, list[ObjectMeta]]]) -> None:

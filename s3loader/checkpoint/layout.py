@@ -5,7 +5,9 @@
     s3loader.json                                     format, run id, what the store can do
     control/epoch-00000007.json                       one per job incarnation: writer fence, resume step
     control/pin-<attempt>-00000.json                  files of earlier steps that a save under way needs
+    ckpt/compacted.json                               deleted steps whose tombstones are gone, see `compaction`
     ckpt/000000001000/root.jsonl                      THE COMMIT POINT, one per step; later its tombstone
+    ckpt/000000001000/root-00000001.jsonl             the same, where the step was deleted and saved again
     ckpt/000000001000/<attempt>/intent-00000.json     what rank 0 is about to do
     ckpt/000000001000/<attempt>/d-00003-000.safetensors   rank 3, file 0
     ckpt/000000001000/<attempt>/part-00003.json       rank 3's part, written after its data is durable
@@ -24,6 +26,7 @@ from typing import Final
 from s3loader.errors import CheckpointError
 
 __all__ = [
+    "COMPACTED",
     "CONTROL",
     "INDEX",
     "MARKER",
@@ -48,11 +51,12 @@ MARKER: Final = "s3loader.json"
 CONTROL: Final = "control/"
 PINS: Final = "control/pin-"
 STEPS: Final = "ckpt/"
+COMPACTED: Final = "ckpt/compacted.json"
 INDEX: Final = "index.json.zst"
 
 MAX_STEP: Final = 10**12 - 1
 _STEP = re.compile(r"ckpt/(\d{12})/")
-_KEY = re.compile(r"ckpt/(\d{12})/(?:(root\.jsonl)|(\d{8}-\d{6}-[0-9a-f]{8})/(.+))")
+_KEY = re.compile(r"ckpt/(\d{12})/(?:root(?:-(\d{8}))?\.jsonl|(\d{8}-\d{6}-[0-9a-f]{8})/(.+))")
 _EPOCH = re.compile(r"control/epoch-(\d{8})\.json")
 
 
@@ -63,6 +67,8 @@ class AttemptKey:
     step: int
     attempt: str
     file: str
+    generation: int = 0
+    """Of a root, see `compaction`."""
 
 
 def _checked(step: int) -> int:
@@ -76,9 +82,9 @@ def step_prefix(step: int) -> str:
     return f"{STEPS}{_checked(step):012d}/"
 
 
-def root_key(step: int) -> str:
-    """The commit point of `step`."""
-    return step_prefix(step) + "root.jsonl"
+def root_key(step: int, generation: int = 0) -> str:
+    """The commit point of `step`; `generation` counts how often the step was deleted and saved again."""
+    return step_prefix(step) + (f"root-{generation:08d}.jsonl" if generation else "root.jsonl")
 
 
 def attempt_id(epoch: int, save: int, nonce: str) -> str:
@@ -133,5 +139,7 @@ def parse_key(key: str) -> AttemptKey | None:
     match = _KEY.fullmatch(key)
     if match is None:
         return None
-    step, root, attempt, file = match.groups()
-    return AttemptKey(int(step), "", root) if root else AttemptKey(int(step), attempt, file)
+    step, generation, attempt, file = match.groups()
+    if attempt:
+        return AttemptKey(int(step), attempt, file)
+    return AttemptKey(int(step), "", key.rpartition("/")[2], int(generation or 0))

@@ -204,7 +204,7 @@ class CheckpointManager:
         if step is not None:
             root = self.run.read_root(step)
             if root.state in ("absent", "tombstone"):
-                why = "was deleted" if root.state == "tombstone" else "is not committed"
+                why = "was deleted" if root.state == "tombstone" or root.generation else "is not committed"
                 raise CheckpointNotFoundError(
                     f"step {step} {why}", url=self.store.url, hint="`s3loader ckpt ls` lists what there is"
                 )

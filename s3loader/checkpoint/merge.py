@@ -14,7 +14,7 @@ import zstandard
 
 from s3loader.checkpoint import boxes, layout, records, root, tree
 from s3loader.checkpoint.records import Chunk, Index, Part, box_of
-from s3loader.errors import CheckpointError, IncompleteCheckpointError
+from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError
 from s3loader.exchange.lines import file_entry
 from s3loader.exchange.types import FileEntry
 
@@ -32,6 +32,7 @@ class Merged:
 
     Raises:
         CheckpointError: they contradict each other, or leave gaps.
+        FencedError: the step's root changed while ranks began, so files of the early ones may be on the way out.
     """
 
     def __init__(self, parts: Sequence[Part], join: Callable[[list[Any]], Any] | None = None) -> None:
@@ -42,6 +43,12 @@ class Merged:
                 raise CheckpointError(
                     f"rank {part.rank} saved {told}, rank {first.rank} {(first.step, first.epoch, first.attempt)}"
                 )
+        expected = {part.expects for part in parts} - {""}
+        if len(expected) > 1:
+            raise FencedError(
+                f"step {first.step} was collected or deleted between the begin of one rank's save and another's",
+                hint="save it again; a grace time of garbage collection that is longer than any save avoids this",
+            )
         missing = sorted(set(range(first.world)) - {part.rank for part in parts})
         if missing:
             raise IncompleteCheckpointError(f"step {first.step}: parts of ranks {missing} are missing", missing=missing)

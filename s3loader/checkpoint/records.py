@@ -18,6 +18,7 @@ from s3loader.errors import FormatError
 __all__ = [
     "FORMAT",
     "Chunk",
+    "Compacted",
     "EpochRecord",
     "Failure",
     "FileRecord",
@@ -135,6 +136,17 @@ class Part(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Tensors another rank writes, with this rank's checksums of them."""
     metrics: dict[str, float] = {}
     metadata: dict[str, Any] = {}
+    expects: str = ""
+    """What the step's root was when this rank began: generation and ETag. The same on all ranks, or the garbage of an
+    attempt's early ranks could be collected under the condition of a late one."""
+
+
+class Compacted(msgspec.Struct, kw_only=True):
+    """``ckpt/compacted.json``: steps of which generations are dead for ever, see `compaction`."""
+
+    format: int
+    generations: list[list[list[int]]]
+    """At place n: the steps of which the first n + 1 generations are dead, as ``[first, stride, length]`` or ``[step]``."""
 
 
 class Index(msgspec.Struct, kw_only=True, omit_defaults=True):

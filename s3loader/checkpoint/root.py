@@ -40,6 +40,13 @@ class Root:
     """Id of each file -> (key, size in bytes)."""
     problem: str = ""
     """Why it is damaged."""
+    generation: int = 0
+    """How often the step was deleted and saved again before, see `compaction`."""
+
+    @property
+    def key(self) -> str:
+        """Of the object."""
+        return root_key(self.step, self.generation)
 
     @property
     def attempt(self) -> str:
@@ -67,9 +74,9 @@ def committed_entries(facts: Mapping[str, Any], index: FileEntry, others: Sequen
     return entries
 
 
-def tombstone_entries(facts: Mapping[str, Any]) -> list[FileEntry]:
-    """The line of a tombstone."""
-    entry = file_entry(root_key(facts["step"]), "tombstone", None, CONTENT_TYPE, None, None)
+def tombstone_entries(facts: Mapping[str, Any], key: str) -> list[FileEntry]:
+    """The line of the tombstone that lies at `key`."""
+    entry = file_entry(key, "tombstone", None, CONTENT_TYPE, None, None)
     whole = {"format": FORMAT, "kind": "tombstone", **facts}
     entry["meta"] = {"s3loader": {**whole, "digest": _digest(whole, [entry])}}
     return [entry]
@@ -84,7 +91,7 @@ def touched_entries(data: bytes, nonce: str) -> list[FileEntry]:
     return entries
 
 
-def parse(step: int, data: bytes, etag: str) -> Root:
+def parse(step: int, data: bytes, etag: str, generation: int = 0) -> Root:
     """The root in `data`; never raises: what cannot be trusted is ``damaged``, and says why."""
     try:
         entries = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
@@ -97,5 +104,6 @@ def parse(step: int, data: bytes, etag: str) -> Root:
             raise FormatError(f"kind {facts['kind']!r}")
         keys = {entry["id"]: (entry["key"], int(entry["size_bytes"] or 0)) for entry in entries}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        return Root(step, "damaged", etag, problem=f"the root of step {step} is damaged: {error or type(error).__name__}")
-    return Root(step, facts["kind"], etag, facts, keys)
+        problem = f"the root of step {step} is damaged: {error or type(error).__name__}"
+        return Root(step, "damaged", etag, problem=problem, generation=generation)
+    return Root(step, facts["kind"], etag, facts, keys, generation=generation)

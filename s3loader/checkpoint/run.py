@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from s3loader.checkpoint import layout, records, root
+from s3loader.checkpoint.compaction import Mark
 from s3loader.checkpoint.records import Marker
 from s3loader.checkpoint.root import Root
 from s3loader.errors import (
+    CheckpointError,
     CommitUnknownError,
     FencedError,
     ObjectExistsError,
@@ -32,7 +34,7 @@ from s3loader.exchange.types import FileEntry
 from s3loader.store import ObjectStore
 from s3loader.types import CommonPrefix, ObjectMeta, PutMode, Update
 
-__all__ = ["JSON", "Run", "Scan"]
+__all__ = ["JSON", "Run", "Scan", "lost"]
 
 _log = logging.getLogger("s3loader.checkpoint")
 JSON: Final = "application/json"
@@ -45,6 +47,8 @@ class Scan(NamedTuple):
     roots: dict[int, Root]
     attempts: dict[int, dict[str, list[ObjectMeta]]]
     """Step -> attempt -> its files."""
+    objects: dict[int, dict[int, ObjectMeta]]
+    """Step -> generation -> the object of its root, dead ones too."""
 
     def committed(self) -> list[Root]:
         """Committed roots, ascending."""
@@ -69,6 +73,7 @@ class Run:
         self._conditional: bool | None = None
         self._id = ""
         self._roots: dict[int, Root] = {}
+        self.mark = Mark(self)
         self._lock = threading.Lock()
 
     # the store's abilities
@@ -141,36 +146,73 @@ class Run:
 
     def listed_steps(self) -> list[int]:
         """Steps that have a folder, whatever is in it, ascending."""
-        prefixes = (e.key for e in self.store.list(layout.STEPS, delimiter="/") if isinstance(e, CommonPrefix))
-        return sorted(step for step in map(layout.step_of, prefixes) if step is not None)
+        entries = list(self.store.list(layout.STEPS, delimiter="/"))
+        self.mark.listed(next((e for e in entries if isinstance(e, ObjectMeta) and e.key == layout.COMPACTED), None))
+        found = (layout.step_of(e.key) for e in entries if isinstance(e, CommonPrefix))
+        return sorted(step for step in found if step is not None)
 
     def read_root(self, step: int) -> Root:
-        """State of `step`'s root."""
-        found = self.get(layout.root_key(step))
-        return Root(step, "absent") if found is None else root.parse(step, *found)
+        """State of `step`'s root, of the generation that counts."""
+        while True:
+            found = self.root_at(step, self.mark.generation(step))
+            if not self.is_dead(found):  # asked after the root was read: a dead one may have come back
+                return found
+
+    def root_at(self, step: int, generation: int) -> Root:
+        """What lies under the key of one generation of `step`, dead or not."""
+        found = self.get(layout.root_key(step, generation))
+        if found is None:
+            return Root(step, "absent", generation=generation)
+        return root.parse(step, *found, generation)
+
+    def is_dead(self, seen: Root) -> bool:
+        """Whether the generation of `seen` is dead by now; asks the store."""
+        self.mark.refresh()
+        return seen.generation < self.mark.generation(seen.step)
 
     def newest_first(self) -> Iterator[Root]:
         """Roots that are committed or damaged, from the newest step down, read as they are asked for."""
         for step in reversed(self.listed_steps()):
-            found = self.read_root(step)
+            found = self.root_at(step, self.mark.generation(step))
+            if found.state in ("committed", "damaged") and self.is_dead(found):
+                found = self.read_root(step)
             if found.state in ("committed", "damaged"):
                 yield found
 
     def scan(self) -> Scan:
         """Everything under ``ckpt/``, by one listing; roots whose ETag is known are not read again."""
-        scan = Scan({}, {})
+        scan = Scan({}, {}, {})
+        mark: ObjectMeta | None = None
         for entry in self.store.list(layout.STEPS):
             key = layout.parse_key(entry.key)
-            if key is None or not isinstance(entry, ObjectMeta):
+            if not isinstance(entry, ObjectMeta):
                 continue
-            if key.attempt:
+            if entry.key == layout.COMPACTED:
+                mark = entry
+            elif key is not None and key.attempt:
                 scan.attempts.setdefault(key.step, {}).setdefault(key.attempt, []).append(entry)
+            elif key is not None:
+                scan.objects.setdefault(key.step, {})[key.generation] = entry
+        self.mark.listed(mark)  # it is listed after the roots, so a root that was listed and is not marked counted then
+        changed: list[int] = []
+        for step, objects in scan.objects.items():
+            listed = objects.get(self.mark.generation(step))
+            if listed is None:
                 continue
-            known = self._roots.get(key.step)
-            if known is None or not entry.etag or known.etag != entry.etag:
-                known = self.read_root(key.step)
-            if known.state != "absent":
-                scan.roots[key.step] = self._roots[key.step] = known
+            known = self._roots.get(step)
+            if known is None or not listed.etag or (known.key, known.etag) != (listed.key, listed.etag):
+                known = self.root_at(step, self.mark.generation(step))
+                if not listed.etag or known.etag != listed.etag:
+                    changed.append(step)
+            scan.roots[step] = known
+        if changed:  # written after they were listed: perhaps after their generation had died
+            self.mark.refresh()
+        for step in changed:
+            if scan.roots[step].generation < self.mark.generation(step):
+                scan.roots[step] = self.read_root(step)
+        for step in [step for step, found in scan.roots.items() if found.state == "absent"]:
+            del scan.roots[step]
+        self._roots.update(scan.roots)
         return scan
 
     def newest_epoch(self, after: int = 0) -> int:
@@ -194,7 +236,26 @@ class Run:
             FencedError: the step was retired meanwhile.
             CommitUnknownError: whether it was written could not be found out.
         """
-        return self._write_root(step, entries, expected, lambda now: attempt in now.history)
+        try:
+            done = self._write_root(entries, expected, lambda now: attempt in now.history)
+        except (FencedError, StepExistsError) as error:
+            self.expect_alive(expected, error)
+            raise
+        self.expect_alive(expected)
+        return done
+
+    def expect_alive(self, seen: Root, cause: Exception | None = None) -> None:
+        """Make sure that what the root says, or does not say, of an attempt is all that ever happened.
+
+        Raises:
+            CommitUnknownError: the generation is dead: the attempt may have been committed and deleted, without a trace.
+        """
+        if self.is_dead(seen):
+            raise CommitUnknownError(
+                f"step {seen.step} was deleted while it was written, perhaps after it had been committed",
+                url=f"{self.store.url}/{seen.key}",
+                hint="nothing of it is left; save again",
+            ) from cause
 
     def retire(self, seen: Root, epoch: int) -> Root:
         """Put a tombstone in the place of what was seen (a committed root, an older tombstone, or nothing).
@@ -212,8 +273,8 @@ class Run:
             "nonce": nonce,
             "time": time.time(),
         }
-        entries = root.tombstone_entries(facts)
-        return self._write_root(seen.step, entries, seen, lambda now: now.facts.get("nonce") == nonce)
+        entries = root.tombstone_entries(facts, seen.key)
+        return self._write_root(entries, seen, lambda now: now.facts.get("nonce") == nonce)
 
     def touch(self, seen: Root) -> Root:
         """Rewrite a committed root as it is, under a new ETag, so that nobody who saw the old one can replace it.
@@ -221,14 +282,15 @@ class Run:
         Raises:
             StepExistsError, FencedError, CommitUnknownError: as `retire`.
         """
-        found = self.get(layout.root_key(seen.step))
+        found = self.get(seen.key)
         if found is None or found[1] != seen.etag:
             raise FencedError(f"the root of step {seen.step} changed", url=self.store.url)
         nonce = secrets.token_hex(8)
         entries = root.touched_entries(found[0], nonce)
-        return self._write_root(seen.step, entries, seen, lambda now: now.facts.get("nonce") == nonce)
+        return self._write_root(entries, seen, lambda now: now.facts.get("nonce") == nonce)
 
-    def _write_root(self, step: int, entries: Sequence[FileEntry], expected: Root, ours: Any) -> Root:
+    def _write_root(self, entries: Sequence[FileEntry], expected: Root, ours: Any) -> Root:
+        step = expected.step
         data = encode_manifest(entries)
         mode: PutMode = "overwrite"
         if self.conditional:
@@ -238,9 +300,9 @@ class Run:
             if attempt:
                 time.sleep(min(2.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
             try:
-                done = self.store.put(layout.root_key(step), data, mode=mode, content_type=CONTENT_TYPE)
+                done = self.store.put(expected.key, data, mode=mode, content_type=CONTENT_TYPE)
                 if self.conditional:
-                    return root.parse(step, data, done.etag)
+                    return root.parse(step, data, done.etag, expected.generation)
                 time.sleep(self.settle)
             except (PreconditionFailedError, ObjectNotFoundError) as error:
                 last = error
@@ -249,7 +311,7 @@ class Run:
                     raise
                 last = error
             try:
-                now = self.read_root(step)
+                now = self.root_at(step, expected.generation)
             except StoreError as error:
                 last = error
                 continue
@@ -257,21 +319,36 @@ class Run:
                 return now
             if _may_still_land(now, expected):
                 continue
-            raise self._lost(step, now)
+            raise lost(now, self.store.url)
         raise CommitUnknownError(
             f"whether the root of step {step} was written could not be found out: {last}",
-            url=f"{self.store.url}/{layout.root_key(step)}",
+            url=f"{self.store.url}/{expected.key}",
             attempts=_TRIES,
             hint="look with `s3loader ckpt latest`; nothing of it is deleted before garbage collection fences it",
         ) from last
-
-    def _lost(self, step: int, now: Root) -> Exception:
-        url = f"{self.store.url}/{layout.root_key(step)}"
-        if now.state in ("tombstone", "absent"):
-            return FencedError(f"step {step} was retired while it was written", url=url)
-        return StepExistsError(f"step {step} is taken by attempt {now.attempt or '(damaged)'}", url=url)
 
 
 def _may_still_land(now: Root, expected: Root) -> bool:
     """Whether nothing has happened yet, so that the same write may be sent again."""
     return (now.state, now.etag) == (expected.state, expected.etag)
+
+
+def lost(now: Root, url: str) -> CheckpointError:
+    """What is raised where a root is no more what a writer (or deleter) expected.
+
+    Args:
+        now: The root.
+        url: Of the run.
+    """
+    url = f"{url}/{now.key}"
+    if now.state in ("tombstone", "absent"):
+        return FencedError(
+            f"step {now.step} was retired while it was written",
+            url=url,
+            hint="it was deleted, or garbage collection took the save for abandoned; save it again",
+        )
+    return StepExistsError(
+        f"step {now.step} is taken by attempt {now.attempt or '(damaged)'}",
+        url=url,
+        hint="another process saves to this run; give each job a run of its own, or save with on_exists='skip'",
+    )

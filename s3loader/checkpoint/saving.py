@@ -214,7 +214,7 @@ class Saver:
         run.put(layout.intent_key(attempt.step, attempt.id, attempt.rank), records.encode(intent))
         self._upload.allow()
         self._upload.wait()
-        part = self.part = self._part()
+        part = self.part = self._part(expected)
         run.put(attempt.prefix + layout.part_id(attempt.rank), records.encode(part))
         if self._after is not None:
             self._after.join()
@@ -234,7 +234,7 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - the step is committed; what retention met is part of the result
             return [], error
 
-    def _part(self) -> Part:
+    def _part(self, expected: Root | None) -> Part:
         attempt, plan = self._attempt, self._plan
         return Part(
             format=records.FORMAT,
@@ -254,4 +254,5 @@ class Saver:
             replicas=plan.replicas,
             metrics=plan.metrics,
             metadata=plan.metadata,
+            expects=f"{expected.generation}:{expected.etag}" if expected is not None else "",
         )
