@@ -74,6 +74,18 @@ def files(*keys: str) -> list[Any]:
     return [{"kind": "file", "key": key} for key in keys]
 
 
+def shard(store: S3ExchangeStore, key: str = "s/a.tar", count: int = 3, **options: Any) -> list[bytes]:
+    """A shard with members m0, m1, ... of 1,000 bytes each."""
+    data = [bytes([65 + i]) * 1000 for i in range(count)]
+    options.setdefault("compression", None)
+    store.put_shard_archive(key, [{"source": d, "member_path": f"m{i}", "id": f"i{i}"} for i, d in enumerate(data)], **options)
+    return data
+
+
+def contents(store: S3ExchangeStore, manifest: Any) -> list[bytes]:
+    return [body.read() for body, _ in store.iter_objects(manifest)]
+
+
 # work of child processes
 
 

@@ -15,11 +15,6 @@ from s3loader.store.open import open_store
 from s3loader.types import DeleteFailure
 
 
-@pytest.fixture
-def store() -> S3ExchangeStore:
-    return S3ExchangeStore(f"memory://{uuid.uuid4().hex}")
-
-
 def appended(store: S3ExchangeStore, manifest: str, count: int = 2) -> list[str]:
     """Keys of the parts of a manifest of `count` appends."""
     for i in range(count):

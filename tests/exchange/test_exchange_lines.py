@@ -174,11 +174,6 @@ def test_a_line_without_end_is_not_read_into_memory(monkeypatch: pytest.MonkeyPa
         list(iter_entries(b"x" * 100 for _ in range(1 << 30)))
 
 
-@pytest.fixture
-def store() -> S3ExchangeStore:
-    return S3ExchangeStore(f"memory://{uuid.uuid4().hex}")
-
-
 def test_references_are_followed_once_depth_first_and_never_in_circles(store: S3ExchangeStore) -> None:
     ref = lambda key: {"kind": "manifest_ref", "key": key}  # noqa: E731
     file = lambda key: {"kind": "file", "key": key}  # noqa: E731

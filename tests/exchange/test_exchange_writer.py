@@ -32,11 +32,6 @@ from s3loader.store.open import open_store
 from s3loader.testing import server
 
 
-@pytest.fixture
-def store() -> S3ExchangeStore:
-    return S3ExchangeStore(f"memory://{uuid.uuid4().hex}")
-
-
 def keys(store: S3ExchangeStore, manifest: str) -> list[str]:
     return list(store.get_manifest(manifest).get_keys())
 

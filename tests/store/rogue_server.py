@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import select
 import socket
@@ -21,6 +22,8 @@ from s3loader.store.direct import DirectBackend
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.options import StoreOptions
 from s3loader.types import Buffer, ObjectMeta, PartResult, PutMode, PutResult
+
+DATA = random.Random(5).randbytes(300_000)
 
 KEY_ID, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 
@@ -368,3 +371,9 @@ BAD_READS: dict[str, Fault] = {
     "body of another length": _bytes(lambda reply: reply.set("Content-Length", str(len(reply.body) - 1)).raw()[:-1], keep=True),
 }
 SLOW: dict[str, Fault] = {"silence": _silence, "stalls in the body": _stalls_in_body}
+
+
+def once(fault: Fault) -> object:
+    """Misbehave on the first request only."""
+    left = [fault]
+    return lambda request: left.pop() if left else None

@@ -1,0 +1,14 @@
+"""Fixtures of the exchange tests."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from s3loader.exchange.store import S3ExchangeStore
+
+
+@pytest.fixture
+def store() -> S3ExchangeStore:
+    return S3ExchangeStore(f"memory://{uuid.uuid4().hex}")
