@@ -23,6 +23,7 @@ _DOMAINS: Final = (
     ("eusc-", "amazonaws.eu"),
 )
 _HOSTABLE: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+_plain: Final = re.compile(r"[A-Za-z0-9_.~/-]*").fullmatch  # what quoting leaves alone: a tenth of its time
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -86,7 +87,7 @@ class Endpoint:
             ConfigError: the key cannot be written as UTF-8.
         """
         try:
-            quoted = quote(key, safe="/~")
+            quoted = key if _plain(key) else quote(key, safe="/~")
         except UnicodeEncodeError:
             raise ConfigError(f"the key {key!r} is not valid Unicode") from None
         if self.addressing_style == "virtual":
