@@ -72,6 +72,8 @@ class BotoClient:
             ),
         )
         read_pages_ourselves(client)
+        if options.requester_pays:
+            client.meta.events.register("before-call.s3", _say_who_pays)
         return client
 
     def call(
@@ -113,6 +115,10 @@ class BotoClient:
         own, self._own = self._own, None
         if own is not None and self._pid == os.getpid():
             own.close()
+
+
+def _say_who_pays(params: dict[str, Any], **_: Any) -> None:
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def _drop_connections(client: Any) -> None:

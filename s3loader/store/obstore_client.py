@@ -113,6 +113,7 @@ def open_s3(endpoint: Endpoint, credentials: CredentialsSource, options: StoreOp
         "checksum_algorithm": "CRC64NVME",
         "disable_bulk_delete": True,
         "skip_signature": credentials.unsigned,
+        "request_payer": options.requester_pays,
     }
     return S3Store(
         endpoint.bucket,

@@ -26,6 +26,8 @@ class StoreOptions:
         concurrency: Connections or threads of a bulk call, and of the parts of a large read.
         part_size: Bytes of a part of a multipart upload; grows where an object would need more than `MAX_PARTS`.
         unsigned: Send requests without credentials, for public buckets.
+        requester_pays: Say with each request that its costs are ours (``x-amz-request-payer``), as S3's requester-pays buckets
+            demand. S3 only.
 
     Raises:
         ConfigError: a value is out of range.
@@ -39,6 +41,7 @@ class StoreOptions:
     concurrency: int
     part_size: int
     unsigned: bool
+    requester_pays: bool
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class StoreOptions:
         concurrency: int = 16,
         part_size: int | str = 8 * MIB,
         unsigned: bool = False,
+        requester_pays: bool = False,
     ) -> None:
         for name, number in (("max_attempts", max_attempts), ("concurrency", concurrency)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -66,6 +70,7 @@ class StoreOptions:
             "concurrency": concurrency,
             "part_size": parse_size(part_size),
             "unsigned": bool(unsigned),
+            "requester_pays": bool(requester_pays),
         }
         for name in ("connect_timeout", "read_timeout", "part_size"):
             if not values[name]:

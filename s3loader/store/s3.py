@@ -53,6 +53,9 @@ def open_backend(
     options = options or StoreOptions()
     if engine not in _ENGINES:
         raise ConfigError(f"unknown engine {engine!r}", hint=f"use one of {', '.join(_ENGINES)}")
+    if options.requester_pays and (url.scheme in _OTHERS or s3_client is not None):
+        what = "a client of your own" if url.scheme not in _OTHERS else _OTHERS[url.scheme][0]
+        raise ConfigError(f"requester_pays means nothing to {what}", hint="leave it out, and tell the service in its own way")
     if url.scheme in _OTHERS:
         return _remember(_open_other(url, settings, engine, s3_client, options), "obstore is the one engine for it")
     chosen, why = _choose(url, settings, engine, s3_client)

@@ -72,6 +72,7 @@ class DirectBackend:
     ) -> None:
         self.general = general
         self._options = options or StoreOptions()
+        self._always = {"x-amz-request-payer": "requester"} if self._options.requester_pays else {}
         self._credentials = credentials
         self._signer: Signer | None = None
         self._connections = Connections(endpoint, self._options.connect_timeout, self._options.read_timeout)
@@ -88,7 +89,7 @@ class DirectBackend:
         signer = self._signer
         if signer is None or signer.credentials is not keys:
             endpoint = self._setting.endpoint
-            signer = self._signer = Signer(keys, endpoint.region, endpoint.host_header)
+            signer = self._signer = Signer(keys, endpoint.region, endpoint.host_header, always=self._always)
         return signer
 
     # one at a time

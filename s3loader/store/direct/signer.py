@@ -29,15 +29,23 @@ class Signer:
         credentials: The keys; None sends requests unsigned.
         region: As it stands in the signature's scope.
         host: Value of the Host header.
+        always: More headers to send and sign with every request; names in lower case.
         clock: Seconds since the epoch.
     """
 
     def __init__(
-        self, credentials: Credentials | None, region: str, host: str, *, clock: Callable[[], float] = time.time
+        self,
+        credentials: Credentials | None,
+        region: str,
+        host: str,
+        *,
+        always: Mapping[str, str] = _NONE,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.credentials = credentials
         self.region = region
         self.host = host
+        self.always = always
         self._clock = clock
         self._moment = _Moment(self, clock(), None)
 
@@ -89,6 +97,7 @@ class _Moment:
         self._plain = f"Host: {signer.host}\r\nUser-Agent: s3loader\r\n"
         credentials = signer.credentials
         if credentials is None:
+            self._plain += "".join(f"{name}: {value}\r\n" for name, value in signer.always.items())
             return
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
         self._day = stamp[:8]
@@ -102,6 +111,8 @@ class _Moment:
         fixed = {"host": signer.host, "x-amz-content-sha256": _PAYLOAD, "x-amz-date": stamp}
         if credentials.session_token:
             fixed["x-amz-security-token"] = credentials.session_token
+        if signer.always:
+            fixed = dict(sorted({**fixed, **signer.always}.items()))
         self._lines = fixed
         self._names = ";".join(fixed)
         self._tail = "".join(f"{name}:{value}\n" for name, value in fixed.items()) + f"\n{self._names}\n{_PAYLOAD}"
