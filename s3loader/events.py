@@ -22,7 +22,7 @@ class OpEvent:
     """One finished attempt at one operation. Never holds a credential."""
 
     op: str
-    """``GET PUT HEAD LIST DELETE COPY PUTPART MULTIPART RETRY WAIT ...``"""
+    """``GET PUT HEAD LIST DELETE COPY PUTPART MULTIPART RETRY WAIT RESUME ...``; of ``RESUME``, bytes that need not be sent."""
     url: str
     bytes: int
     """Body bytes moved."""

@@ -79,7 +79,7 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
     pause = 0.02
     first = True
     while True:
-        listed = _listing(attempt)
+        listed = _listing(attempt.run, attempt.prefix)
         missing = [r for r in range(attempt.world) if attempt.prefix + layout.part_id(r) not in listed]
         if not missing:
             now = time.monotonic()
@@ -121,8 +121,8 @@ def _failed(attempt: Attempt, ranks: list[int]) -> IncompleteCheckpointError:
     )
 
 
-def _listing(attempt: Attempt) -> dict[str, tuple[int, str]]:
-    entries = attempt.run.store.list(attempt.prefix)
+def _listing(run: Run, folder: str) -> dict[str, tuple[int, str]]:
+    entries = run.store.list(folder)
     return {entry.key: (entry.size, entry.etag) for entry in entries if isinstance(entry, ObjectMeta)}
 
 
@@ -139,7 +139,7 @@ def publish(attempt: Attempt, own: Part, expected: Root, join: Callable[[list[An
         IncompleteCheckpointError: they are not.
         StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
     """
-    return _publish(attempt, own, expected, _listing(attempt), join)
+    return _publish(attempt, own, expected, _listing(attempt.run, attempt.prefix), join)
 
 
 def _publish(
@@ -152,16 +152,21 @@ def _publish(
     run = attempt.run
     parts = [own if rank == own.rank else _part(attempt, rank) for rank in range(attempt.world)]
     merged = Merged(parts, join)
+    taken = _taken_over(attempt, merged, expected)
     sizes = dict(listed)
+    for folder in sorted({key.rpartition("/")[0] + "/" for key in taken}):
+        sizes.update(_listing(run, folder))
+    if taken - sizes.keys():
+        raise _collected(attempt)
     for file in merged.index.files:
         key = file.id if "/" in file.id else attempt.prefix + file.id
-        if "/" in file.id:
+        if "/" in file.id and key not in sizes:
             meta = run.store.head(key)
             sizes[key] = (meta.size, meta.etag)
         if key not in sizes or sizes[key][0] != file.size:
             there = f"has {sizes[key][0]} bytes" if key in sizes else "is not there"
             raise CheckpointError(f"{key} {there}, {file.size} bytes were written", url=f"{run.store.url}/{key}")
-    entries = merged.entries(run.id, sizes, expected.history)
+    entries = merged.entries(run.id, sizes, expected.history, taken)
     run.put(attempt.prefix + layout.INDEX, merged.packed, content_type="application/zstd")
     attempt.session.check_fence()
     done = run.publish(attempt.step, entries, attempt.id, expected)
@@ -172,6 +177,28 @@ def _publish(
             f"step {attempt.step} is committed and whole, but {error.message}", url=error.url, committed=True, hint=error.hint
         ) from None
     return done
+
+
+def _taken_over(attempt: Attempt, merged: Merged, expected: Root) -> set[str]:
+    """Files that earlier attempts at this step have left, and that the merged parts go on with.
+
+    Raises:
+        FencedError: the step has had a root since they were looked at, so they may be deleted at any time: whoever
+            deletes writes a root first, and only where there never was one is it certain that nobody has.
+    """
+    own, listed = layout.step_prefix(attempt.step), {key for key, _ in expected.keys.values()}
+    taken = {file.id for file in merged.index.files if file.id.startswith(own)} - listed
+    if taken and not expected.never_written:
+        raise _collected(attempt)
+    return taken
+
+
+def _collected(attempt: Attempt) -> FencedError:
+    return FencedError(
+        f"garbage collection has taken what the save of step {attempt.step} went on with",
+        url=attempt.run.store.url,
+        hint="save it again",
+    )
 
 
 def _part(attempt: Attempt, rank: int) -> Part:

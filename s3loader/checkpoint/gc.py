@@ -58,11 +58,18 @@ def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCR
     now = _store_time(run, dry_run)
     before = run.scan()
     doomed: dict[int, dict[str, list[ObjectMeta]]] = {}
+    needed = before.referenced()
+    alive: set[tuple[int, str]] = set()
     for step, attempts in before.attempts.items():
         found = before.roots.get(step, Root(step, "absent"))
         old = {a: metas for a, metas in attempts.items() if _abandoned(found, a, metas, now - grace)}
+        alive.update((step, attempt) for attempt in attempts.keys() - old.keys() - {found.attempt})
+        old = {a: left for a, metas in old.items() if (left := [meta for meta in metas if meta.key not in needed])}
         if found.state == "damaged":
             report.skipped[step] = found.problem
+        elif old and found.state != "tombstone" and any(at == step for at, _ in alive):
+            report.skipped[step] = "a save is under way"  # it would be fenced too, and may go on with what the others left
+            alive.update((step, attempt) for attempt in attempts)
         elif old and (dry_run or _fence(run, found, old, epoch, report)):
             doomed[step] = old
     _count(run, report, doomed)
@@ -70,7 +77,7 @@ def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCR
         delete_keys(run, report.keys)
         _drop_control(run, now - grace)
     _compact(run, report, before, now - grace)
-    _abort_uploads(run, report, now - grace)
+    _abort_uploads(run, report, now - grace, alive)
     return report
 
 
@@ -151,9 +158,10 @@ def _drop_control(run: Run, before: float) -> None:
     delete_keys(run, [*sorted(epochs)[:-1], *old])
 
 
-def _abort_uploads(run: Run, report: GCReport, before: float) -> None:
+def _abort_uploads(run: Run, report: GCReport, before: float, alive: set[tuple[int, str]]) -> None:
     try:
         uploads = [u for u in run.store.backend.list_multipart(layout.STEPS) if (u[2] or 0.0) <= before]
+        uploads = [u for u in uploads if (at := layout.parse_key(u[0])) is None or (at.step, at.attempt) not in alive]
     except UnsupportedOperationError as error:
         _log.info("open uploads cannot be listed: %s", error)
         return

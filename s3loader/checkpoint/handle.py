@@ -16,7 +16,10 @@ class Progress(NamedTuple):
     """How far an upload is, in bytes."""
 
     sent: int
+    """What the store has, `resumed` included."""
     total: int
+    resumed: int = 0
+    """What an interrupted save of the same step had sent before, and is not sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class SaveResult:
     """Steps that retention deleted afterwards."""
     cleanup_error: Exception | None = None
     """What kept retention from its work, if anything; the checkpoint itself is safe."""
+    resumed: int = 0
+    """Of `written`, the bytes that an interrupted save of the same step had sent before, and that were not sent again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +64,11 @@ class SaveHandle:
     def done(self) -> bool:
         """Whether it is committed or has failed."""
         return self._finished.is_set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it failed with so far; asking does not count as having seen it."""
+        return self._error
 
     @property
     def progress(self) -> Progress:

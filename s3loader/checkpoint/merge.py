@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import zstandard
@@ -70,13 +70,16 @@ class Merged:
         _check_leaves(self.index)
         self.packed = zstandard.ZstdCompressor(level=3).compress(records.encode(self.index))
 
-    def entries(self, run: str, sizes: Mapping[str, tuple[int, str]], was: Sequence[str]) -> list[FileEntry]:
+    def entries(
+        self, run: str, sizes: Mapping[str, tuple[int, str]], was: Sequence[str], taken: Collection[str] = ()
+    ) -> list[FileEntry]:
         """Lines of the root.
 
         Args:
             run: Id of the run.
             sizes: Size and ETag, as the store lists them, of every part and data file by its key.
             was: Attempts that were committed at this step before.
+            taken: Files that an earlier attempt at this step began, see `resuming`.
         """
         first, index = self.first, self.index
         prefix = layout.step_prefix(first.step) + first.attempt + "/"
@@ -99,11 +102,11 @@ class Merged:
             "items": sorted(key for key, _, _ in tree.children(index.tree, "")),
             "tensors": len({chunk.name for chunk in index.chunks}),
             "bytes": sum(chunk.end - chunk.begin for chunk in index.chunks),
-            "written": sum(file.size for file in index.files if "/" not in file.id),
+            "written": sum(file.size for file in index.files if "/" not in file.id or file.id in taken),
             "metrics": first.metrics,
             "metadata": first.metadata,
             "index": hashlib.sha256(self.packed).hexdigest(),
-            "refs": sorted({found.step for name in refs if (found := layout.parse_key(name)) is not None}),
+            "refs": sorted({at.step for name in refs if name not in taken and (at := layout.parse_key(name)) is not None}),
         }
         entry = file_entry(prefix + layout.INDEX, layout.INDEX, None, "application/zstd", len(self.packed), None)
         return root.committed_entries(facts, entry, others)

@@ -29,6 +29,9 @@ class CheckpointOptions:
         concurrency: Parts uploaded at a time.
         overlap: A save while another is under way: ``"queue"`` it behind the other, or ``"refuse"`` it.
         incremental: Refer to the newest step for tensors that have not changed, instead of writing them again.
+        resume_uploads: Where a save was interrupted (killed, or an outage longer than the retries) and the same step is saved
+            again with the same state, go on with what the store holds of it. Then a failed save leaves its open uploads, for
+            the next try or for garbage collection.
         check_replicas: Where several ranks hold the same tensor, one writes it and the others send its checksum, so that ranks
             that have drifted apart are an error. It costs the others one pass over the tensor.
         deadline: Seconds that a rank waits for the others before its save fails.
@@ -48,6 +51,7 @@ class CheckpointOptions:
     concurrency: int
     overlap: Overlap
     incremental: bool
+    resume_uploads: bool
     check_replicas: bool
     deadline: float
     grace: float
@@ -64,6 +68,7 @@ class CheckpointOptions:
         concurrency: int = 8,
         overlap: Overlap = "queue",
         incremental: bool = False,
+        resume_uploads: bool = True,
         check_replicas: bool = True,
         deadline: float | str = "10m",
         grace: float | str = "1d",
@@ -86,6 +91,7 @@ class CheckpointOptions:
         set_(self, "concurrency", concurrency)
         set_(self, "overlap", overlap)
         set_(self, "incremental", incremental)
+        set_(self, "resume_uploads", resume_uploads)
         set_(self, "check_replicas", check_replicas)
         set_(self, "deadline", parse_duration(deadline))
         set_(self, "grace", parse_duration(grace))

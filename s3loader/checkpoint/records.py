@@ -61,6 +61,8 @@ class EpochRecord(msgspec.Struct, kw_only=True):
     """Seconds since the epoch, for people; no decision is taken on it."""
     host: str
     pid: int
+    unfinished: list[int] = []
+    """Steps that were begun and never committed, newest first: what was sent of them may be taken over."""
 
 
 class Intent(msgspec.Struct, kw_only=True, omit_defaults=True):

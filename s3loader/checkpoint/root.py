@@ -49,6 +49,11 @@ class Root:
         return root_key(self.step, self.generation)
 
     @property
+    def never_written(self) -> bool:
+        """Whether the step never had a root, so that nobody can have deleted any of its files."""
+        return self.state == "absent" and not self.generation
+
+    @property
     def attempt(self) -> str:
         """The attempt that was committed, or retired; empty where there is none."""
         return str(self.facts.get("attempt") or "")

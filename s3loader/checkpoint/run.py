@@ -179,6 +179,19 @@ class Run:
             if found.state in ("committed", "damaged"):
                 yield found
 
+    def survey(self) -> tuple[int | None, list[int]]:
+        """The newest committed step, and the steps above it that have files and no root, newest first."""
+        unfinished: list[int] = []
+        for step in reversed(self.listed_steps()):
+            found = self.root_at(step, self.mark.generation(step))
+            if found.state == "committed" and self.is_dead(found):
+                found = self.read_root(step)
+            if found.state == "committed":
+                return step, unfinished
+            if found.state == "absent":
+                unfinished.append(step)
+        return None, unfinished
+
     def scan(self) -> Scan:
         """Everything under ``ckpt/``, by one listing; roots whose ETag is known are not read again."""
         scan = Scan({}, {}, {})

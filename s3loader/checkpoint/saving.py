@@ -11,6 +11,7 @@ from typing import Any
 
 from s3loader.checkpoint import layout, records, tree
 from s3loader.checkpoint.commit import Attempt, expect_free, publish_or_wait
+from s3loader.checkpoint.copying import Copier
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
 from s3loader.checkpoint.incremental import Base, References, refer
 from s3loader.checkpoint.leaves import LeafAdapter
@@ -118,18 +119,23 @@ class Saver:
         self._began = time.monotonic()
         self._staged_s = 0.0
         self._abandoned = threading.Event()
-        self._upload = Upload(attempt.run.store, attempt.prefix, plan.files, pool, options.concurrency)
-        upload = self._upload
-        self.handle = SaveHandle(attempt.step, attempt.id, lambda: Progress(upload.sent, upload.total))
+        self._upload = upload = Upload(
+            attempt.run.store, attempt.prefix, plan.files, pool, options.concurrency, leave_open=options.resume_uploads
+        )
+        self.handle = SaveHandle(attempt.step, attempt.id, lambda: Progress(upload.sent, upload.total, upload.resumed))
         self._thread = threading.Thread(target=self._work, name=f"s3loader-ckpt-{attempt.step}")
         self._thread.start()
 
     def stage(self) -> None:
         """Copy the state into staging buffers; returns when all of it was copied, or the save has failed."""
         try:
-            for file in self._plan.files:
-                for part in stage(file, self._pool, lambda: self._upload.stopped, self._upload.hurry):
-                    self._upload.put(part)
+            with Copier() as copier:
+                for file in self._plan.files:
+                    if file.finished:
+                        file.let_go()
+                        continue
+                    for part in stage(file, self._pool, lambda: self._upload.stopped, self._upload.hurry, copier=copier):
+                        self._upload.put(part)
         except BaseException as error:
             self._upload.fail(error)
             self._thread.join()
@@ -143,7 +149,12 @@ class Saver:
     def abandon(self) -> None:
         """Give the save up: nothing more is uploaded or published."""
         self._abandoned.set()
-        self._upload.fail(CheckpointError(f"step {self._attempt.step} was abandoned before it was committed"))
+        self._upload.fail(CheckpointError(f"step {self._attempt.step} was abandoned before it was committed"), passing=True)
+
+    @property
+    def left_open(self) -> list[tuple[str, str]]:
+        """Key and id of uploads that it has left open."""
+        return self._upload.left_open
 
     def join(self) -> None:
         """Wait until it has ended."""
@@ -224,8 +235,17 @@ class Saver:
             self._quietly(lambda: run.store.delete(layout.pin_key(attempt.id, attempt.rank)))
         seconds = time.monotonic() - self._began
         retired, problem = self._clean_up()
+        upload = self._upload
         return SaveResult(
-            attempt.step, attempt.id, plan.bytes, self._upload.total, self._staged_s, seconds, False, tuple(retired), problem
+            attempt.step,
+            attempt.id,
+            plan.bytes,
+            upload.total,
+            self._staged_s,
+            seconds,
+            retired=tuple(retired),
+            cleanup_error=problem,
+            resumed=upload.resumed,
         )
 
     def _clean_up(self) -> tuple[list[int], Exception | None]:
@@ -247,7 +267,7 @@ class Saver:
             block=self._options.block,
             files=[*(file.record() for file in plan.files), *(plan.references.files if plan.references else ())],
             chunks=[
-                *(piece.chunk(file.id, self._options.block) for file in plan.files for piece in file.pieces),
+                *(piece.chunk(file.name, self._options.block) for file in plan.files for piece in file.pieces),
                 *(plan.references.chunks if plan.references else ()),
             ],
             tree=plan.tree,

@@ -85,13 +85,13 @@ class Session:
             )
 
 
-def open_session(run: Run, identity: Identity, resume_step: Callable[[], int | None], deadline: float) -> Session:
+def open_session(run: Run, identity: Identity, survey: Callable[[], tuple[int | None, list[int]]], deadline: float) -> Session:
     """Begin (rank 0) or join (others) the incarnation.
 
     Args:
         run: Where.
         identity: Who.
-        resume_step: Asked by rank 0 for the step that all ranks resume from.
+        survey: Asked by rank 0 for the step that all ranks resume from, and for newer ones that were begun and not committed.
         deadline: Seconds that other ranks wait for rank 0.
 
     Raises:
@@ -105,7 +105,7 @@ def open_session(run: Run, identity: Identity, resume_step: Callable[[], int | N
         )
     if identity.rank:
         return Session(run, identity, _join(run, identity, deadline))
-    step = resume_step()
+    step, unfinished = survey()
     nonce = secrets.token_hex(4)
     while True:
         epoch = run.newest_epoch() + 1
@@ -119,6 +119,7 @@ def open_session(run: Run, identity: Identity, resume_step: Callable[[], int | N
             time=time.time(),
             host=socket.gethostname(),
             pid=os.getpid(),
+            unfinished=unfinished,
         )
         if run.create(layout.epoch_key(epoch), records.encode(record)):
             _forget_old(run, epoch)

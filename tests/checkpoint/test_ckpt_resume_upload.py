@@ -1,0 +1,543 @@
+"""A save that was interrupted is made again: what the store holds is not sent again, and the result is bit-exact.
+
+How much must be sent is never taken from what the code says: it is counted in the store before the second save, and at the
+engine during it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from s3loader import events
+from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, SaveResult
+from s3loader.errors import S3LoaderError, UnavailableError, UnsupportedOperationError
+from s3loader.events import OpEvent
+from s3loader.store import ObjectStore, StoreOptions, open_store
+from s3loader.store.base import Backend
+from s3loader.store.fault import FaultBackend, Moment, Seen
+from s3loader.testing.faulty import open_faulty_store
+from s3loader.testing.servers import Server, server
+from s3loader.types import Capabilities, ObjectMeta, PartResult
+
+MIB = 1 << 20
+OPTIONS = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=2, deadline=20)
+ONCE = StoreOptions(max_attempts=1)
+
+
+def state(seed: int = 1) -> dict[str, Any]:
+    """Three files of several parts and one of a single part."""
+    rng = np.random.default_rng(seed)
+    return {"model": {f"w{i}": rng.standard_normal(1200 + i) for i in range(6)}, "small": rng.integers(0, 9, 30, np.uint8)}
+
+
+def equal(have: dict[str, Any], want: dict[str, Any]) -> bool:
+    return np.array_equal(have["small"], want["small"]) and all(
+        np.array_equal(have["model"][k], want["model"][k]) for k in want["model"]
+    )
+
+
+def holdings(store: ObjectStore, step: int = 1) -> dict[str, int]:
+    """Bytes that the store has of each data file, finished or in the fullest of its open uploads; file id -> bytes."""
+    held: dict[str, int] = {}
+    for entry in store.list(f"ckpt/{step:012d}/"):
+        if isinstance(entry, ObjectMeta) and entry.key.endswith(".safetensors"):
+            held[entry.key.rpartition("/")[2]] = entry.size
+    for key, upload_id, _ in list(store.backend.list_multipart("ckpt/")):
+        name = key.rpartition("/")[2]
+        size = sum(part.size for part in store.backend.list_parts(key, upload_id))
+        held[name] = max(held.get(name, 0), size)
+    return held
+
+
+@contextlib.contextmanager
+def sent() -> Iterator[list[OpEvent]]:
+    """Requests that carried a checkpoint's data."""
+    seen: list[OpEvent] = []
+
+    def hook(event: OpEvent) -> None:
+        if event.op in ("PUT", "PUTPART") and event.url.endswith(".safetensors") and event.error is None:
+            seen.append(event)
+
+    end = events.subscribe(hook)
+    try:
+        yield seen
+    finally:
+        end()
+
+
+def save_again(manager: CheckpointManager, want: dict[str, Any], *, step: int = 1) -> SaveResult:
+    """Save, and check that exactly what was missing was sent and that the checkpoint is right."""
+    held = sum(holdings(manager.store, step).values())
+    with sent() as seen:
+        handle = manager.save(step, want)
+        result = handle.result(30)
+    assert result.resumed == held
+    assert sum(event.bytes for event in seen) == result.written - held
+    assert handle.progress == (result.written, result.written, held)
+    check(manager, want, step=step)
+    return result
+
+
+def check(manager: CheckpointManager, want: dict[str, Any], *, step: int = 1) -> None:
+    """The checkpoint is right, survives a collection, and no staging buffer is lost."""
+    assert equal(manager.restore(step), want)
+    assert manager.open(step).verify() == []
+    dry = manager.gc(grace=0, dry_run=True)
+    assert not set(manager.open(step).files()) & set(dry.keys)
+    manager.gc(grace=0)
+    assert manager.open(step).verify() == []
+    again = manager.gc(grace=0)
+    assert (again.keys, again.uploads, again.fenced) == ([], [], [])
+    assert list(manager.store.backend.list_multipart("ckpt/")) == []
+    assert len(manager.pool._free) * manager.pool.size == manager.pool.allocated
+
+
+# killed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(tmp_path)
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        yield Path(name)
+
+
+def killed(opened: Callable[..., tuple[ObjectStore, Any]], nth: int, work: Callable[[ObjectStore], None]) -> bool:
+    """Do `work` in a child that is killed before its request number `nth`; whether it was."""
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.number == nth and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            store, _ = opened(hook=hook)
+            able: Any = store
+            able.capabilities = lambda: Capabilities(True, True, True, True, True, True)  # probing has tests of its own
+            work(store)
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def save_once(store: ObjectStore, options: CheckpointOptions = OPTIONS, seed: int = 1, **rank: Any) -> None:
+    CheckpointManager(store, options=options, **rank).save(1, state(seed)).result(30)
+
+
+def test_killed_at_every_request_on_files(folder: Path) -> None:
+    resumed = set()
+    for nth in range(8, 100):
+        path = folder / str(nth)
+        path.mkdir()
+        if not killed(functools.partial(open_faulty_store, str(path)), nth, save_once):
+            break
+        with CheckpointManager(path, options=OPTIONS) as manager:
+            if manager.latest() is None:
+                resumed.add(save_again(manager, state()).resumed)
+        shutil.rmtree(path)
+    else:
+        pytest.fail("it never ends")
+    assert len(resumed) > 8
+    assert max(resumed) > 57_000
+
+
+def test_killed_twice(folder: Path) -> None:
+    """The second attempt takes over from the first, the third from both."""
+    resumed = set()
+    for nth in range(12, 40, 2):
+        path = folder / str(nth)
+        path.mkdir()
+        opened = functools.partial(open_faulty_store, str(path))
+        assert killed(opened, 18, save_once)
+        if not killed(opened, nth, save_once):
+            break
+        with CheckpointManager(path, options=OPTIONS) as manager:
+            if manager.latest() is None:
+                resumed.add(save_again(manager, state()).resumed)
+        shutil.rmtree(path)
+    assert len(resumed) > 5
+
+
+@pytest.fixture(scope="module", params=["moto", "ministack"])
+def s3(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with server(request.param) as running:
+        yield running
+
+
+LARGE = CheckpointOptions(part_size=5 * MIB, file_size=13 * MIB, concurrency=2, deadline=20)
+
+
+def large() -> dict[str, Any]:
+    rng = np.random.default_rng(5)
+    return {"model": {"w": rng.integers(0, 255, 12 * MIB, np.uint8)}, "v": rng.integers(0, 255, 6 * MIB, np.uint8)}
+
+
+def test_killed_on_s3(s3: Server) -> None:
+    """ETags are MD5s there, and the engine is the one that is used by default."""
+    resumed = set()
+    for nth in (12, 13, 14, 16, 17, 20):
+        bucket = s3.bucket()
+
+        def work(store: ObjectStore) -> None:
+            CheckpointManager(store, options=LARGE).save(1, large()).result(60)
+
+        if not killed(functools.partial(open_faulty_store, f"s3://{bucket}/run", **s3._arguments()), nth, work):
+            break
+        store = s3.open_store(bucket + "/run")
+        with CheckpointManager(store, options=LARGE) as manager:
+            held = sum(holdings(store).values())
+            with sent() as seen:
+                result = manager.save(1, large()).result(60)
+            assert result.resumed == held
+            assert sum(event.bytes for event in seen) == result.written - held
+            assert np.array_equal(manager.restore()["model"]["w"], large()["model"]["w"])
+            assert manager.open().verify() == []
+            resumed.add(held)
+        store.close()
+    assert len(resumed) >= 3
+
+
+def test_the_two_ranks_one_of_which_had_finished(folder: Path) -> None:
+    def work(store: ObjectStore, rank: int) -> None:
+        parts = {f"w{rank}": ArrayShard(np.arange(3000.0) + rank, (0,), (3000,))}
+        boxes = {"model": {f"w{r}": parts[f"w{r}"] if r == rank else ArrayShard(np.zeros(0), (3000,), (3000,)) for r in (0, 1)}}
+        options = CheckpointOptions(part_size=4096, deadline=3)
+        manager = CheckpointManager(store, options=options, rank=rank, world_size=2, job=os.environ["RESUME_JOB"])
+        result = manager.save(1, boxes).result(20)
+        (folder / f"result-{rank}").write_text(f"{result.resumed} {result.written}")
+
+    def both(job: str, *strikes: int) -> list[bool]:
+        os.environ["RESUME_JOB"] = job
+        pids = []
+        for rank, nth in enumerate(strikes):
+            pid = os.fork()
+            if pid == 0:
+                opened = functools.partial(open_faulty_store, str(folder / "run"))
+                os._exit(1 if killed(opened, nth, functools.partial(work, rank=rank)) else 0)
+            pids.append(pid)
+        return [os.waitpid(pid, 0)[1] != 0 for pid in pids]
+
+    (folder / "run").mkdir()
+    assert both("first", 13, 0) == [True, False]
+    store = open_store(str(folder / "run"))
+    held = holdings(store)
+    assert not (folder / "result-1").exists()
+    assert held["d-00001-000.safetensors"] > 24_000
+    assert both("second", 0, 0) == [False, False]
+    resumed, written = map(int, (folder / "result-1").read_text().split())
+    assert resumed == written == held["d-00001-000.safetensors"]
+    resumed, written = map(int, (folder / "result-0").read_text().split())
+    assert resumed == held.get("d-00000-000.safetensors", 0) < written
+    with CheckpointManager(folder / "run") as manager:
+        assert np.array_equal(manager.restore(1)["model"]["w1"], np.arange(3000.0) + 1)
+        assert manager.open(1).verify() == []
+
+
+# the same process
+
+
+def down(seen: Seen) -> UnavailableError:
+    return UnavailableError("the store is down", op=seen.op, url=seen.key, status=503)
+
+
+def outage(url: str, op: str, nth: int, options: CheckpointOptions = OPTIONS) -> tuple[CheckpointManager, FaultBackend]:
+    """A manager whose save of step 1 has failed at the nth request of a kind and at all that came after it."""
+    store, faults = open_faulty_store(url, options=ONCE)
+    manager = CheckpointManager(store, options=options)
+    manager.session()
+    count = 0
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        nonlocal count
+        count += moment == "before" and seen.op == op and seen.key.endswith(".safetensors")
+        if count >= nth and moment == "before":
+            raise down(seen)
+
+    faults.hook = hook
+    with pytest.raises(UnavailableError):
+        manager.save(1, state()).result(30)
+    faults.hook = None
+    return manager, faults
+
+
+@pytest.mark.parametrize("nth", [1, 2, 4, 6, 9, 12, 15])
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_an_outage(nth: int, scheme: str, request: pytest.FixtureRequest, folder: Path) -> None:
+    url = f"memory://{request.node.name}" if scheme == "memory" else str(folder)
+    manager, _ = outage(url, "upload part", nth)
+    assert manager.latest() is None
+    save_again(manager, state())
+    manager.close()
+
+
+@contextlib.contextmanager
+def outage_of(faults: FaultBackend, op: str, nth: int) -> Iterator[None]:
+    """From the nth request of a kind on, all of that kind fail."""
+    count = 0
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        nonlocal count
+        if seen.op == op and moment == "before":
+            count += 1
+            if count >= nth:
+                raise down(seen)
+
+    faults.hook = hook
+    yield
+    faults.hook = None
+
+
+def test_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "s3loader.checkpoint")
+    manager, _ = outage("memory://told", "upload part", 7)
+    told: list[OpEvent] = []
+    end = events.subscribe(lambda event: told.append(event) if event.op == "RESUME" else None)
+    result = save_again(manager, state())
+    end()
+    assert sum(event.bytes for event in told) == result.resumed > 0
+    assert "are taken over" in caplog.text
+
+
+def test_another_state_takes_nothing_over() -> None:
+    for seed in (2, 3):
+        manager, faults = outage(f"memory://other-{seed}", "upload part", 9)
+        assert sum(holdings(manager.store).values()) > 20_000
+        before = len(faults.seen)
+        result = manager.save(1, state(seed)).result(30)
+        assert result.resumed == 0
+        asked = [seen.op for seen in faults.seen[before:] if seen.op in ("list uploads", "list parts")]
+        assert asked.count("list uploads") == 1
+        assert asked.count("list parts") <= 4
+        check(manager, state(seed))
+
+
+def test_one_byte_that_differs_takes_that_file_alone_out() -> None:
+    manager, _ = outage("memory://byte", "upload part", 11)
+    want = state()
+    whole = sum(holdings(manager.store).values())
+    want["model"]["w0"][-1] += 1
+    result = manager.save(1, want).result(30)
+    assert 0 < result.resumed < whole
+    check(manager, want)
+
+
+def test_without_it_nothing_is_left_open() -> None:
+    options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1, resume_uploads=False)
+    store, faults = open_faulty_store("memory://off", options=ONCE)
+    with CheckpointManager(store, options=options) as manager:
+        manager.session()
+        with outage_of(faults, "upload part", 3), pytest.raises(UnavailableError):
+            manager.save(1, state()).result(30)
+        assert list(store.backend.list_multipart("ckpt/")) == []
+        assert manager.save(1, state()).result(30).resumed == 0
+
+
+def test_what_nobody_went_on_with_is_aborted_after_the_next_commit() -> None:
+    manager, _ = outage("memory://next", "upload part", 2)
+    assert list(manager.store.backend.list_multipart("ckpt/")) != []
+    manager.save(2, state(2)).result(30)
+    assert list(manager.store.backend.list_multipart("ckpt/")) == []
+
+
+def test_state_larger_than_the_staging_memory() -> None:
+    """Finished files are taken over; an open upload whose parts could not be held is not."""
+    options = CheckpointOptions(part_size=4096, file_size=40_000, concurrency=2, staging_budget=4 * 4096)
+    manager, _ = outage("memory://budget", "upload part", 14, options)
+    finished = {e.key: e.size for e in manager.store.list("ckpt/") if isinstance(e, ObjectMeta) and e.key.endswith("tensors")}
+    assert finished
+    result = manager.save(1, state()).result(30)
+    assert result.resumed == sum(finished.values())
+    check(manager, state())
+
+
+def test_no_request_more_where_nothing_was_interrupted() -> None:
+    asked = []
+    for on in (True, False):
+        options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1, resume_uploads=on)
+        store, faults = open_faulty_store(f"memory://requests-{on}")
+        with CheckpointManager(store, options=options) as manager:
+            for step in (1, 2):
+                manager.save(step, state(step)).result(30)
+            manager.save(2, state(7), on_exists="replace").result(30)
+        with CheckpointManager(store, options=options) as manager:
+            manager.save(3, state(3)).result(30)
+        asked.append([seen.op for seen in faults.seen])
+    assert asked[0] == asked[1]
+    assert "list parts" not in asked[0]
+
+
+def test_a_replacement_and_a_deleted_step_are_written_anew() -> None:
+    """Their steps have had a root, so somebody may be deleting."""
+    manager, _ = outage("memory://replaced", "upload part", 9)
+    manager.save(1, state()).result(30)
+    manager.delete(1)
+    with sent() as seen:
+        result = manager.save(1, state()).result(30)
+    assert result.resumed == 0
+    assert sum(event.bytes for event in seen) == result.written
+
+
+# stores
+
+
+def test_a_store_without_list_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, faults = outage("memory://silent", "upload part", 9)
+    finished = [e.size for e in manager.store.list("ckpt/") if isinstance(e, ObjectMeta) and e.key.endswith("tensors")]
+
+    def silent(key: str, upload_id: str) -> Iterator[PartResult]:
+        raise UnsupportedOperationError("not here", op="list parts", url=key)
+
+    monkeypatch.setattr(faults, "list_parts", silent)
+    result = manager.save(1, state()).result(30)
+    assert 0 < result.resumed == sum(finished) < result.written
+    assert equal(manager.restore(), state())
+
+
+@pytest.mark.parametrize("op", ["list", "list uploads", "list parts", "get"])
+def test_a_look_that_fails_is_no_failure(op: Any) -> None:
+    manager, faults = outage(f"memory://look-{op.replace(' ', '-')}", "upload part", 9)
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.op == op and moment == "before":
+            faults.hook = None
+            raise down(seen)
+
+    faults.hook = hook
+    manager.save(1, state()).result(30)
+    assert faults.hook is None
+    check(manager, state())
+
+
+# zombies and collectors
+
+
+def adopted(manager: CheckpointManager) -> tuple[str, str]:
+    """The fullest open upload."""
+    backend = manager.store.backend
+    uploads = [(k, u, sum(p.size for p in backend.list_parts(k, u))) for k, u, _ in list(backend.list_multipart("ckpt/"))]
+    key, upload_id, size = max(uploads, key=lambda upload: upload[2])
+    assert size
+    return key, upload_id
+
+
+def overwrite_kept(backend: Backend, key: str, upload_id: str) -> None:
+    part = next(iter(backend.list_parts(key, upload_id)))
+    backend.upload_part(key, upload_id, part.number, b"z" * part.size)
+
+
+def overwrite_last(backend: Backend, key: str, upload_id: str) -> None:
+    part = list(backend.list_parts(key, upload_id))[-1]
+    backend.upload_part(key, upload_id, part.number, b"z" * part.size)
+
+
+def abort(backend: Backend, key: str, upload_id: str) -> None:
+    backend.abort_multipart(key, upload_id)
+
+
+def complete(backend: Backend, key: str, upload_id: str) -> None:
+    backend.complete_multipart(key, upload_id, list(backend.list_parts(key, upload_id)))
+
+
+@pytest.mark.parametrize("deed", [overwrite_kept, overwrite_last, abort, complete])
+@pytest.mark.parametrize("moment", ["upload part", "complete upload"])
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_zombie(deed: Callable[[Backend, str, str], None], moment: str, scheme: str, folder: Path) -> None:
+    """The attempt that was thought dead is alive, and changes the upload just before a request of ours."""
+    url = f"memory://zombie-{deed.__name__}-{moment.replace(' ', '-')}" if scheme == "memory" else str(folder)
+    manager, faults = outage(url, "upload part", 3)
+    key, upload_id = adopted(manager)
+    zombie = open_store(url).backend
+    done = []
+
+    def hook(seen: Seen, at: Moment) -> None:
+        if seen.op == moment and seen.key == key and at == "before" and not done:
+            done.append(True)
+            deed(zombie, key, upload_id)
+
+    faults.hook = hook
+    with sent() as seen:
+        result = manager.save(1, state()).result(30)
+    faults.hook = None
+    assert done
+    assert result.resumed == 0
+    assert sum(event.bytes for event in seen) >= result.written  # what was sent to the lost upload comes on top
+    check(manager, state())
+    assert all(key != used for used in manager.open(1).files())
+
+
+def test_a_collection_between(folder: Path) -> None:
+    manager, _ = outage(str(folder), "upload part", 9)
+    manager.gc(grace=0)
+    assert holdings(manager.store) == {}
+    assert manager.save(1, state()).result(30).resumed == 0
+    check(manager, state())
+
+
+def test_a_collection_leaves_a_step_alone_where_a_save_is_under_way(folder: Path) -> None:
+    manager, faults = outage(str(folder), "upload part", 9)
+    long_ago = 1_000_000_000
+    for path in folder.rglob("*"):
+        if path.is_file() and "control" not in path.parts:
+            os.utime(path, (long_ago, long_ago))
+    reports = []
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.op == "put" and "intent" in seen.key and moment == "after":
+            faults.hook = None
+            with CheckpointManager(folder, options=OPTIONS) as other:
+                reports.append(other.gc(grace=3600))
+
+    faults.hook = hook
+    result = manager.save(1, state()).result(30)
+    assert result.resumed > 0
+    (report,) = reports
+    assert report.skipped == {1: "a save is under way"}
+    assert (report.keys, report.fenced, report.uploads) == ([], [], [])
+    check(manager, state())
+
+
+def test_a_collection_at_every_request() -> None:
+    """Whatever moment a collector that respects no age strikes at, what is committed is whole."""
+    outcomes = []
+    for nth in range(1, 60):
+        url = f"memory://gc-at-{nth}"
+        manager, faults = outage(url, "upload part", 9)
+        start = len(faults.seen)
+
+        def hook(seen: Seen, moment: Moment, url: str = url, faults: Any = faults, at: int = start + nth) -> None:
+            if seen.number == at and moment == "before":
+                faults.hook = None
+                with CheckpointManager(url, options=OPTIONS) as other:
+                    other.gc(grace=0)
+
+        faults.hook = hook
+        try:
+            manager.save(1, state()).result(30)
+            outcomes.append("committed")
+        except S3LoaderError as error:  # its own uploads and files were taken for garbage, too
+            outcomes.append(type(error).__name__)
+        late, faults.hook = faults.hook is not None, None
+        latest = manager.latest()
+        assert latest == (1 if outcomes[-1] == "committed" else None)
+        if latest is None:
+            manager.save(1, state()).result(30)
+        check(manager, state())
+        if late:
+            break
+    else:
+        pytest.fail("it never ends")
+    assert outcomes.count("committed") >= 3
+    assert "FencedError" in outcomes
