@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import pickle
 import uuid
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from exchange_helpers import files, watched
+from forking import in_child
 
 from s3loader.config import S3Settings
 from s3loader.errors import (
@@ -296,10 +296,7 @@ def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     whole = S3ExchangeStore(tmp_path / "store", base_prefix="p", prefix_all=True)
     whole.put_object("k", b"x")
     assert pickle.loads(pickle.dumps(whole)).get_object("k").read() == store.get_object("p/k").read() == b"x"
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if store.get_object("s.tar#m").read() == b"1" else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    in_child(lambda: store.get_object("s.tar#m").read() == b"1")
 
 
 def test_an_error_in_a_manifest_comes_after_all_that_stands_before_it() -> None:

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from exchange_helpers import watched
+from forking import in_child
 
 from s3loader.errors import (
     ClosedError,
@@ -332,17 +333,12 @@ def test_a_shard_beyond_one_part_streams_into_a_multipart_upload_with_its_first_
 def test_a_writer_does_not_work_in_a_forked_child_and_the_parents_goes_on(store: S3ExchangeStore) -> None:
     with store.open_manifest_writer("m.jsonl", shard_size=ShardSizePolicy(max_entries=9)) as writer:
         writer.add_to_shard("a", b"a")
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                with writer:
-                    writer.add_to_shard("b", b"b")
-            except ClosedError:
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def refused() -> None:
+            with pytest.raises(ClosedError), writer:
+                writer.add_to_shard("b", b"b")
+
+        in_child(refused)
         writer.add_to_shard("c", b"c")
     assert [body.read() for body, _ in store.iter_objects("m.jsonl")] == [b"a", b"c"]
 

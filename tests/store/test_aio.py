@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import os
 import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import in_child
 
 from s3loader.errors import ClosedError, ObjectExistsError, ObjectNotFoundError
 from s3loader.store import ObjectStore, open_store
@@ -181,14 +181,7 @@ def test_a_forked_child_has_threads_of_its_own(store: ObjectStore) -> None:
 
     store.put("k", b"x")
     assert asyncio.run(use()) == b"x"
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if asyncio.run(use()) == b"x" else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+    in_child(lambda: asyncio.run(use()) == b"x")
     assert asyncio.run(use()) == b"x"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from bulk_helpers import bulk_threads, make, wait_until
+from forking import in_child
 
 from s3loader.errors import (
     ClosedError,
@@ -115,16 +115,12 @@ def test_a_forked_child_cannot_go_on() -> None:
     store.put("k", b"x")
     results = store.get_many(["k"] * 100, max_bytes=10, driver="threads", concurrency=2)
     next(results)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
+
+    def refused() -> None:
+        with pytest.raises(ClosedError):
             list(results)
-        except ClosedError:
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    in_child(refused)
     assert len(list(results)) == 99
 
 

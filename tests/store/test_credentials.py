@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forking import in_child
 
 from s3loader.config import S3Settings
 from s3loader.credentials import Credentials, CredentialsSource
@@ -118,28 +118,6 @@ def test_all_of_boto3_shares_the_session(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert "KEY1" in url
     assert log.stat().st_size == 1
-
-
-def in_child(work: object) -> None:
-    assert callable(work)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0
-            return
-        time.sleep(0.02)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    pytest.fail("the forked child hangs")
 
 
 def test_fork_while_a_thread_asks(monkeypatch: pytest.MonkeyPatch) -> None:

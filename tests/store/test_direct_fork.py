@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import pickle
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
+from forking import in_child
 from rogue_server import RogueServer, direct
 
 from s3loader.errors import ClosedError
@@ -25,21 +25,6 @@ def server() -> Iterator[RogueServer]:
         for i in range(10):
             server.objects[f"k{i}"] = bytes([i]) * 50_000
         yield server
-
-
-def in_child(work: Callable[[], object]) -> None:
-    """Run `work` in a forked child; it must return without an error."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:  # noqa: BLE001 - the child must not go on with the tests
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
 
 
 def use(backend: DirectBackend, objects: dict[str, bytes]) -> None:

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable
 
 import pytest
+from forking import in_child
 
 from s3loader.errors import UnsupportedOperationError
 from s3loader.store import obstore_runtime, open_store
@@ -22,30 +21,6 @@ from s3loader.store.boto3_engine import Boto3Backend
 from s3loader.store.obstore_s3 import ObstoreS3Backend
 from s3loader.store.s3 import explain_engine
 from s3loader.testing import FaultProxy, Server, ServerKind
-
-
-def in_child(work: Callable[[], None]) -> None:
-    """`work` in a forked child, which must end well and soon."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException as error:  # noqa: BLE001  the parent sees the exit code; this is for the reader
-            print(f"in the child: {error!r}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0
-            return
-        time.sleep(0.02)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    pytest.fail("the forked child hangs")
 
 
 @pytest.fixture

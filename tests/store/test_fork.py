@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import threading
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import in_child
 
 from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.types import PutRequest
-
-
-def in_child(work: Callable[[], bool], seconds: float = 30) -> None:
-    """Run `work` in a forked child; fails where it hangs, raises or is not true."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if work() else 2
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.005)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    pytest.fail("the child hangs")
 
 
 def stores(tmp_path: Path) -> list[ObjectStore]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +126,23 @@ def _add_many(path: str, count: int, barrier: Any) -> None:
                 break
 
 
-def test_updates_of_many_processes_lose_nothing(tmp_path: Path) -> None:
-    """A shared counter: head, read, replace if it is still that one."""
-    store = open_store(tmp_path)
-    store.put("counter", b"0")
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(3)
-    children = [context.Process(target=_add_many, args=(str(tmp_path), 20, barrier)) for _ in range(3)]
+def _three_at_once(context: Any, work: Callable[..., None], *args: Any) -> None:
+    children = [context.Process(target=work, args=args) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
         child.join(120)
         assert child.exitcode == 0
         child.close()
+
+
+def test_updates_of_many_processes_lose_nothing(tmp_path: Path) -> None:
+    """A shared counter: head, read, replace if it is still that one."""
+    store = open_store(tmp_path)
+    store.put("counter", b"0")
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    _three_at_once(context, _add_many, str(tmp_path), 20, barrier)
     assert store.get("counter") == b"60"
 
 
@@ -153,13 +158,7 @@ def _create(path: str, barrier: Any, winners: Any) -> None:
 def test_one_creator_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, winners = context.Barrier(3), context.SimpleQueue()
-    children = [context.Process(target=_create, args=(str(tmp_path), barrier, winners)) for _ in range(3)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-        child.close()
+    _three_at_once(context, _create, str(tmp_path), barrier, winners)
     won = sorted(winners.get() for _ in range(10))
     assert winners.empty()
     winners.close()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from forking import in_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -336,17 +337,13 @@ def test_a_child_cannot_go_on_with_it() -> None:
     store, _ = make()
     writer = store.multipart("k", part_size=10)
     writer.write(bytes(35))
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
+
+    def refused() -> None:
+        with pytest.raises(ClosedError):
             writer.write(b"x")
-        except ClosedError:
-            writer.abort()
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+        writer.abort()
+
+    in_child(refused)
     writer.write(b"y")
     writer.close()
     assert store.get("k") == bytes(35) + b"y"

@@ -6,10 +6,9 @@ import sys
 import textwrap
 
 import pytest
+from torch_helpers import numbered
 
 from s3loader.loader import Loader, from_manifest
-from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_sharded_dataset
 
 SAMPLES = 240
 
@@ -49,10 +48,7 @@ JOB = textwrap.dedent(
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    root = tmp_path_factory.mktemp("kill").as_uri()
-    store = open_store(root)
-    write_sharded_dataset(store, ((f"s{i:05d}.bin", f"{i:06d}-".encode()) for i in range(SAMPLES)), per_shard=70)
-    return f"{root}/manifest.jsonl"
+    return numbered(tmp_path_factory.mktemp("kill"), SAMPLES)
 
 
 @pytest.mark.parametrize(("kill", "code"), [("job", -9), ("worker", 1)])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torch_helpers import content, number, numbered, numbers, sequence
 
 from s3loader.errors import ConfigError, IntegrityError, SampleError, StateMismatchError
-from s3loader.loader import Loader, from_manifest
 from s3loader.store.open import open_store
 from s3loader.testing.datasets import write_sharded_dataset
 from s3loader.torch import S3DataLoader, S3IterableDataset, S3MapDataset
@@ -19,29 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SAMPLES = 300
 
 
-def content(i):
-    return f"{i:06d}-".encode() * (1 + i % 50)
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    root = tmp_path_factory.mktemp("torch").as_uri()
-    store = open_store(root)
-    write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(SAMPLES)), per_shard=70)
-    return f"{root}/manifest.jsonl"
-
-
-def number(sample):
-    return int(bytes(sample[:6].numpy() if isinstance(sample, torch.Tensor) else sample[:6]))
-
-
-def numbers(batches):
-    return [number(sample) for batch in batches for sample in batch]
-
-
-def sequence(url, epoch=0, **options):
-    loader = Loader(from_manifest(url), epoch=epoch, **options)
-    return numbers(loader)
+    return numbered(tmp_path_factory.mktemp("torch"), SAMPLES)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

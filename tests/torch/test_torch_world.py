@@ -6,13 +6,11 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
+from torch_helpers import content, number, numbered, sequence
 
-from s3loader.loader import GrainSource, Loader, from_manifest, from_prefix
-from s3loader.store.open import open_store
+from s3loader.loader import GrainSource, from_manifest, from_prefix
 from s3loader.testing import server
-from s3loader.testing.datasets import write_sharded_dataset
 from s3loader.torch import S3DataLoader, S3IterableDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.*fork.*:DeprecationWarning")
@@ -20,24 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "i
 SAMPLES = 200
 
 
-def content(i):
-    return f"{i:06d}-".encode() * (1 + i % 50)
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world").as_uri()
-    store = open_store(root)
-    write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(SAMPLES)), per_shard=70)
-    return f"{root}/manifest.jsonl"
-
-
-def number(sample):
-    return int(bytes(sample[:6].numpy() if isinstance(sample, torch.Tensor) else sample[:6]))
-
-
-def sequence(url, **options):
-    return [number(s) for batch in Loader(from_manifest(url), **options) for s in batch]
+    return numbered(tmp_path_factory.mktemp("world"), SAMPLES)
 
 
 GANG = textwrap.dedent(
