@@ -187,12 +187,20 @@ class Dataset:
         mds = isinstance(shard, MdsShard)
         url = f"{self.store.url}/{shard.key if mds else index_key(shard.key)}"
         if isinstance(error, ObjectNotFoundError) and not mds:
+            if self._is_gone(shard):
+                return ObjectNotFoundError("the shard is not there any more", op="read", url=f"{self.store.url}/{shard.key}")
             return ShardReadError(
                 "the shard has no index", op="read", url=url, hint="s3loader.shard.build_index makes one beside it"
             )
         if isinstance(error, (ShardReadError, IntegrityError)) and error.url is None:
             return type(error)(error.message, op="read", url=url, hint=error.hint)
         return error
+
+    def _is_gone(self, shard: Shard) -> bool:
+        try:
+            return not self.store.exists(shard.key)
+        except S3LoaderError:
+            return False  # what is known is that the index is missing
 
     # -- names -------------------------------------------------------------------------------
 

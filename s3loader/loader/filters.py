@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 
-from s3loader.errors import ShardReadError
+from s3loader.errors import S3LoaderError, ShardReadError
 from s3loader.exchange.lines import iter_entries
 from s3loader.exchange.types import ManifestEntry
 from s3loader.loader.dataset import Dataset
-from s3loader.loader.layout import Layout, LooseRun
+from s3loader.loader.layout import Layout
 from s3loader.plan.permutation import Int64Array
 from s3loader.shard.index import sample_key
+from s3loader.types import ReadRequest
 
 __all__ = ["Filter", "filtered"]
+
+_TOGETHER: Final = 32
+"""Shards whose indexes and internal manifests are held and read at a time."""
 
 Filter = Callable[[Mapping[str, Any]], bool]
 """Called with the manifest entry of each sample (``key id meta size_bytes ...``); it stays where True comes back.
@@ -35,29 +39,40 @@ def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -
     """
     loose = {entry["key"]: entry for entry in entries if entry["kind"] == "file"}
     selected = []
-    for number, part in enumerate(dataset.parts):
-        layout = dataset.layout(number)
-        if isinstance(part, LooseRun):
-            found: Mapping[str, Any] = loose
-        else:
-            found = _internal(dataset, layout)
-        selected.append(_kept(dataset, layout, found, keep))
+    for low in range(0, len(dataset.parts), _TOGETHER):
+        numbers = range(len(dataset.parts))[low : low + _TOGETHER]
+        found = dataset.layouts(numbers)
+        layouts = [_usable(found[number]) for number in numbers]
+        shards = _internal_manifests(dataset, [layout for layout in layouts if not layout.loose])
+        for layout in layouts:
+            selected.append(_kept(dataset, layout, loose if layout.loose else next(shards), keep))
     return Dataset(
         dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name, index_dir=dataset.index_dir
     )
 
 
-def _internal(dataset: Dataset, layout: Layout) -> dict[str, Any]:
-    """Entries of a shard's internal manifest by member name."""
+def _usable(layout: Layout | S3LoaderError) -> Layout:
+    if isinstance(layout, S3LoaderError):
+        raise layout
+    return layout
+
+
+def _internal_manifests(dataset: Dataset, layouts: Sequence[Layout]) -> Iterator[dict[str, Any]]:
+    """Entries of each shard's internal manifest by member name, in order; many are read at a time."""
+    requests = [_request(dataset, layout) for layout in layouts]
+    for answer in dataset.store.read_many(requests):
+        entries = cast("Iterable[dict[str, Any]]", iter_entries([bytes(answer.data)]))
+        yield {entry["member_path"]: entry for entry in entries if "member_path" in entry}
+
+
+def _request(dataset: Dataset, layout: Layout) -> ReadRequest:
     index = layout.index
     assert index is not None
-    url = f"{dataset.store.url}/{layout.key(0)}"
     if index.internal_manifest is None or index.compression is not None:
+        url = f"{dataset.store.url}/{layout.key(0)}"
         raise ShardReadError("the shard has no internal manifest to filter by", op="read", url=url)
     start, size, _ = index.internal_manifest
-    text = dataset.store.get_range(layout.key(0), start, start + size, if_match=layout.etag or None)
-    entries = cast("Iterable[dict[str, Any]]", iter_entries([text]))
-    return {entry["member_path"]: entry for entry in entries if "member_path" in entry}
+    return ReadRequest(layout.key(0), start, start + size, layout.etag or None)
 
 
 def _kept(dataset: Dataset, layout: Layout, entries: Mapping[str, Any], keep: Filter) -> Int64Array:

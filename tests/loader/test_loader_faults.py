@@ -89,6 +89,36 @@ def test_a_shard_that_vanished_after_the_epoch_began(s3, engine):
     assert (error.shard, error.position) == ("shards/shard-000002.tar", 80)
 
 
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_shard_that_vanished_with_its_index_is_named_as_the_object_that_is_not_there(tmp_path, policy):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(60)), per_shard=20)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    loader = Loader(dataset, batch_size=10, shuffle="none", memory_limit=8192, on_error=policy)
+    batches = iter(loader)
+    assert numbers(next(batches)) == list(range(10))
+    store.delete("shards/shard-000002.tar")
+    store.delete("shards/shard-000002.tar.idx")
+    if policy == "skip":
+        assert [number for batch in batches for number in numbers(batch)] == list(range(10, 40))
+        assert {entry.error.partition(":")[0] for entry in loader.quarantine} == {"ObjectNotFoundError"}
+        return
+    with pytest.raises(ObjectNotFoundError, match=r"shard-000002\.tar: the shard is not there") as caught:
+        list(batches)
+    assert (caught.value.shard, caught.value.position) == ("shards/shard-000002.tar", 40)
+
+
+def test_an_index_that_vanished_while_its_shard_stayed(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(60)), per_shard=20)
+    batches = iter(Loader(from_manifest("manifest.jsonl", store=store), batch_size=10, shuffle="none", memory_limit=8192))
+    next(batches)
+    store.delete("shards/shard-000002.tar.idx")
+    with pytest.raises(ShardReadError, match="no index") as caught:
+        list(batches)
+    assert (caught.value.shard, caught.value.position) == ("shards/shard-000002.tar", 40)
+
+
 def test_a_shard_that_was_replaced_meanwhile(tmp_path):
     store = open_store(tmp_path.as_uri())
     members = [(f"s{i:05d}.bin", content(i)) for i in range(60)]

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from s3loader import events
 from s3loader.errors import (
     ConfigError,
     FormatError,
@@ -32,6 +33,7 @@ from s3loader.loader import (
 )
 from s3loader.loader.sources import expand_braces
 from s3loader.store.open import open_store
+from s3loader.testing import server
 from s3loader.testing.datasets import write_shard, write_sharded_dataset
 
 
@@ -357,3 +359,26 @@ def test_stats_say_where_the_time_went(store):
     assert told["bytes_used"] == 100_000
     assert any(word in told["verdict"] for word in ("network", "CPU", "consumer"))
     assert "100 samples" in str(loader.stats)
+
+
+def test_a_filter_reads_the_internal_manifests_of_many_shards_at_a_time():
+    with server("moto") as s3, s3.open_store(s3.bucket("filtered")) as store:
+        write_sharded_dataset(store, ((f"{i:03d}.bin", b"x" * (i + 1)) for i in range(60)), per_shard=4)
+        seen = []
+        end = events.subscribe(lambda event: seen.append(event) if event.url.endswith(".tar") else None)
+        try:
+            kept = from_manifest("manifest.jsonl", store=store, where=lambda entry: entry["size_bytes"] % 2 == 0)
+        finally:
+            end()
+    assert len(kept) == 30
+    reads = sorted((event for event in seen if event.op == "GET"), key=lambda event: event.start)
+    assert len(reads) == 15
+    assert reads[1].start < reads[0].end  # the second was sent before the first had come
+
+
+def test_a_filter_keeps_the_order_of_parts_that_are_read_in_turns(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, ((f"{i:03d}.bin", b"%03d" % i) for i in range(80)), per_shard=1)
+    kept = from_manifest("manifest.jsonl", store=store, where=lambda entry: entry["size_bytes"] and "7" in entry["member_path"])
+    got = [int(bytes(sample)) for batch in Loader(kept, batch_size=8, shuffle="none") for sample in batch]
+    assert got == [i for i in range(80) if "7" in f"{i:03d}"]
