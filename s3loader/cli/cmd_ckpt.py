@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from s3loader.cli.output import json_option, print_json, print_table
 from s3loader.errors import CheckpointNotFoundError, IntegrityError
+from s3loader.types import ObjectURL
 from s3loader.units import format_size, parse_duration
 
 __all__ = ["ckpt"]
 
 
-def _manager(url: str) -> Any:
+@contextmanager
+def _manager(url: str) -> Iterator[Any]:
+    """The manager of the run at `url`.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing there. Making a manager would make the folder, and hide a typing mistake.
+    """
     from s3loader.checkpoint import CheckpointManager
 
-    return CheckpointManager(url)
+    where = ObjectURL.parse(url)
+    missing = CheckpointNotFoundError(
+        "there is no such run", url=str(where), hint="check the path; a run's folder is made by the first save"
+    )
+    if where.scheme == "file" and not os.path.isdir(where.key):
+        raise missing
+    with CheckpointManager(url) as manager:
+        if where.scheme != "file" and next(iter(manager.store.list()), None) is None:
+            raise missing
+        yield manager
+
+
+def _none_yet(url: str) -> str:
+    return f"no step is committed in {url}"
 
 
 def _when(seconds: float) -> str:
@@ -57,6 +80,8 @@ def list_steps(url: str, as_json: bool) -> None:
         for f in facts
     ]
     print_table(("step", "saved", "state", "written", "tensors", "ranks", "epoch", "metrics"), rows)
+    if not rows:
+        click.echo(_none_yet(url), err=True)
 
 
 @ckpt.command()
@@ -71,7 +96,11 @@ def latest(url: str, as_json: bool) -> None:
     elif step is not None:
         click.echo(step)
     if step is None:
-        raise CheckpointNotFoundError("there is no checkpoint", url=url)
+        raise CheckpointNotFoundError(
+            "no step is committed",
+            url=url,
+            hint="a save that was interrupted leaves none; `s3loader ckpt gc` deletes what it left",
+        )
 
 
 @ckpt.command()
@@ -148,6 +177,8 @@ def gc(url: str, dry_run: bool, grace: str, as_json: bool) -> None:
     for number, why in report.skipped.items():
         click.echo(f"step {number} left alone: {why}", err=True)
     verb = "would delete" if dry_run else "deleted"
+    if report.compacted:
+        click.echo(f"{verb} the tombstones of {len(report.compacted)} steps", err=True)
     click.echo(f"{verb} {len(report.keys)} objects, {format_size(report.bytes)}, {len(report.uploads)} open uploads", err=True)
 
 

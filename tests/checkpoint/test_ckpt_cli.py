@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from s3loader.checkpoint import CheckpointManager
 from s3loader.cli.cmd_ckpt import ckpt
+from s3loader.cli.main import exit_code
 from s3loader.errors import CheckpointNotFoundError, IntegrityError
 
 
@@ -89,11 +90,54 @@ def test_checking_and_cleaning(run: Path) -> None:
         call("verify", run)
 
 
+COMMANDS = [
+    ("ls",), ("latest",), ("inspect",), ("verify",), ("verify", "--all"), ("gc",), ("gc", "--dry-run"),
+    ("diff", 1, 2), ("export", "out"), ("delete", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(map(str, c)))
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_path_that_does_not_exist(tmp_path: Path, command: tuple[Any, ...], kind: str) -> None:
+    url = str(tmp_path / "nothing") if kind == "file" else "memory://nothing/at/all"
+    name, *rest = command
+    with pytest.raises(CheckpointNotFoundError, match="no such run") as caught:
+        call(name, url, *rest)
+    assert exit_code(caught.value) == 4
+    assert caught.value.hint
+    assert "nothing" in caught.value.url
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_without_a_step(tmp_path: Path) -> None:
+    def both(*arguments: Any) -> tuple[str, str]:
+        result = CliRunner().invoke(ckpt, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.stdout, result.stderr
+
+    out, err = both("ls", tmp_path)
+    assert out.split() == ["step", "saved", "state", "written", "tensors", "ranks", "epoch", "metrics"]
+    assert err == f"no step is committed in {tmp_path}\n"
+    assert data("ls", tmp_path) == []
+    assert "deleted 0 objects" in both("gc", tmp_path)[1]
+    for command in ("latest", "inspect", "verify"):
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            call(command, tmp_path)
+        assert caught.value.hint
+
+
+def test_gc_tells_of_tombstones(run: Path) -> None:
+    call("delete", run, 10)
+    for arguments, verb in ((("--dry-run",), "would delete"), ((), "deleted")):
+        result = CliRunner().invoke(ckpt, ["gc", str(run), "--grace", "0s", *arguments], catch_exceptions=False)
+        assert f"{verb} the tombstones of 1 steps" in result.stderr
+
+
 def test_errors_and_exit_codes(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         call("latest", tmp_path / "nothing")
     for arguments, code in (
-        (["ckpt", "latest", str(tmp_path / "nothing")], 4),
+        (["ckpt", "ls", str(tmp_path / "nothing")], 4),
         (["ckpt", "ls", str(run)], 0),
         (["ckpt", "ls"], 2),
     ):
