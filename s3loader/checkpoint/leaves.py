@@ -20,6 +20,7 @@ __all__ = [
     "BYTES",
     "NUMPY",
     "ArrayShard",
+    "Device",
     "Framework",
     "LeafAdapter",
     "Piece",
@@ -42,6 +43,21 @@ class Piece(NamedTuple):
     open: Callable[[], memoryview]
     """Its bytes in C order (1-D, format ``B``); writable where the piece belongs to a `Target`.
     May copy or allocate, so it is called late, once, and the result dropped early."""
+    device: Device | None = None
+    """Of a piece to be saved that lies in a device's memory: it copies from there into staging memory by itself."""
+
+
+class Device(Protocol):
+    """How a piece is copied out of a device's memory."""
+
+    def memory(self, size: int) -> memoryview:
+        """Staging memory of `size` bytes that the device copies to best."""
+        ...
+
+    def fetch(self) -> Callable[[memoryview, int], Callable[[], None]]:
+        """A function that begins to copy the piece's bytes from an offset on into the memory it is given. What that
+        returns waits until all copies begun so are done; equal ones need be called once."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
