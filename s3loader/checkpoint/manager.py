@@ -18,6 +18,7 @@ from s3loader.checkpoint.handle import SaveHandle
 from s3loader.checkpoint.incremental import Base, find_base
 from s3loader.checkpoint.options import CheckpointOptions, OnCorruption, OnExists
 from s3loader.checkpoint.policy import KeepPolicy
+from s3loader.checkpoint.resuming import take_over
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run
 from s3loader.checkpoint.saving import Saver, plan_save
@@ -69,6 +70,9 @@ class CheckpointManager:
         self._base: Base | None = None
         self._newest: int | None = None
         """The newest step that this session has committed."""
+        self._unfinished: set[int] = set()
+        """Steps that were begun and not committed, as far as is known without asking."""
+        self._left_open: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         self._closed = False
 
@@ -112,6 +116,11 @@ class CheckpointManager:
             if self.options.incremental:
                 self._base = find_base(self.run, self.options.block, self._base)
             plan = plan_save(attempt, items, facts[0], facts[1], self.options, self._base)
+            before, self._savers = self._savers, [saver for saver in self._savers if not saver.handle.over]
+            self._note_unfinished(before)
+            if self.options.resume_uploads and step in self._unfinished:
+                self._unfinished.discard(step)
+                take_over(attempt, plan.files, self.pool, self.options.concurrency)
             saver = Saver(
                 attempt,
                 plan,
@@ -121,7 +130,7 @@ class CheckpointManager:
                 after=running[-1] if running else None,
                 committed=lambda: self._committed(step),
             )
-            self._savers = [*(saver for saver in self._savers if not saver.handle.over), saver]
+            self._savers.append(saver)
         saver.stage()
         return saver.handle
 
@@ -154,11 +163,22 @@ class CheckpointManager:
             if self._session is None or self._session.pid != os.getpid():
                 job = self._job or identify(os.environ)
                 identity = Identity(self._rank, self._world, job)
-                self._session = open_session(self.run, identity, self.latest, self.options.deadline)
+                self._session = open_session(self.run, identity, self.run.survey, self.options.deadline)
+                self._unfinished.update(self._session.record.unfinished)
             return self._session
+
+    def _note_unfinished(self, savers: Sequence[Saver]) -> None:
+        """Remember at which steps something may be left to go on with."""
+        for saver in savers:
+            if saver.handle.done and saver.handle.error is not None:
+                self._unfinished.add(saver.handle.step)
+                self._left_open.update(saver.left_open)
 
     def _committed(self, step: int) -> list[int]:
         self._newest = step if self._newest is None else max(step, self._newest)
+        while self._left_open:  # nobody is going to go on with them
+            key, upload_id = self._left_open.pop()
+            self.store.backend.abort_multipart(key, upload_id)
         return self.retire()
 
     def retire(self) -> list[int]:
