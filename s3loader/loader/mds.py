@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, Unpack
 
-from s3loader.errors import IntegrityError, ObjectNotFoundError, ShardReadError
+from s3loader.errors import AccessDeniedError, IntegrityError, ObjectNotFoundError, ShardReadError
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.mds_format import Columns, MdsShard, check_size
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import StoreKeywords, open_store
 from s3loader.types import ObjectMeta
 
-__all__ = ["from_mds"]
+__all__ = ["from_mds", "holds_mds"]
 
 _INDEX: Final = "index.json"
 _VERSION: Final = 2
@@ -36,10 +36,7 @@ def from_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unp
         ShardReadError: the index is not understood, shards are compressed, or a column is pickled.
         IntegrityError: a shard has another size than the index says.
     """
-    folder = (url[: -len(_INDEX)] if url.rsplit("/", 1)[-1] == _INDEX else url).rstrip("/")
-    if store is None:
-        store, folder = open_store(folder or ".", **store_options), ""
-    prefix = f"{folder}/" if folder else ""
+    store, prefix = _folder(url, store, store_options)
     where = f"{store.url}/{prefix}"
     described = _described(store.get(prefix + _INDEX), where + _INDEX)
     found = {meta.key: meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)} if described else {}
@@ -60,12 +57,39 @@ def from_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unp
     return Dataset(store, shards, name=url)
 
 
+def holds_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> bool:
+    """Whether an ``index.json`` that describes MDS shards is, or stands in, the folder `url`. One GET."""
+    given = store
+    store, prefix = _folder(url, store, store_options)
+    try:
+        _, shards = _index(store.get(prefix + _INDEX))
+    except (ObjectNotFoundError, AccessDeniedError, ValueError, KeyError, TypeError):
+        return False  # where it may not be read, the samples will say so themselves
+    finally:
+        if given is None:
+            store.close()
+    return all(isinstance(entry, Mapping) and entry.get("format") == "mds" for entry in shards)
+
+
+def _folder(url: str, store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, str]:
+    """(the store, the prefix in it) of the folder, or of its ``index.json``."""
+    folder = (url[: -len(_INDEX)] if url.rsplit("/", 1)[-1] == _INDEX else url).rstrip("/")
+    if store is None:
+        return open_store(folder or ".", **options), ""
+    return store, f"{folder}/" if folder else ""
+
+
+def _index(data: bytes) -> tuple[Any, list[Mapping[str, Any]]]:
+    index = json.loads(data)
+    version, shards = index["version"], index["shards"]
+    if not isinstance(shards, list):
+        raise TypeError("shards is no list")
+    return version, shards
+
+
 def _described(data: bytes, url: str) -> list[Mapping[str, Any]]:
     try:
-        index = json.loads(data)
-        version, shards = index["version"], index["shards"]
-        if not isinstance(shards, list):
-            raise TypeError("shards is no list")
+        version, shards = _index(data)
     except (ValueError, KeyError, TypeError) as error:
         raise ShardReadError(f"not the index of MDS shards: {type(error).__name__}: {error}", op="read", url=url) from error
     if version != _VERSION:

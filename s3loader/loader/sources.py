@@ -16,6 +16,7 @@ from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.filters import Filter, filtered
 from s3loader.loader.indexes import find_index, make_indexes
 from s3loader.loader.layout import LooseRun, Shard
+from s3loader.loader.mds import from_mds, holds_mds
 from s3loader.shard.index import index_key, is_foreign, read_counts, sample_key
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
@@ -319,7 +320,7 @@ def open_dataset(
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """The dataset at a URL, by what it looks like: ``.jsonl`` is a manifest, ``.tar`` (with braces) are shards, a list is
-    objects, anything else a prefix.
+    objects, a folder whose ``index.json`` describes MDS shards is such a dataset, anything else a prefix.
 
     Args:
         url: Of the dataset; with `store`, keys of it.
@@ -340,4 +341,10 @@ def open_dataset(
         raise ConfigError("where= needs a manifest, whose entries it looks at", hint="write one over these objects")
     if isinstance(url, str) and is_shard_key(expand_braces(url)[0]):
         return from_webdataset(url, index_dir=index_dir, **options)
-    return from_prefix(url, **options) if isinstance(url, str) else from_objects(url, **options)
+    if not isinstance(url, str):
+        return from_objects(url, **options)
+    if not holds_mds(url, store=store, **store_options):
+        return from_prefix(url, **options)
+    if group is not None:
+        raise ConfigError(f"group={group!r} means nothing to MDS shards, whose samples are whole", hint="leave it out")
+    return from_mds(url, store=store, **store_options)

@@ -9,8 +9,8 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from s3loader.errors import FormatError, IntegrityError, ObjectChangedError, ObjectNotFoundError, S3LoaderError, ShardReadError
-from s3loader.loader import Loader, SampleReader, from_mds
+from s3loader.errors import ConfigError, FormatError, IntegrityError, ObjectChangedError, ObjectNotFoundError, S3LoaderError, ShardReadError
+from s3loader.loader import Loader, SampleReader, from_mds, open_dataset
 from s3loader.store.open import open_store
 
 JPEG = b"\xff\xd8 not looked into \xff\xd9"
@@ -137,6 +137,26 @@ def test_the_url_may_name_the_index_or_a_prefix_of_an_open_store(folder):
     assert len(dataset) == len(from_mds(str(folder / "index.json"))) == 12
     assert dataset.keys(np.array([0, 5, 11])) == [f"mds/shard.0000{s}.mds#{n}" for s, n in ((0, 0), (1, 5), (2, 11))]
     assert dataset.find("mds/shard.00002.mds#11") == 11
+
+
+@pytest.mark.parametrize("end", ["", "/", "/index.json"])
+def test_open_dataset_sees_what_it_is(folder, end):
+    for found in (
+        open_dataset(f"{folder}{end}"),
+        open_dataset(folder.as_uri() + end),
+        open_dataset(folder.name + end, store=open_store(folder.parent.as_uri())),
+    ):
+        assert len(found) == len(from_mds(str(folder)))
+        assert set(next(iter(Loader(found, batch_size=1)))[0]) == {"__key__", *SMALL}
+    with pytest.raises(ConfigError, match="MDS shards"):
+        open_dataset(f"{folder}{end}", group="webdataset")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "not json", '{"version": 2, "chunks": []}', '{"version": 2, "shards": [{}]}'])
+def test_a_folder_with_another_index_is_loose_objects(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    (tmp_path / "a.bin").write_bytes(b"x")
+    assert len(open_dataset(str(tmp_path))) == 2
 
 
 def test_a_run_is_resumed_exactly_on_other_ranks(folder):
