@@ -22,7 +22,7 @@ class BulkKeywords(TypedDict, total=False):
 
     max_bytes: int | str
     """Most bytes fetched or being fetched and not yet taken, or taken from the requests and not yet written (one request may
-    be larger); default 64 MiB."""
+    be larger); default 128 MiB."""
     concurrency: int | None
     """Requests at a time; default `StoreOptions.concurrency`."""
     driver: Driver
@@ -98,16 +98,21 @@ class BulkVerbs(ABC):
     def _bulk_options(
         self,
         errors: OnError,
-        max_bytes: int | str = "64MiB",
+        max_bytes: int | str = "128MiB",
         concurrency: int | None = None,
         driver: Driver = "auto",
     ) -> BulkOptions:
         if concurrency is None:
             concurrency = self.options.concurrency
         if not isinstance(concurrency, int) or concurrency < 1:
-            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}")
+            raise ConfigError(
+                f"concurrency must be a whole number from 1 up, not {concurrency!r}",
+                hint="leave it out for that of StoreOptions",
+            )
         if driver not in get_args(Driver):
             raise ConfigError(f"unknown driver {driver!r}", hint=f"use one of {', '.join(get_args(Driver))}")
         if errors not in get_args(OnError):
-            raise ConfigError(f"errors is 'raise' or 'return', not {errors!r}")
+            raise ConfigError(
+                f"errors is 'raise' or 'return', not {errors!r}", hint='"return" gives a failure in its place and goes on'
+            )
         return {"max_bytes": parse_size(max_bytes), "concurrency": concurrency, "driver": driver, "errors": errors}
