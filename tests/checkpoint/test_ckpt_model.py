@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import pytest
 
 Value = tuple[Any, ...] | None
-"""A root: None, ``("C", attempt, touched by, earlier attempts)`` or ``("T", by, earlier attempts)``. Unique, as an ETag is."""
+"""A root: None, ``("C", attempt, touched by, earlier attempts, attempts whose data it lists)`` or
+``("T", by, earlier attempts)``. Unique, as an ETag is."""
 
 GENERATIONS = 2  # a step is compacted once at most (and then goes on in its second generation)
 
@@ -45,6 +46,8 @@ class Variant(NamedTuple):
     generations: bool = True  # a generation has a key of its own
     look: bool = True  # a writer looks at the mark after its write
     unknown: bool = True  # a writer that finds its generation marked cannot know, and says so
+    resume: bool = False  # the second writer may go on with data of the first...
+    checked: bool = True  # ...which its publisher lets pass only at a step that has never had a root
     reader: bool = False  # a reader is in it...
     reader_looks: bool = True  # ...and looks at the mark after the root
 
@@ -58,6 +61,7 @@ class State(NamedTuple):
     ]  # (generation, condition, value) of every root write ever sent: it may be applied (again) at any time
     ever: frozenset[str]
     writers: tuple[tuple[str, int, Value, int], ...]  # (phase, generation, expected root, times sent)
+    taken: bool  # the second writer goes on with the data of the first
     retention: tuple[str, int, Value]
     gc: tuple[str, frozenset[str], int, Value]
     compaction: tuple[int, int]  # (steps done, generation)
@@ -80,6 +84,7 @@ START = State(
     frozenset(),
     frozenset(),
     (("start", 0, None, 0),) * 2,
+    False,
     ("start", 0, None),
     ("start", frozenset(), 0, None),
     (0, 0),
@@ -92,6 +97,11 @@ def was(root: Value) -> frozenset[str]:
     if root is None:
         return frozenset()
     return root[3] | {root[1]} if root[0] == "C" else root[2]
+
+
+def needs(root: Value) -> frozenset[str]:
+    """Whose data a committed root lists."""
+    return root[4] if root is not None and root[0] == "C" else frozenset()
 
 
 def applied(state: State, generation: int, condition: Value, value: Value, v: Variant) -> State | None:
@@ -127,7 +137,11 @@ def writer(s: State, i: int, name: str, v: Variant) -> Iterator[State]:
 
     dead = generation < s.mark
     if phase == "start":
-        if s.root is not None and s.root[0] == "C":
+        if v.resume and i == 1 and not s.taken and "A" in s.data and s.roots[0] is None and not s.mark:
+            yield s._replace(taken=True)  # its rank has looked; its publisher looks at the root later
+        if s.taken and i == 1 and v.checked and (s.mark or s.roots[0] is not None):
+            yield to("refused")
+        elif s.root is not None and s.root[0] == "C":
             yield to("data", s.root, at=s.mark) if v.replace and i == 1 else to("refused")
         elif s.root is not None and v.terminal:
             if v.compact and s.mark + 1 < GENERATIONS:
@@ -139,7 +153,8 @@ def writer(s: State, i: int, name: str, v: Variant) -> Iterator[State]:
     elif phase == "data":
         yield to("send")._replace(data=s.data | {name})
     elif phase == "send":
-        value: Value = ("C", name, "", was(expected) if v.history else frozenset())
+        uses = frozenset(NAMES if s.taken and i == 1 else (name,))
+        value: Value = ("C", name, "", was(expected) if v.history else frozenset(), uses)
         message = s._replace(sent=s.sent | {(generation, expected, value)})
         after = applied(message, generation, expected, value, v)
         if after is not None:
@@ -176,7 +191,7 @@ def retention(s: State, v: Variant) -> Iterator[State]:
         if after is not None:
             yield after._replace(retention=("delete", generation, seen))
     elif phase == "delete" and seen is not None:
-        yield s._replace(data=s.data - {seen[1]}, retention=("done", 0, None))
+        yield s._replace(data=s.data - needs(seen), retention=("done", 0, None))
 
 
 def collector(s: State, v: Variant) -> Iterator[State]:
@@ -185,13 +200,13 @@ def collector(s: State, v: Variant) -> Iterator[State]:
         yield s._replace(gc=("read", s.data, 0, None))
     elif phase == "read":
         committed = s.root is not None and s.root[0] == "C"
-        doomed = listed - {s.root[1]} if committed and s.root is not None else listed
+        doomed = listed - needs(s.root)
         if doomed:
             fenced = v.touch if committed else v.fence and not (v.terminal and s.root is not None)
             yield s._replace(gc=("fence" if fenced else "delete", doomed, s.mark, s.root))
     elif phase == "fence":
         if seen is not None and seen[0] == "C":
-            value: Value = ("C", seen[1], "gc", seen[3])
+            value: Value = ("C", seen[1], "gc", seen[3], seen[4])
         else:
             value = ("T", "gc", was(seen))
         message = s._replace(sent=s.sent | {(generation, seen, value)}, gc=("done", frozenset(), 0, None))
@@ -238,7 +253,7 @@ def reader(s: State, v: Variant) -> Iterator[State]:
 
 
 def violation(s: State) -> str | None:
-    if s.root is not None and s.root[0] == "C" and s.root[1] not in s.data:
+    if not needs(s.root) <= s.data:
         return "INV1: the root is committed, its data is gone"
     for name, (phase, _, _, _) in zip(NAMES, s.writers, strict=True):
         if phase == "told ok" and name not in s.ever:
@@ -296,8 +311,10 @@ COMPACT = ("mark", "delete")
         Variant(replace=True),
         Variant(compact=COMPACT, replace=True),
         Variant(compact=COMPACT, reader=True, sends=1),
+        Variant(resume=True, replace=True),
+        Variant(resume=True, compact=COMPACT, sends=1),
     ],
-    ids=["plain", "replace", "compaction", "reader"],
+    ids=["plain", "replace", "compaction", "reader", "resume", "resume and compaction"],
 )
 def test_the_protocol_has_no_violation(variant: Variant) -> None:
     states, problem, path = search(variant)
@@ -322,6 +339,10 @@ def test_the_protocol_has_no_violation(variant: Variant) -> None:
         (Variant(compact=COMPACT, unknown=False), "INV3"),
         (Variant(compact=COMPACT, generations=False), "INV5"),
         (Variant(compact=COMPACT, reader=True, reader_looks=False), "INV4"),
+        (Variant(resume=True, fence=False), "INV1"),
+        (Variant(resume=True, checked=False, compact=COMPACT), "INV1"),
+        (Variant(resume=True, checked=False, terminal=False), "INV1"),
+        (Variant(resume=True, conditions=False), "INV1"),
     ],
     ids=[
         "gc does not fence",
@@ -338,6 +359,10 @@ def test_the_protocol_has_no_violation(variant: Variant) -> None:
         "the writer takes the mark for a failure",
         "a step goes on under its old key",
         "the reader does not look at the mark",
+        "resume: gc does not fence",
+        "resume: at a step that goes on in its second generation",
+        "resume: over a tombstone",
+        "resume: store ignores conditions",
     ],
 )
 def test_what_is_known_to_be_wrong_is_found(variant: Variant, invariant: str) -> None:
