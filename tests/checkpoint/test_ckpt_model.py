@@ -101,7 +101,7 @@ def was(root: Value) -> frozenset[str]:
 
 def needs(root: Value) -> frozenset[str]:
     """Whose data a committed root lists."""
-    return root[4] if root is not None and root[0] == "C" else frozenset()
+    return frozenset(root[4]) if root is not None and root[0] == "C" else frozenset()
 
 
 def applied(state: State, generation: int, condition: Value, value: Value, v: Variant) -> State | None:
