@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Required, Unpack
+from typing import Any, Final, Required, Unpack
 
-from s3loader.errors import StateMismatchError
+from s3loader.errors import PlanError, StateMismatchError
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
@@ -22,6 +22,8 @@ from s3loader.transfer.diskcache import DiskCache
 from s3loader.units import parse_duration, parse_size
 
 __all__ = ["Batch", "Loader"]
+
+_NOTHING: Final = "check the URL, where=, exclude= and skip_steps=; allow_empty=True takes an epoch without a batch"
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +72,7 @@ class Loader:
 
     Raises:
         ConfigError: an option is unusable.
+        PlanError: when an iteration begins: an epoch would have no batch for some rank (see `LoaderOptions.allow_empty`).
     """
 
     def __init__(
@@ -208,6 +211,8 @@ class Loader:
         if consumed and not self.schedule(consumed).steps(self.topology.rank):
             consumed = position.skip_to_next_epoch()  # the state was taken behind the last batch
         epoch, schedule = position.epoch, self.schedule(consumed)
+        if not consumed and not self.options.allow_empty:
+            self._refuse_empty(schedule)
         work = SampleWork(
             self.dataset, self.options, epoch=epoch, read=self._read, stats=self.stats, quarantine=self.quarantine
         )
@@ -235,6 +240,19 @@ class Loader:
             raws.close()
             work.close()
 
+    def _refuse_empty(self, schedule: Schedule) -> None:
+        """All ranks refuse alike an epoch that has no batch for one of them."""
+        world_size, size, batch_size = self.topology.world_size, schedule.size, self.options.batch_size
+        if schedule.steps(world_size - 1):  # the last rank is the first to get none
+            return
+        what = f"{size} samples, batch size {batch_size}, world size {world_size}"
+        if not size:
+            raise PlanError(f"there is nothing to load from {self.dataset.name} ({what})", hint=_NOTHING)
+        if self.options.tail == "drop":
+            text = f"one batch on every rank takes {schedule.stride} samples, so all of them would be dropped ({what})"
+            raise PlanError(text, hint='use tail="pad" or "short", or a smaller batch size')
+        raise PlanError(f"there are fewer samples than ranks, so some would get no batch ({what})", hint='use tail="pad"')
+
     def _collated(self, samples: list[Any]) -> Any:
         if self._collate is None:
             return samples
@@ -253,7 +271,7 @@ class Loader:
             self.plan.gaps(epoch),
             self.topology,
             first_step=first_step,
-            memory_limit=parse_size(options.memory_limit),
+            memory_limit=self._memory_share(self.topology.workers),
             prefetch=parse_size(options.prefetch),
             driver=options.driver,
             concurrency=options.concurrency,
@@ -262,6 +280,10 @@ class Loader:
             cache=None if options.cache_dir is None else DiskCache(options.cache_dir, parse_size(options.cache_limit)),
             hedge_after=None if options.hedge_after is None else parse_duration(options.hedge_after),
         )
+
+    def _memory_share(self, workers: int) -> int:
+        """Bytes for one of `workers` processes of this rank."""
+        return max(1, parse_size(self.options.memory_limit) // workers)
 
     def _read(self, samples: Int64Array) -> list[Any]:
         return read_samples(self.dataset, samples, verify=self.options.verify, stats=self.stats)
@@ -317,13 +339,14 @@ class Loader:
             price_per_gb: Of traffic.
         """
         options = self.options
+        workers = self.topology.workers if workers is None else workers
         return explain_plan(
             self.plan,
             batch_size=options.batch_size,
             world_size=self.topology.world_size,
-            workers=self.topology.workers if workers is None else workers,
+            workers=workers,
             tail=options.tail,
-            memory_limit=parse_size(options.memory_limit),
+            memory_limit=self._memory_share(workers),
             prefetch=parse_size(options.prefetch),
             price_per_1000_gets=price_per_1000_gets,
             price_per_gb=price_per_gb,

@@ -38,6 +38,8 @@ class LoaderOptions:
     """The whole spec of the order, or some of its numbers (``block lanes chunk window run``); the rest is chosen to fit the
     data, `batch_size` and `world_size`."""
     tail: Tail = "short"
+    allow_empty: bool = False
+    """An epoch in which some rank gets no batch at all is a `PlanError`, unless this is set."""
     decode: Decode = None
     transform: Callable[..., Any] | None = None
     """Called with each decoded sample."""
@@ -48,9 +50,10 @@ class LoaderOptions:
     verify: bool = True
     """Check the CRC32C of every member that has one."""
     memory_limit: int | str = "512MiB"
-    """Bytes of samples in this process: being fetched, waiting, and in open blocks."""
+    """Bytes of samples that one rank holds: being fetched, waiting, and in open blocks. Worker processes (of a DataLoader, or
+    `workers=`) get equal shares of it."""
     prefetch: int | str = "64MiB"
-    """Of these, at most so many fetched ahead."""
+    """Of these, at most so many fetched ahead by each process."""
     driver: Driver = "auto"
     """``"threads"`` fetch beside your code; ``"pump"`` fetches while you wait, for processes that do nothing else."""
     concurrency: int | None = None
@@ -71,13 +74,19 @@ class LoaderOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ConfigError(f"batch_size must be a whole number from 1, not {self.batch_size!r}")
+            raise ConfigError(
+                f"batch_size must be a whole number from 1, not {self.batch_size!r}", hint="samples per batch and rank"
+            )
         for name, allowed in (("shuffle", Shuffle), ("tail", Tail), ("on_error", OnError), ("driver", Driver)):
             if getattr(self, name) not in get_args(allowed):
                 choices = ", ".join(f'"{choice}"' for choice in get_args(allowed))
-                raise ConfigError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be one of {choices}, not {getattr(self, name)!r}", hint="leave it out for the default"
+                )
         if self.decode_threads < 0:
-            raise ConfigError(f"decode_threads cannot be negative: {self.decode_threads}")
+            raise ConfigError(
+                f"decode_threads cannot be negative: {self.decode_threads}", hint="0 decodes in the calling thread"
+            )
         for name in ("memory_limit", "prefetch", "cache_limit"):
             parse_size(getattr(self, name))
         if self.hedge_after is not None:
@@ -115,6 +124,7 @@ class LoaderKeywords(TypedDict, total=False):
     seed: int
     order: OrderSpec | Mapping[str, Any] | None
     tail: Tail
+    allow_empty: bool
     decode: Decode
     transform: Callable[..., Any] | None
     transform_key: bool

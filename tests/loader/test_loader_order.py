@@ -237,12 +237,65 @@ def test_mismatched_options_are_refused_at_once(dataset):
     assert Loader(dataset, batch_size=3, order=OrderSpec("none")).plan.spec == {"shuffle": "none"}
 
 
-def test_a_dataset_without_samples_gives_no_batches(tmp_path):
+def test_a_dataset_without_samples_is_an_error_unless_it_may_be_empty(tmp_path):
     store = open_store(tmp_path.as_uri())
     write_sharded_dataset(store, [], per_shard=5)
-    loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=4)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    with pytest.raises(PlanError, match=r"nothing to load from file://.*manifest.jsonl \(0 samples"):
+        list(Loader(dataset, batch_size=4))
+    loader = Loader(dataset, batch_size=4, allow_empty=True)
     assert list(loader) == []
     assert len(loader) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 4, "world_size": 3, "tail": "drop"}, "takes 12 samples.*10 samples, batch size 4, world size 3"),
+        ({"batch_size": 1, "world_size": 11}, "fewer samples than ranks.*10 samples, batch size 1, world size 11"),
+        ({"batch_size": 1, "skip_steps": [(0, 10)]}, "nothing to load"),
+    ],
+)
+def test_an_epoch_without_a_batch_is_refused_by_all_ranks_alike(tmp_path, options, said):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"{i:02d}", b"x") for i in range(10)], per_shard=5)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    for rank in range(options.get("world_size", 1)):
+        with pytest.raises(PlanError, match=said) as caught:
+            list(Loader(dataset, rank=rank, **options))
+        assert caught.value.hint
+        assert sum(map(len, Loader(dataset, rank=rank, allow_empty=True, **options))) <= 1
+    if "skip_steps" not in options:
+        padded = Loader(dataset, rank=options["world_size"] - 1, **{**options, "tail": "pad"})
+        assert sum(map(len, padded)) == options["batch_size"]
+
+
+def test_what_is_left_of_an_epoch_may_be_less_than_a_batch(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"{i:02d}", b"x") for i in range(10)], per_shard=5)
+    dataset = from_manifest("manifest.jsonl", store=store)
+    first = Loader(dataset, batch_size=3)
+    batches = iter(first)
+    for _ in range(3):
+        next(batches)
+    resumed = Loader(dataset, batch_size=3, tail="drop")
+    resumed.load_state_dict(first.state_dict())
+    assert [len(batch) for batch in resumed] == [3, 3, 3]  # the next epoch
+
+
+def test_workers_of_a_rank_share_its_memory_limit(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, [(f"{i:03d}", bytes(4096)) for i in range(600)], per_shard=100)
+    dataset = from_manifest("manifest.jsonl", store=store)
+
+    def in_flight(workers):
+        loader = Loader(dataset, batch_size=4, workers=workers, memory_limit="300KiB", shuffle="full")
+        run = loader._run(loader.schedule(), 0, 0)
+        assert loader.explain().peak == run.budget.resident + run.budget.in_flight
+        return run.budget.in_flight
+
+    assert in_flight(1) == 100 * 1024
+    assert in_flight(4) == 25 * 1024
 
 
 def test_len_behind_the_last_batch_is_that_of_the_next_epoch(tmp_path):

@@ -77,7 +77,7 @@ class S3TFLoader(FromSources):
         options = self.loader.options
         probe = Loader(
             self.loader.dataset, batch_size=1, decode=options.decode, transform=options.transform,
-            collate=options.collate, on_error=options.on_error, shuffle="none", prefetch="1MiB",
+            collate=options.collate, on_error=options.on_error, shuffle="none", prefetch="1MiB", allow_empty=True,
         )  # fmt: skip
         batches = probe.iter_batches()
         first = next(batches, None)
