@@ -106,4 +106,7 @@ def create_client(
             config=own.merge(config) if config is not None else own,
         )
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise ConfigError(f"boto3 makes no client of these settings: {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"boto3 makes no client of these settings: {type(error).__name__}: {error}",
+            hint="check region, endpoint_url and profile",
+        ) from None

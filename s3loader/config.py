@@ -117,7 +117,7 @@ class S3Settings:
         """The settings with `explicit` ones on top; arguments that are None are looked up."""
         unknown = sorted(set(explicit) - {f.name for f in fields(cls) if f.init})
         if unknown:
-            raise ConfigError(f"unknown setting {', '.join(unknown)}")
+            raise _unknown(unknown)
         return cls(**explicit)
 
     def replace(self, **changes: Any) -> S3Settings:
@@ -132,7 +132,7 @@ class S3Settings:
         names = [f.name for f in fields(self) if f.init]
         unknown = sorted(set(changes) - set(names))
         if unknown:
-            raise ConfigError(f"unknown setting {', '.join(unknown)}")
+            raise _unknown(unknown)
         given = {name: (_checked(name, value), "argument") for name, value in changes.items() if value is not None}
         dropped = set(changes)
         if given.keys() & {*_KEYS, "profile"}:
@@ -269,7 +269,9 @@ def _checked(name: str, value: Any, origin: str = "argument") -> Any:
     if name == "ca_bundle" and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} is {'empty' if value == '' else 'not a string'} ({origin})")
+        raise ConfigError(
+            f"{name} is {'empty' if value == '' else 'not a string'} ({origin})", hint="set it to a text, or take it out"
+        )
     if name in _KEYS and (any(c.isspace() for c in value) or not value.isprintable()):
         raise ConfigError(f"{name} holds white space or control characters ({origin})", hint="was it pasted with a line break?")
     if name in ("aws_secret_access_key", "aws_session_token"):
@@ -320,7 +322,10 @@ def read_dotenv(path: str = ".env") -> dict[str, str]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {os.path.abspath(path)}: {type(error).__name__}") from None
+        raise ConfigError(
+            f"cannot read {os.path.abspath(path)}: {type(error).__name__}",
+            hint="check its permissions, or take it out of the configuration",
+        ) from None
     values: dict[str, str] = {}
     for name, raw, quoted, bare in _LINE.findall(text.replace("\r\n", "\n")):
         if quoted:
@@ -328,3 +333,8 @@ def read_dotenv(path: str = ".env") -> dict[str, str]:
         else:
             values[name] = raw or re.sub(r"(^|\s+)#.*", "", bare).strip()
     return values
+
+
+def _unknown(names: list[str]) -> ConfigError:
+    known = ", ".join(f.name for f in fields(S3Settings) if f.init)
+    return ConfigError(f"unknown setting {', '.join(names)}", hint=f"use some of {known}")

@@ -89,7 +89,9 @@ class Endpoint:
         try:
             quoted = key if _plain(key) else quote(key, safe="/~")
         except UnicodeEncodeError:
-            raise ConfigError(f"the key {key!r} is not valid Unicode") from None
+            raise ConfigError(
+                f"the key {key!r} is not valid Unicode", hint="it holds half of a surrogate pair: decode it right first"
+            ) from None
         if self.addressing_style == "virtual":
             return f"{self.base_path}/{quoted}"
         return f"{self.base_path}/{self.bucket}/{quoted}" if key else f"{self.base_path}/{self.bucket}"

@@ -33,6 +33,7 @@
     │   └── StateMismatchError                the state belongs to other data or options
     ├── SampleError                           one sample failed: shard, member and position inside
     ├── WorkerError                           a worker process or thread died
+    ├── CacheFullError (OSError)              the disk of the cache is full, and that shall be an error
     ├── CheckpointError                       see `s3loader.checkpoint`
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   ├── StepExistsError (FileExistsError)
@@ -54,6 +55,7 @@ __all__ = [
     "AccessDeniedError",
     "AuthenticationError",
     "BucketNotFoundError",
+    "CacheFullError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ClosedError",
@@ -202,9 +204,13 @@ class BucketNotFoundError(ObjectNotFoundError):
 class AccessDeniedError(StoreError, PermissionError):
     """The credentials are valid but may not do this."""
 
+    HINT = "check what the policies of bucket and user allow these credentials"
+
 
 class AuthenticationError(AccessDeniedError):
     """The store refused the key id, secret, token or signature."""
+
+    HINT = "check key id, secret, session token and region"
 
 
 class PreconditionFailedError(StoreError):
@@ -238,6 +244,8 @@ class OutcomeUnknownError(StoreError):
 
 class RangeError(StoreError, ValueError):
     """The byte range lies outside the object."""
+
+    HINT = "the object's size is head(key).size; end=None reads to its end"
 
 
 class ThrottledError(StoreError):
@@ -297,6 +305,8 @@ class S3ExchangeError(S3LoaderError):
 class InvalidManifestError(FormatError, S3ExchangeError):
     """A manifest line cannot be understood; `.line_number` says which (1-based)."""
 
+    HINT = "each line is a JSON object: its kind (file, shard, manifest_ref), then its key or archive_key"
+
     def __init__(self, message: str = "", line_number: int | None = None, **facts: Any) -> None:
         super().__init__(message, line_number=line_number, **facts)
 
@@ -319,6 +329,12 @@ class SampleError(S3LoaderError):
 
 class WorkerError(S3LoaderError):
     """A worker process or thread died before it delivered what it owed."""
+
+
+class CacheFullError(S3LoaderError, OSError):
+    """Nothing more can be written to the disk of the cache; `.path` and `.bytes` say what was to be."""
+
+    HINT = "free some space, or give a smaller cache_limit; what was delivered is right, the state can be resumed"
 
 
 class CheckpointError(S3LoaderError):
@@ -351,3 +367,5 @@ class UnsupportedStateError(CheckpointError, TypeError):
 
 class ClosedError(S3LoaderError, ValueError):
     """Used after `close()`."""
+
+    HINT = "it was closed: open or begin a new one"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,6 +55,10 @@ class ObjectURL:
         Raises:
             ConfigError: the scheme is unknown, or a bucket is missing.
         """
+        if not isinstance(url, (str, os.PathLike, ObjectURL)):
+            raise ConfigError(
+                f"{type(url).__name__} is no URL: {url!r}", hint="give s3://bucket/prefix or a path, as str or Path"
+            )
         text = str(url)
         if "://" not in text:
             if not text:
@@ -90,8 +96,11 @@ class ByteRange:
     end: int
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.end < self.start:
-            raise ConfigError(f"bad byte range [{self.start}, {self.end})")
+        whole = isinstance(self.start, numbers.Integral) and isinstance(self.end, numbers.Integral)
+        if not whole or self.start < 0 or self.end < self.start:
+            raise ConfigError(
+                f"bad byte range [{self.start}, {self.end})", hint="0 <= start <= end, in bytes from the object's beginning"
+            )
 
     def __len__(self) -> int:
         return self.end - self.start

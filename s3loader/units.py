@@ -27,7 +27,7 @@ def parse_size(value: int | str) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
-            raise ConfigError(f"a size cannot be negative: {value}")
+            raise ConfigError(f"a size cannot be negative: {value}", hint='write bytes as a number, or text such as "64MiB"')
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
@@ -59,7 +59,9 @@ def parse_duration(value: float | str) -> float:
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not value >= 0:
-            raise ConfigError(f"a duration cannot be negative: {value}")
+            raise ConfigError(
+                f"a duration cannot be negative: {value}", hint='write seconds as a number, or text such as "30s"'
+            )
         return float(value)
     text = value.strip() if isinstance(value, str) else ""
     pieces = _DURATION.findall(text)

@@ -14,6 +14,7 @@ from s3loader.shard.body import ArchiveMemberBody, ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.reader import ShardReader
 from s3loader.shard.source import CHUNK, read_chunks, rest_of
+from s3loader.store.arguments import checked_key
 from s3loader.store.base import Backend, ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.wrapper import Wrapper
@@ -72,6 +73,7 @@ class ObjectAccess:
         Raises:
             ExchangeObjectNotFoundError: there is no such object, archive or member.
         """
+        checked_key(key)
         virtual = split_virtual_key(key) if resolve_virtual_keys else None
         if virtual is None:
             return self._open_plain(key, version_id)

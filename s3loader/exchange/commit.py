@@ -34,6 +34,7 @@ from s3loader.exchange.keys import beside
 from s3loader.exchange.lines import CONTENT_TYPE, check_entries, encode_manifest, iter_entries, serialize_entry
 from s3loader.exchange.types import ManifestEntry
 from s3loader.shard.source import read_chunks
+from s3loader.store.arguments import checked_key
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, PutMode, PutResult, Update
 
@@ -131,6 +132,7 @@ def publish_manifest(
         ObjectChangedError: mode ``Update`` and the manifest is another one by now.
         OutcomeUnknownError: the answer was lost and reading back did not settle it.
     """
+    checked_key(key)
     return _put(store, key, encode_manifest(entries), settled_mode(store, key, mode))
 
 
@@ -177,6 +179,7 @@ def append_entries(store: ObjectStore, key: str, entries: Iterable[ManifestEntry
 
     Raises: as `append_lines`, and InvalidManifestError for an entry no reader would accept.
     """
+    checked_key(key)
     check_entries(entries)
     entries = list(entries)
     if not entries:

@@ -14,6 +14,7 @@ from s3loader.exchange.lines import EMPTY_MANIFEST, serialize_entry, serialize_m
 from s3loader.exchange.reading import read_manifest_lines
 from s3loader.exchange.shard import Shard
 from s3loader.exchange.types import CompactReport, ManifestEntry
+from s3loader.store.arguments import checked_key
 from s3loader.types import PutMode, Update
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def compact(
         ConfigError: `delete_parts` where the parts are still needed.
         ManifestNotFoundError, InvalidManifestError: see `read_manifest_object`; nothing was written.
     """
+    checked_key(dst_key)
     if delete_parts and (source.key != dst_key or not resolve_refs):
         raise ConfigError(
             "delete_parts=True: the manifest that is compacted would still refer to its parts",

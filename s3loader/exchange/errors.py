@@ -21,9 +21,14 @@ class MissingPlaceholderError(S3ExchangeError):
     def __init__(self, placeholder: str = "", template: str = "", **facts: Any) -> None:
         super().__init__(
             f"Missing placeholder {placeholder!r} in template: {template}" if template else placeholder,
-            placeholder=placeholder,
-            template=template,
-            **facts,
+            **{
+                "placeholder": placeholder,
+                "template": template,
+                "hint": f"give it a value: scope({placeholder}=...), or {{{placeholder!r}: ...}} in vars or default_vars"
+                if template
+                else None,
+                **facts,
+            },
         )
 
 

@@ -12,12 +12,12 @@ from typing import IO, Final
 from s3loader.errors import ConfigError
 from s3loader.exchange.keys import virtual_key
 from s3loader.exchange.lines import encode_manifest
-from s3loader.exchange.packer import source_size
+from s3loader.exchange.packer import checked_item, source_size
 from s3loader.exchange.types import FileEntry, ShardItem
 from s3loader.shard.compression import normalize_compression
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.writer import ShardBuilder
-from s3loader.store.arguments import open_source
+from s3loader.store.arguments import check_several, open_source, readable
 
 __all__ = ["create_archive", "create_shards"]
 
@@ -27,7 +27,7 @@ _CHUNK: Final = 1 << 20
 def item_size(item: ShardItem) -> int:
     """Bytes of an item's content: as it says, else as its source is."""
     size = item.get("size_bytes")
-    return source_size(item["source"]) if size is None else size
+    return source_size(checked_item(item)["source"]) if size is None else size
 
 
 def create_shards(
@@ -41,7 +41,7 @@ def create_shards(
         max_bytes: Most bytes of content of a batch, unless a single item is larger.
     """
     if (max_entries is not None and max_entries < 1) or (max_bytes is not None and max_bytes < 1):
-        raise ConfigError("max_entries and max_bytes must be at least 1")
+        raise ConfigError("max_entries and max_bytes must be at least 1", hint="None means no limit")
     return _split(items, max_entries, max_bytes)
 
 
@@ -90,18 +90,20 @@ def create_archive(
         The archive, as bytes, or beyond `temp_file_threshold` as the path of a temporary file, which is the caller's
         to delete; and its size.
     """
+    check_several(items, "item")
     if format != "tar":
-        raise ConfigError(f"Unsupported archive format: {format}")
+        raise ConfigError(f"Unsupported archive format: {format}", hint='use "tar"; compression is an argument of its own')
     builder = ShardBuilder(compression=normalize_compression(compression), internal_manifest_path=internal_manifest_path)
     entries: list[FileEntry] = []
     with tempfile.SpooledTemporaryFile(max_size=temp_file_threshold if use_temp_file else 0) as body:
-        for item in items:
+        for item in map(checked_item, items):
             source = item["source"]
             if isinstance(source, (str, os.PathLike)):
                 size = _add_file(builder, body, item["member_path"], Path(source))
             else:
-                size = len(source)
-                body.writelines(builder.add(item["member_path"], source))
+                data = readable(source)
+                size = len(data)
+                body.writelines(builder.add(item["member_path"], data))
             entries.append(member_entry(archive_key, item, size))
         built = builder.finish(encode_manifest(entries))
         body.seek(0)

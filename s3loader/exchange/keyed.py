@@ -19,6 +19,7 @@ from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import ShardIndex
 from s3loader.shard.reader import ShardReader
 from s3loader.shard.runs import Run, plan_runs
+from s3loader.store.arguments import check_several
 from s3loader.store.base import ReadResult
 from s3loader.types import ReadRequest
 
@@ -73,7 +74,11 @@ class KeyedObjects(Iterator[Item]):
         details: bool = True,
     ) -> None:
         if on_missing not in ("raise", "report"):
-            raise ConfigError(f'on_missing is "raise" or "report", not {on_missing!r}')
+            raise ConfigError(
+                f'on_missing is "raise" or "report", not {on_missing!r}',
+                hint='"raise" stops at a missing key, "report" lists it in .missing',
+            )
+        check_several(keys, "key")
         self.missing = []
         self._report = on_missing == "report"
         self._details = details

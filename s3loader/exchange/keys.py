@@ -54,7 +54,10 @@ def resolve_template(template: str, variables: Mapping[str, Any], default_vars: 
 
 def _checked_value(name: str, text: str) -> str:
     if "#" in text or ".." in text.split("/") or any(ord(char) < 32 or ord(char) == 127 for char in text):
-        raise ConfigError(f"variable {name!r} has a value that cannot be part of a key: {text!r}")
+        raise ConfigError(
+            f"variable {name!r} has a value that cannot be part of a key: {text!r}",
+            hint="leave out .. and # and control characters",
+        )
     return text
 
 

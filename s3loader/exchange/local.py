@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from s3loader.errors import ConfigError
 from s3loader.exchange.keys import split_virtual_key
+from s3loader.store.arguments import check_several, checked_key
 
 if TYPE_CHECKING:
     from s3loader.exchange.store import S3ExchangeStore
@@ -40,10 +41,15 @@ def download_all(store: S3ExchangeStore, keys: Iterable[str], local_dir: str | o
     """See `S3ExchangeStore.download_objects`."""
     targets: dict[str, Path] = {}
     owners: dict[str, str] = {}
-    for key in keys:
+    check_several(keys, "key")
+    if not isinstance(local_dir, (str, os.PathLike)):
+        raise ConfigError(f"a folder cannot be {type(local_dir).__name__}", hint="pass the path of a folder, as str or Path")
+    for key in map(checked_key, keys):
         name = posixpath.basename((split_virtual_key(key) or ("", key))[1])
         if name in ("", ".", ".."):
-            raise ConfigError(f"{key!r} has no base name to be a file")
+            raise ConfigError(
+                f"{key!r} has no base name to be a file", hint="download it with download_object, which takes the path to write"
+            )
         if owners.setdefault(name, key) != key:
             raise ConfigError(
                 f"{owners[name]!r} and {key!r} would both be the file {name!r}", hint="download them to different folders"

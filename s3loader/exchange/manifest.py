@@ -42,7 +42,7 @@ class Manifest:
         self, store: S3ExchangeStore, *, key: str | None = None, entries: Iterable[ManifestEntry] | None = None
     ) -> None:
         if key is None and entries is None:
-            raise ConfigError("either key or entries must be given")
+            raise ConfigError("either key or entries must be given", hint="pass the key of a manifest, or a list of entries")
         self._store = store
         self._key = key
         self._entries = None if entries is None else list(entries)

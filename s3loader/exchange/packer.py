@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, Any, Final, TypeAlias, cast
 
 from s3loader.errors import ConfigError
 from s3loader.exchange.keys import virtual_key
@@ -14,13 +14,14 @@ from s3loader.exchange.types import ShardEntry, ShardItem
 from s3loader.shard.compression import normalize_compression
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.pool import UploadPool
+from s3loader.shard.tar import check_member_path
 from s3loader.shard.upload import ShardUpload
 from s3loader.shard.writer import ShardBuilder
-from s3loader.store.arguments import at_source, open_source
+from s3loader.store.arguments import at_source, check_several, checked_key, open_source
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, PutMode
 
-__all__ = ["ShardPacker", "Source", "check_source", "pack_shard", "source_size"]
+__all__ = ["ShardPacker", "Source", "check_source", "checked_item", "pack_shard", "source_size"]
 
 Source: TypeAlias = Buffer | str | os.PathLike[str] | IO[bytes]
 """Bytes, the path of a local file (`str` too), or a binary file."""
@@ -39,6 +40,24 @@ def check_source(source: Any) -> None:
             f"a source cannot be {type(source).__name__}",
             hint="pass bytes, the path of a local file (str or pathlib.Path), or a binary file open for reading",
         )
+
+
+def checked_item(item: Any) -> ShardItem:
+    """`item`, if it can be packed.
+
+    Raises:
+        ConfigError: it is no mapping, or its path or source is missing or none.
+    """
+    hint = 'an item is {"member_path": "a/b.jpg", "source": bytes, path or binary file}'
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"a shard item cannot be {type(item).__name__}", hint=hint)
+    missing = [name for name in ("member_path", "source") if name not in item]
+    if missing:
+        raise ConfigError(
+            f"a shard item without {' and '.join(missing)}: it has {', '.join(map(repr, item)) or 'nothing'}", hint=hint
+        )
+    check_source(item["source"])
+    return cast("ShardItem", item)
 
 
 def source_size(source: Source, size: int | None = None) -> int:
@@ -62,7 +81,9 @@ def source_size(source: Source, size: int | None = None) -> int:
         end = source.seek(0, os.SEEK_END)
         source.seek(here)
     except (AttributeError, OSError, ValueError) as error:
-        raise ConfigError("size_bytes required for BinaryIO/file-like sources") from error
+        raise ConfigError(
+            "size_bytes required for BinaryIO/file-like sources", hint="give size_bytes, or read it into bytes first"
+        ) from error
     return end - here
 
 
@@ -84,8 +105,11 @@ class ShardPacker:
         internal_manifest_path: str = INTERNAL_MANIFEST,
         mode: PutMode = "overwrite",
     ) -> None:
+        checked_key(key)
         if archive_format != "tar":
-            raise ConfigError(f"Unsupported archive format: {archive_format}")
+            raise ConfigError(
+                f"Unsupported archive format: {archive_format}", hint='use "tar"; compression is an argument of its own'
+            )
         self.key = key
         self.content_bytes = 0
         """Bytes of content added so far."""
@@ -125,8 +149,13 @@ class ShardPacker:
             S3LoaderError: an earlier part could not be uploaded.
         """
         if self._broken:
-            raise ConfigError(f"an earlier member of {self.key} could not be read to its end; the shard is unusable")
+            raise ConfigError(
+                f"an earlier member of {self.key} could not be read to its end; the shard is unusable",
+                hint="pack its items again, in a new shard",
+            )
         size = source_size(source, size_bytes)
+        if type(member_path) is not str:
+            check_member_path(member_path)
         line = self._line(member_path, id, meta, size)
         if type(source) is bytes:
             self._upload.write(self._builder.add(member_path, source))
@@ -145,7 +174,10 @@ class ShardPacker:
         if size <= _CHUNK:
             data = _read(file, size)
             if len(data) != size or file.read(1):
-                raise ConfigError(f"member {path!r}: its source is not {size} bytes long")
+                raise ConfigError(
+                    f"member {path!r}: its source is not {size} bytes long",
+                    hint="give its true size_bytes, and leave the file alone while it is packed",
+                )
             self._upload.write(self._builder.add(path, data))
             return
         self._upload.write(self._builder.begin(path, size))
@@ -176,7 +208,10 @@ class ShardPacker:
             ObjectExistsError: the archive's name was taken by somebody who makes no claims.
         """
         if self._broken:
-            raise ConfigError(f"a member of {self.key} could not be read to its end; the shard is not published")
+            raise ConfigError(
+                f"a member of {self.key} could not be read to its end; the shard is not published",
+                hint="pack its items again, in a new shard",
+            )
         result, index = self._upload.finish(self._builder.finish(bytes(self._lines) or b"\n"))
         return {
             "kind": "shard",
@@ -203,6 +238,7 @@ def pack_shard(
     internal_manifest_path: str,
 ) -> ShardEntry:
     """One archive out of `items`, under a key that is replaced."""
+    check_several(items, "item")
     pool = UploadPool(4)
     packer = ShardPacker(
         store,
@@ -213,7 +249,7 @@ def pack_shard(
         internal_manifest_path=internal_manifest_path,
     )
     try:
-        for item in items:
+        for item in map(checked_item, items):
             packer.add(
                 item["member_path"],
                 item["source"],

@@ -28,7 +28,9 @@ class PendingEntry(dict[str, Any]):
             try:
                 super().update(future.result())
             except CancelledError:
-                raise WriterStateError("the upload was dropped: its writer was left by an exception") from None
+                raise WriterStateError(
+                    "the upload was dropped: its writer was left by an exception", hint="write it again with a new writer"
+                ) from None
             self._future = None
         return self
 

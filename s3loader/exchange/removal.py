@@ -12,6 +12,7 @@ from s3loader.exchange.keys import is_shard_key, is_sidecar_key, split_virtual_k
 from s3loader.exchange.reading import read_manifest_object
 from s3loader.exchange.types import DeleteReport, ManifestEntry
 from s3loader.shard.index import index_key, second_index_key
+from s3loader.store.arguments import checked_key
 from s3loader.store.objectstore import ObjectStore
 
 __all__ = ["DeletedKeys", "delete_archive", "delete_key", "delete_manifest", "delete_prefix", "empty_report", "remove_written"]
@@ -54,7 +55,7 @@ def delete_key(store: ObjectStore, key: str, *, dry_run: bool = False) -> Delete
         ConfigError: a member of an archive, which cannot be deleted by itself.
         S3LoaderError: the store refused.
     """
-    virtual = split_virtual_key(key)
+    virtual = split_virtual_key(checked_key(key))
     if virtual is not None and is_shard_key(virtual[0]) and not store.exists(key):
         raise ConfigError(
             f"{key!r} is a member of an archive and cannot be deleted by itself", hint="rewrite the shard without it"
@@ -89,8 +90,8 @@ def delete_prefix(
         )
     try:
         pattern = re.compile(regex) if regex is not None else None
-    except re.error as error:
-        raise ConfigError(f"bad regular expression {regex!r}: {error}") from error
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"bad regular expression {regex!r}: {error}", hint="re.escape() takes a text literally") from error
     wanted = Journal()  # the whole listing first: nothing is deleted from under it
     try:
         for entry in store.list(prefix):

@@ -20,6 +20,7 @@ from s3loader.shard.body import ArchiveMemberBody
 from s3loader.shard.compression import infer_archive_format
 from s3loader.shard.index import INTERNAL_MANIFEST, ShardIndex
 from s3loader.shard.reader import Member, ShardReader
+from s3loader.store.arguments import checked_key
 from s3loader.types import Buffer
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Shard(Mapping[str, Any]):
         Raises:
             ConfigError: the suffix is no tar archive's.
         """
-        kind, compression = infer_archive_format(key)
+        kind, compression = infer_archive_format(checked_key(key))
         return cls(
             store,
             {

@@ -65,7 +65,10 @@ class ShardStream:
         """
         policy = self._config.shard_size
         if policy is None:
-            raise WriterStateError("Shard buffering not enabled (shard_size not set)")
+            raise WriterStateError(
+                "Shard buffering not enabled (shard_size not set)",
+                hint="open the writer with shard_size=ShardSizePolicy(max_entries=...)",
+            )
         packer = self._new() if self._growing is None else self._growing
         packer.add(member_path, source, id=id, meta=meta, size_bytes=size_bytes)
         return self.end() if policy.reached(len(packer), packer.content_bytes) else None

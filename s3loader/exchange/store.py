@@ -42,6 +42,7 @@ from s3loader.exchange.writer import ManifestWriter
 from s3loader.exchange.writer_config import WriterKeywords
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
+from s3loader.store.arguments import checked_key
 from s3loader.store.objectstore import ObjectStore
 
 __all__ = ["S3ExchangeStore"]
@@ -127,7 +128,7 @@ class S3ExchangeStore:
 
     def get_manifest(self, key: str) -> Manifest:
         """The manifest under `key`; of a shard's key, its internal manifest."""
-        return self.get_shard(key).get_manifest() if is_shard_key(key) else Manifest(self, key=key)
+        return self.get_shard(key).get_manifest() if is_shard_key(checked_key(key)) else Manifest(self, key=key)
 
     def get_shard(self, key: str) -> Shard:
         """The shard under `key`."""
@@ -247,6 +248,7 @@ class S3ExchangeStore:
             return manifest
         if isinstance(manifest, str):
             return self.get_manifest(manifest)
+        check_entries(manifest)
         return Manifest(self, entries=manifest)
 
     # manifests and shards
@@ -323,5 +325,6 @@ class S3ExchangeStore:
         if isinstance(manifest, str):
             manifest = Manifest(self, key=manifest)
         elif not isinstance(manifest, Manifest):
+            check_entries(manifest)
             manifest = Manifest(self, entries=manifest)
         return manifest.delete(delete_manifests=delete_manifests, dedupe=dedupe, dry_run=dry_run)

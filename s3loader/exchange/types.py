@@ -96,11 +96,13 @@ class ShardSizePolicy:
 
     def __post_init__(self) -> None:
         if self.max_entries is None and self.max_bytes is None:
-            raise ConfigError("At least one of max_entries or max_bytes must be set")
+            raise ConfigError(
+                "At least one of max_entries or max_bytes must be set", hint="for example ShardSizePolicy(max_bytes=64 << 20)"
+            )
         for name in ("max_entries", "max_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"{name} must be at least 1, not {value}", hint="None means no limit")
 
     def reached(self, entries: int, size: int) -> bool:
         """Whether `entries` members of together `size` bytes fill the shard."""

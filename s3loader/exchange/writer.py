@@ -12,7 +12,7 @@ from s3loader.exchange.errors import WriterClosedError, WriterStateError
 from s3loader.exchange.journal import Journal
 from s3loader.exchange.keys import infer_id_from_key
 from s3loader.exchange.lines import check_entry, file_entry, serialize_entry
-from s3loader.exchange.packer import Source, check_source
+from s3loader.exchange.packer import Source, check_source, checked_item
 from s3loader.exchange.pending import PendingEntry
 from s3loader.exchange.removal import empty_report, remove_written
 from s3loader.exchange.shard_stream import ShardStream
@@ -26,7 +26,7 @@ from s3loader.exchange.types import (
 )
 from s3loader.exchange.writer_config import ManifestWriterConfig, WriterKeywords, WriterProgress
 from s3loader.shard.pool import UploadPool
-from s3loader.store.arguments import open_source
+from s3loader.store.arguments import checked_key, open_source
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import PutResult
 
@@ -75,6 +75,7 @@ class ManifestWriter:
         **options: Unpack[WriterKeywords],
     ) -> None:
         self.config = ManifestWriterConfig(**options)
+        checked_key(manifest_key)
         self.manifest_key = manifest_key
         self.published = None
         self._store = store if isinstance(store, ObjectStore) else store.objects
@@ -140,6 +141,7 @@ class ManifestWriter:
             InvalidManifestError: `id` or `meta` is not JSON; nothing was uploaded.
         """
         self._check()
+        checked_key(key)
         check_source(data)
         name = self._infer_id(key) if id is None else id
         serialize_entry(file_entry(key, name, meta, content_type, None, None))
@@ -186,6 +188,7 @@ class ManifestWriter:
 
     def add_shard_item(self, item: ShardItem) -> None:
         """Add one member to the growing shard, from a `ShardItem`."""
+        checked_item(item)
         self.add_to_shard(
             item["member_path"],
             item["source"],
@@ -238,9 +241,12 @@ class ManifestWriter:
 
     # the manifest
 
+    def _url(self) -> str:
+        return f"{self._store.url.rstrip('/')}/{self.manifest_key}"
+
     def _check(self) -> None:
         if self._closed:
-            raise WriterClosedError("ManifestWriter is closed")
+            raise WriterClosedError("ManifestWriter is closed", op="write", url=self._url())
         self._pool.check()
 
     def flush_part(self) -> str | None:
@@ -287,7 +293,7 @@ class ManifestWriter:
             S3LoaderError: an upload failed; nothing is published.
         """
         if self._closed:
-            raise WriterClosedError("ManifestWriter is already closed")
+            raise WriterClosedError("ManifestWriter is already closed", op="close", url=self._url())
         try:
             self._pool.check()
             last = self._shards.end()

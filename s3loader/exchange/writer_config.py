@@ -51,10 +51,21 @@ class ManifestWriterConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("overwrite", "append_parts"):
             raise ConfigError(f"Invalid mode: {self.mode}", hint='"overwrite" or "append_parts"')
-        if self.part_max_entries < 1 or self.part_max_bytes < 1 or self.max_in_flight < 1:
-            raise ConfigError("part_max_entries, part_max_bytes and max_in_flight must be at least 1")
+        numbers = (self.part_max_entries, self.part_max_bytes, self.max_in_flight)
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
+            raise ConfigError(
+                "part_max_entries, part_max_bytes and max_in_flight must be whole numbers from 1 up",
+                hint="leave them out for the defaults",
+            )
+        if not isinstance(self.shard_size, ShardSizePolicy | None):
+            raise ConfigError(
+                f"shard_size cannot be {type(self.shard_size).__name__}", hint="for example ShardSizePolicy(max_bytes=64 << 20)"
+            )
         if self.publish != "overwrite" and self.mode != "overwrite":
-            raise ConfigError('publish= is for mode="overwrite": an append is always a compare-and-swap')
+            raise ConfigError(
+                'publish= is for mode="overwrite": an append is always a compare-and-swap',
+                hint='leave publish= out, or open the writer with mode="overwrite"',
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,10 @@ def open_source(dataset: Source, options: Mapping[str, Any]) -> tuple[Dataset, d
     opener = dataset if callable(dataset) else partial(open_dataset, dataset)
     taken = {*inspect.signature(opener).parameters, *StoreKeywords.__optional_keys__}
     if not taken.issuperset(ours):
-        raise ConfigError(f"{', '.join(sorted(ours.keys() - taken))}: this kind of dataset has no such option")
+        raise ConfigError(
+            f"{', '.join(sorted(ours.keys() - taken))}: this kind of dataset has no such option",
+            hint="leave it out; where= and index_dir= are for manifests and shards",
+        )
     return opener(**ours), rest
 
 

@@ -63,7 +63,10 @@ def _alternatives(text: str) -> list[str]:
     low, high = int(numbers.group(1)), int(numbers.group(2))
     width = len(numbers.group(1)) if numbers.group(1).startswith("0") else 0
     if abs(high - low) > _MAX_EXPANSION:
-        raise ConfigError(f"{{{text}}} stands for more than {_MAX_EXPANSION} URLs")
+        raise ConfigError(
+            f"{{{text}}} stands for more than {_MAX_EXPANSION} URLs",
+            hint="check the numbers of the range, or pass a list of URLs",
+        )
     step = 1 if high >= low else -1
     return [str(n).zfill(width) for n in range(low, high + step, step)]
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from s3loader.errors import ClosedError
 from s3loader.types import Buffer
 
 __all__ = ["ArchiveMemberBody", "ObjectBody"]
@@ -49,7 +50,7 @@ class ObjectBody(io.RawIOBase):
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ValueError("I/O operation on closed stream")
+            raise ClosedError("I/O operation on closed stream", op="read", hint="open the object again")
 
     def _take(self, size: int) -> memoryview:
         piece, self._rest = self._rest[:size], self._rest[size:]

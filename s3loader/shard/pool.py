@@ -45,7 +45,9 @@ class UploadPool:
             ClosedError: this is a forked child of the process the pool was made in.
         """
         if self._pid != os.getpid():
-            raise ClosedError("made in the parent process; its uploads go on there")
+            raise ClosedError(
+                "made in the parent process; its uploads go on there", hint="open a writer in the process that writes"
+            )
         if self.error is not None:
             raise self.error
 

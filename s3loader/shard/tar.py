@@ -61,6 +61,8 @@ def check_member_path(path: str) -> None:
     Raises:
         ConfigError: empty, absolute, with ``..``, NUL, a trailing slash, or not Unicode.
     """
+    if not isinstance(path, str):
+        raise ConfigError(f"a member path is a str, not {type(path).__name__}", hint="write it as text: images/0001.jpg")
     if _ORDINARY.fullmatch(path) and ".." not in path:
         return
     reason = unsafe_reason(path)
@@ -72,7 +74,7 @@ def check_member_path(path: str) -> None:
         except UnicodeEncodeError:
             reason = "is not valid Unicode"
     if reason is not None:
-        raise ConfigError(f"member path {path!r} {reason}")
+        raise ConfigError(f"member path {path!r} {reason}", hint="use a relative path with / between folders: images/0001.jpg")
 
 
 def _template() -> tuple[bytes, bytes, bytes, int]:

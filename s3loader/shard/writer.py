@@ -112,7 +112,9 @@ class ShardBuilder:
             ConfigError: more bytes than `begin` announced.
         """
         if len(chunk) > self._open:
-            raise ConfigError(f"member {self._last_name()!r} is longer than the size given for it")
+            raise ConfigError(
+                f"member {self._last_name()!r} is longer than the size given for it", hint="give the true size of its content"
+            )
         self._crcs[-1] = crc32c(chunk, self._crcs[-1])
         self._open -= len(chunk)
         self._at += len(chunk)
@@ -125,7 +127,10 @@ class ShardBuilder:
             ConfigError: fewer bytes than `begin` announced.
         """
         if self._open:
-            raise ConfigError(f"member {self._last_name()!r} is {self._open} bytes shorter than the size given for it")
+            raise ConfigError(
+                f"member {self._last_name()!r} is {self._open} bytes shorter than the size given for it",
+                hint="give the true size of its content",
+            )
         pad = padding(self._sizes[-1])
         self._at += pad
         return self._count([*self._pack((_PADDING[pad],)), *self._packer.boundary()])
@@ -175,10 +180,16 @@ class ShardBuilder:
     def _register(self, path: str, size: int) -> bytes:
         """Check a new member, note it, and return its headers."""
         if self._open or self._sealed is not None:
-            raise ConfigError(f"member {self._last_name()!r} has not ended" if self._open else "the shard is finished")
+            raise ConfigError(
+                f"member {self._last_name()!r} has not ended" if self._open else "the shard is finished",
+                hint="call end() after the last write(), and finish() once",
+            )
         check_member_path(path)
         if path == self._internal_path:
-            raise ConfigError(f"member path {path!r} is the internal manifest's")
+            raise ConfigError(
+                f"member path {path!r} is the internal manifest's",
+                hint="name the member otherwise, or set internal_manifest_path",
+            )
         header = member_header(path, size)
         self._at += len(header)
         self._offsets.append(self._at)

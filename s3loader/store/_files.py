@@ -64,7 +64,10 @@ def relative_path(key: str) -> bytes:
         if name.startswith(RESERVED):
             raise ConfigError(f"not a key: {key!r}", hint=f"names that start with {RESERVED.decode()} are kept for s3loader")
         if len(name) > 255:
-            raise ConfigError(f"a name in the key is longer than 255 bytes: {key!r}")
+            raise ConfigError(
+                f"a name in the key is longer than 255 bytes: {key!r}",
+                hint="a local file system has no longer names: shorten the parts of the key between slashes",
+            )
     return path
 
 

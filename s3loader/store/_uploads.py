@@ -64,7 +64,7 @@ class Uploads:
     def add_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
         """Store one part, in place of one that has its number."""
         if number < 1:
-            raise ConfigError(f"parts are numbered from 1 up, not {number}")
+            raise ConfigError(f"parts are numbered from 1 up, not {number}", hint="number parts 1, 2, 3, ...")
         self.attributes(key, upload_id)
         folder = self._folder(upload_id)
         temp = TempFile(folder)

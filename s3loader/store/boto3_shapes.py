@@ -59,7 +59,9 @@ def body_range(answer: Mapping[str, Any], start: int, end: int | None, where: Wh
     if not ranged:
         if start == 0 and (end is None or length <= end):
             return length, length
-        raise UnsupportedOperationError("the server ignores ranges", op=where.op, url=where.url)
+        raise UnsupportedOperationError(
+            "the server ignores ranges", op=where.op, url=where.url, hint='use engine="direct", which reads around it'
+        )
     match = _CONTENT_RANGE.fullmatch(ranged.strip())
     if match is None or match[3] == "*":
         raise StoreError(f"the answer has no usable Content-Range: {ranged!r}", op=where.op, url=where.url)

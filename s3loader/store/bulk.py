@@ -283,10 +283,14 @@ def _here(driver: Driver, engine: Backend, concurrency: int) -> bool:
 
 def _checked_read(request: ReadRequest) -> ReadRequest:
     if not isinstance(request, ReadRequest):
-        raise ConfigError(f"not a ReadRequest: {request!r}")
+        raise ConfigError(f"not a ReadRequest: {request!r}", hint="wrap it: ReadRequest(key, start, end); get_many takes keys")
     checked_key(request.key)
     if request.start < 0 or (request.end is not None and request.end < request.start):
-        raise ConfigError(f"bad byte range [{request.start}, {request.end})", url=request.key)
+        raise ConfigError(
+            f"bad byte range [{request.start}, {request.end})",
+            url=request.key,
+            hint="0 <= start <= end; end=None reads to the end of the object",
+        )
     if request.into is not None:
         writable(request.into)
     return request
@@ -294,7 +298,7 @@ def _checked_read(request: ReadRequest) -> ReadRequest:
 
 def _checked_put(request: PutRequest) -> PutRequest:
     if not isinstance(request, PutRequest):
-        raise ConfigError(f"not a PutRequest: {request!r}")
+        raise ConfigError(f"not a PutRequest: {request!r}", hint="wrap it: PutRequest(key, data)")
     checked_key(request.key)
     checked_mode(request.mode)
     readable(request.data)

@@ -72,6 +72,7 @@ def _from_client_error(response: Mapping[str, Any], where: Where) -> S3LoaderErr
 _UNREACHABLE: Final = "is the endpoint right, and is it running? check endpoint_url"
 _SLOW: Final = "the store is slow or silent: StoreOptions.read_timeout says how long to wait for its next bytes"
 _BROKE: Final = "is it http or https that the endpoint speaks, and does a proxy cut long connections?"
+_NO_TLS: Final = "is it https that the endpoint speaks? if it is plain http, write http:// in endpoint_url"
 _NO_FILES: Final = rf"\[Errno (?:{errno.EMFILE}|{errno.ENFILE})\]"
 _CA_HINT: Final = "give ca_bundle= (or AWS_CA_BUNDLE) a PEM file with the authority that signed the store's certificate"
 
@@ -103,7 +104,7 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         text = f"the store's certificate is not trusted: {_ssl_reason(error)}"
         return made(StoreConnectionError, text, _CA_HINT, retryable=False, sent=False)
     if isinstance(error, (boto.SSLError, http.SSLError)):
-        return made(StoreConnectionError, f"TLS failed: {_ssl_reason(error)}", "is it https that the endpoint speaks?")
+        return made(StoreConnectionError, f"TLS failed: {_ssl_reason(error)}", _NO_TLS)
     if isinstance(error, boto.EndpointConnectionError):  # nothing but connecting and the name's look-up raise it
         if re.search(_NO_FILES, str(error.kwargs.get("error"))):
             return no_descriptor(where.op, where.url)
@@ -186,6 +187,8 @@ def _from_obstore_text(error: Exception, debug: str, where: Where) -> S3LoaderEr
         return made(StoreTimeoutError, "no answer in time", _SLOW)
     if connecting and _OB_NO_FILES.search(debug):
         return no_descriptor(where.op, where.url)
+    if connecting and "error: InvalidMessage(" in debug:
+        return made(StoreConnectionError, "TLS failed: what came is no TLS record", _NO_TLS, sent=False)
     if connecting:
         return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE, sent=False)
     if "IncompleteBody" in debug:

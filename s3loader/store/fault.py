@@ -109,7 +109,7 @@ class FaultBackend(Interceptor):
         super().__init__(inner)
         for fault in faults:
             if fault.nth is not None and fault.nth < 1:
-                raise ConfigError(f"nth counts from 1, not {fault.nth}")
+                raise ConfigError(f"nth counts from 1, not {fault.nth}", hint="leave nth out for every matching request")
         self.faults = tuple(faults)
         self.hook = hook
         self.seen: list[Seen] = []

@@ -49,7 +49,7 @@ class LimitBackend(Interceptor):
     ) -> None:
         super().__init__(inner)
         if not rate > 0:
-            raise ConfigError(f"a rate must be positive, not {rate!r}")
+            raise ConfigError(f"a rate must be positive, not {rate!r}", hint="requests per second; leave it out for no limit")
         self.rate = rate
         self._clock = clock
         self._sleep = sleep

@@ -111,7 +111,7 @@ class LocalBackend:
 
     def _open(self, key: str, version_id: str | None = None) -> int:
         if version_id is not None:
-            raise UnsupportedOperationError("a local store keeps no versions")
+            raise UnsupportedOperationError("a local store keeps no versions", hint="leave version_id out")
         path = self._inside + _files.relative_path(key)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in the folder must not hang us
         try:

@@ -109,7 +109,9 @@ class MemoryBackend:
 
     def _find(self, op: str, key: str, if_match: str | None = None, version_id: str | None = None) -> _Object:
         if version_id is not None:
-            raise UnsupportedOperationError("a store in memory keeps no versions", op=op, url=f"{self.url}/{key}")
+            raise UnsupportedOperationError(
+                "a store in memory keeps no versions", op=op, url=f"{self.url}/{key}", hint="leave version_id out"
+            )
         found = self._bucket.objects.get(key)
         if found is None:
             hint = None if self._bucket.objects else "a store in memory lives in one process, and here it is empty"

@@ -61,7 +61,7 @@ class MultipartWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         if part_size < 1 or max_in_flight < 1:
-            raise ConfigError("part_size and max_in_flight must be at least 1")
+            raise ConfigError("part_size and max_in_flight must be at least 1", hint="leave them out for those of StoreOptions")
         self.key = key
         self.result: PutResult | None = None
         """What was made; None before `close`."""
@@ -119,7 +119,7 @@ class MultipartWriter:
         """
         self._check()
         if size < 1:
-            raise ConfigError(f"reserve at least 1 byte, not {size}")
+            raise ConfigError(f"reserve at least 1 byte, not {size}", hint="ask for as many bytes as you are going to write")
         if self._buffer is None:
             part_size = part_size_of(self._sent + 1, self._first_size)
             self._buffer = shared_pool().lease(part_size)[:part_size]
@@ -130,7 +130,9 @@ class MultipartWriter:
     def commit(self, size: int) -> None:
         """The first `size` bytes of what `reserve` gave are data now."""
         if self._buffer is None or not 0 <= size <= self._reserved:
-            raise ConfigError(f"cannot commit {size} bytes that were not reserved")
+            raise ConfigError(
+                f"cannot commit {size} bytes that were not reserved", hint="commit at most what the last reserve() gave"
+            )
         self._reserved = 0
         self._fill += size
         self._size += size

@@ -187,7 +187,9 @@ class ObjectStore(BulkVerbs):
         """
         view = writable(buffer)
         if start < 0:
-            raise ConfigError(f"a start cannot be negative: {start}")
+            raise ConfigError(
+                f"a start cannot be negative: {start}", hint="count from the object's first byte; its size is head(key).size"
+            )
         if not len(view):
             return empty_read(self.backend, checked_key(key), start, if_match)
         backend = self.backend
@@ -234,7 +236,7 @@ class ObjectStore(BulkVerbs):
             start_after: Leave out keys up to and including this one.
         """
         if not all(isinstance(text, str) for text in (prefix, delimiter, start_after)):
-            raise ConfigError("prefix, delimiter and start_after are str")
+            raise ConfigError("prefix, delimiter and start_after are str", hint='leave them out, or pass ""')
         return self.backend.list(prefix, delimiter=delimiter, start_after=start_after)
 
     # writing

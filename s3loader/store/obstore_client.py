@@ -95,7 +95,9 @@ def open_s3(endpoint: Endpoint, credentials: CredentialsSource, options: StoreOp
     def provide() -> Any:
         found = credentials()
         if found is None:
-            raise ConfigError("unsigned requests have no credentials")
+            raise ConfigError(
+                "unsigned requests have no credentials", hint="leave unsigned out of StoreOptions for signed requests"
+            )
         expiry = None if found.expiry is None else datetime.fromtimestamp(found.expiry, UTC)
         return {
             "access_key_id": found.access_key_id,
@@ -175,7 +177,10 @@ def _client_options(options: StoreOptions, *, http: bool, ca_bundle: str | None)
             with open(ca_bundle, "rb") as file:
                 found["root_certificate"] = file.read()
         except OSError as error:
-            raise ConfigError(f"cannot read the CA bundle {ca_bundle}: {error.strerror}") from None
+            raise ConfigError(
+                f"cannot read the CA bundle {ca_bundle}: {error.strerror}",
+                hint="ca_bundle is the path of a PEM file that this process may read",
+            ) from None
     return found
 
 

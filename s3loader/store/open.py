@@ -76,7 +76,9 @@ def open_store(
     """
     if engine not in _ENGINES:
         raise ConfigError(f"unknown engine {engine!r}", hint=f"use one of {', '.join(_ENGINES)}")
-    options = options or StoreOptions()
+    options = StoreOptions() if options is None else options
+    if not isinstance(options, StoreOptions):
+        raise ConfigError(f"options cannot be {type(options).__name__}", hint="pass StoreOptions(max_attempts=3, ...)")
     target = ObjectURL.parse(url)
     explicit = {
         "endpoint_url": endpoint_url,

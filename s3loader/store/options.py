@@ -58,9 +58,13 @@ class StoreOptions:
     ) -> None:
         for name, number in (("max_attempts", max_attempts), ("concurrency", concurrency)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ConfigError(f"{name} must be a whole number from 1 up, not {number!r}")
+                raise ConfigError(
+                    f"{name} must be a whole number from 1 up, not {number!r}", hint="leave it out for the default"
+                )
         if max_requests_per_second is not None and not max_requests_per_second > 0:
-            raise ConfigError(f"max_requests_per_second must be positive or None, not {max_requests_per_second!r}")
+            raise ConfigError(
+                f"max_requests_per_second must be positive or None, not {max_requests_per_second!r}", hint="None means no limit"
+            )
         values = {
             "max_attempts": max_attempts,
             "retry_budget": parse_duration(retry_budget),
@@ -74,6 +78,6 @@ class StoreOptions:
         }
         for name in ("connect_timeout", "read_timeout", "part_size"):
             if not values[name]:
-                raise ConfigError(f"{name} must be more than zero")
+                raise ConfigError(f"{name} must be more than zero", hint="leave it out for the default")
         for name, value in values.items():
             object.__setattr__(self, name, value)

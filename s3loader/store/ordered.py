@@ -132,7 +132,7 @@ def run_ordered(
             budget.give(slot)
             yield slot
             if os.getpid() != pid:
-                raise ClosedError("this iterator belongs to the parent process")
+                raise ClosedError("this iterator belongs to the parent process", hint="begin a new one in the child")
         if source.error is not None:
             raise source.error
     finally:

@@ -6,7 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING, Any
 
-from s3loader.errors import ObjectChangedError, UnsupportedOperationError
+from s3loader.errors import ClosedError, ObjectChangedError, RangeError, UnsupportedOperationError
 from s3loader.units import MIB
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class ObjectReader(io.RawIOBase):
         self._checkClosed()
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}.get(whence)
         if base is None:
-            raise UnsupportedOperationError(f"cannot seek with whence {whence}")
+            raise UnsupportedOperationError(f"cannot seek with whence {whence}", hint="use io.SEEK_SET, SEEK_CUR or SEEK_END")
         if base + offset < 0:
-            raise ValueError(f"negative position {base + offset}")
+            raise RangeError(
+                f"there is no position {base + offset}", op="seek", url=self._url(), hint="positions begin at 0, the first byte"
+            )
         self._at = base + offset
         return self._at
 
@@ -84,9 +86,12 @@ class ObjectReader(io.RawIOBase):
         self.readinto(rest)
         return bytes(rest)
 
+    def _url(self) -> str:
+        return f"{self._store.url.rstrip('/')}/{self.key}"
+
     def _checkClosed(self) -> None:  # noqa: N802  RawIOBase has one of this name, unknown to type checkers
         if self.closed:
-            raise ValueError("read of a closed object")
+            raise ClosedError("the file was closed", op="read", url=self._url(), hint="open it again")
 
 
 def open_reader(store: ObjectStore, key: str, version_id: str | None, buffer_size: int = MIB) -> io.BufferedReader:

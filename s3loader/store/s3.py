@@ -56,6 +56,8 @@ def open_backend(
     if options.requester_pays and (url.scheme in _OTHERS or s3_client is not None):
         what = "a client of your own" if url.scheme not in _OTHERS else _OTHERS[url.scheme][0]
         raise ConfigError(f"requester_pays means nothing to {what}", hint="leave it out, and tell the service in its own way")
+    if s3_client is not None and not hasattr(s3_client, "get_object"):
+        raise ConfigError(f"s3_client cannot be {type(s3_client).__name__}", hint='pass boto3.client("s3", ...)')
     if url.scheme in _OTHERS:
         return _remember(_open_other(url, settings, engine, s3_client, options), "obstore is the one engine for it")
     chosen, why = _choose(url, settings, engine, s3_client)
