@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s3loader.checkpoint import CheckpointManager
+from s3loader.checkpoint import CheckpointManager, CheckpointOptions
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
 
@@ -115,3 +115,79 @@ def test_what_torch_cannot_give_is_named(tmp_path: Path) -> None:
             manager.restore(target={"m": torch.nn.Linear(2, 2)})
         with pytest.raises(RuntimeError, match="Missing key"):
             manager.restore(target={"m": torch.nn.Sequential(torch.nn.Linear(2, 3))})
+
+
+class FakeCuda:
+    """Stands for torch.cuda where there is none: the CPU's tensors count as its own, a copy is made when it is waited for."""
+
+    types = ("cpu",)
+
+    def __init__(self) -> None:
+        self.under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.buffers: list[torch.Tensor] = []
+        self.waits = 0
+
+    def pinned(self, size: int) -> torch.Tensor:
+        self.buffers.append(torch.full((size,), 0xEE, dtype=torch.uint8))
+        return self.buffers[-1]
+
+    def stream(self, device: torch.device) -> Any:
+        return self
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.under_way.append((target, source))
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        for target, source in self.under_way:
+            target.copy_(source)
+        self.under_way.clear()
+
+
+def on_device(n: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(n)
+    big = torch.randn(300, 1000, generator=generator)
+    return {
+        "f32": big,
+        "t": torch.randn(50, 70, generator=generator).T,
+        "bf16": big[:9].to(torch.bfloat16),
+        "half": big[1].half(),
+        "bool": big[0] > 0,
+        "scalar": torch.tensor(2.5),
+        "conj": torch.randn(7, dtype=torch.complex64, generator=generator).conj(),
+        "none": torch.empty(0, 3),
+        "host": big[3].numpy(),
+    }
+
+
+@pytest.mark.parametrize(("budget", "waits"), [(64 << 20, 1), (1 << 18, None)])
+def test_a_device_copies_into_pinned_memory_and_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, waits: int | None
+) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr("s3loader_torch.checkpoint_device._cuda", cuda)
+    options = CheckpointOptions(part_size=1 << 17, staging_budget=budget, incremental=False)
+    with CheckpointManager(tmp_path, options=options) as manager:
+        for step in (1, 2):
+            cuda.waits = 0
+            state = on_device(step)
+            handle = manager.save(step, state)
+            assert not cuda.under_way  # when save returns, the tensors may be changed
+            for value in state.values():
+                value.copy_(torch.zeros_like(value)) if isinstance(value, torch.Tensor) else value.fill(0)
+            handle.result(30)
+            assert cuda.waits == waits if waits is not None else 1 < cuda.waits < 40
+        made = len(cuda.buffers)
+        assert made == manager.pool.allocated >> 17  # every staging buffer is the device's, and the second save made none
+        restored = manager.restore()
+        for name, value in on_device(2).items():
+            assert torch.equal(torch.as_tensor(restored[name]), torch.as_tensor(value)), name
+        assert torch.equal(manager.restore(1)["f32"], on_device(1)["f32"])
+
+
+def test_what_a_device_copies_on_is_waited_for_once_per_stream() -> None:
+    from s3loader_torch import checkpoint_device
+
+    first, second = FakeCuda(), FakeCuda()
+    assert checkpoint_device._wait_for(first) == checkpoint_device._wait_for(first) != checkpoint_device._wait_for(second)
+    assert checkpoint_device.device_of(torch.zeros(3)) is None  # the processor copies its own memory

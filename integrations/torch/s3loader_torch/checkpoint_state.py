@@ -14,6 +14,7 @@ from s3loader.checkpoint.dtypes import nbytes
 from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
 from s3loader.checkpoint.memory import LARGE, fresh_memory
 from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader_torch.checkpoint_device import device_of
 
 __all__ = ["DTYPES", "FRAMEWORK", "SHARDED", "TORCH", "tensor_bytes", "torch_dtype"]
 
@@ -60,6 +61,11 @@ def _host(tensor: torch.Tensor) -> memoryview:
     return tensor_bytes(plain)
 
 
+def _piece(offset: tuple[int, ...], shape: tuple[int, ...], tensor: torch.Tensor) -> Piece:
+    """`tensor`, to be saved as the box of `shape` at `offset`."""
+    return Piece(offset, shape, functools.partial(_host, tensor), device_of(tensor))
+
+
 class _Tensor:
     """Dense tensors on any device."""
 
@@ -72,7 +78,7 @@ class _Tensor:
         if value.device.type == "meta":
             raise UnsupportedStateError("a tensor on the meta device has no data to save")
         shape = tuple(value.shape)
-        return Source(self.kind, _NAMES[value.dtype], shape, [Piece((0,) * len(shape), shape, lambda: _host(value))])
+        return Source(self.kind, _NAMES[value.dtype], shape, [_piece((0,) * len(shape), shape, value)])
 
     def into(self, value: torch.Tensor) -> Target | None:
         name = _NAMES.get(value.dtype)
@@ -121,7 +127,7 @@ class _Sharded:
 
     def source(self, value: Any) -> Source:
         boxes, mine = _local_boxes(value)
-        pieces = [Piece(offset, shape, functools.partial(_host, local)) for offset, shape, local in boxes] if mine else []
+        pieces = [_piece(*box) for box in boxes] if mine else []
         if value.dtype not in _NAMES:
             raise UnsupportedStateError(f"tensors of {value.dtype} cannot be saved")
         return Source(self.kind, _NAMES[value.dtype], tuple(value.size()), pieces, sharded=True)
