@@ -8,6 +8,7 @@ lent buffer; both are copied once.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -31,6 +32,9 @@ _GAP: Final = 64 * KIB
 _TOGETHER: Final = 8 * MIB
 _BOX_BYTES: Final = 256 * MIB
 _WINDOW: Final = 48 * MIB
+"""Most bytes under way in memory that is lent for them."""
+_IN_PLACE_WINDOW: Final = 256 * MIB
+"""The same where nearly all of them go into the targets' own memory: a request of a block on each of 16 connections."""
 
 
 class DataFile(NamedTuple):
@@ -180,8 +184,9 @@ def read_targets(
         _plan_target(plan, chunks, target, done)
     fetched = 0
     groups = list(_groups(plan, files))
+    window = _window(groups)
     if share is None:
-        for result in store.read_many((_request(*group) for group in groups), max_bytes=_WINDOW):
+        for result in store.read_many((_request(*group) for group in groups), max_bytes=window):
             fetched += _arrived(store, result.request.tag, result.data, verify)
         return fetched
 
@@ -193,13 +198,34 @@ def read_targets(
 
     division = share.division(groups, lambda group: _name_of(store, *group), deliver)
     try:
-        for result in store.read_many((_request(*group) for group in division.mine()), max_bytes=_WINDOW):
+        for result in store.read_many((_request(*group) for group in division.mine()), max_bytes=window):
             fetch: _Fetch = result.request.tag
             fetched += _arrived(store, fetch, result.data, verify)
             division.fetched((fetch.file, fetch.segments), result.data)
     finally:
         division.close()
     return fetched
+
+
+def _window(groups: Iterable[_Group]) -> int:
+    """Bytes that may be under way: many where nearly all goes straight to its target, fewer where memory is lent for them."""
+    under_way: deque[tuple[int, int]] = deque()
+    total = lent = 0
+    for _, group in groups:
+        size = group[-1].high - group[0].low
+        needs = 0 if _in_place(group) else size
+        under_way.append((size, needs))
+        total, lent = total + size, lent + needs
+        if lent > _WINDOW:
+            return _WINDOW
+        while total > _IN_PLACE_WINDOW:
+            size, needs = under_way.popleft()
+            total, lent = total - size, lent - needs
+    return _IN_PLACE_WINDOW
+
+
+def _in_place(group: Sequence[_Segment]) -> bool:
+    return len(group) == 1 and group[0].direct() is not None
 
 
 def _arrived(store: ObjectStore, fetch: _Fetch, answer: memoryview, verify: bool) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import random
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -265,6 +268,42 @@ def test_errors_come_at_their_place(server: RogueServer, driver: str) -> None:
         backend.get("\ud800")
     assert list(backend.read_many([], max_bytes=MIB, concurrency=1, driver=driver)) == []  # type: ignore[arg-type]
     backend.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_large_reads_into_memory_go_through_threads_but_not_over_tls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tls: bool
+) -> None:
+    context = None
+    if tls:
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+    chosen: list[str] = []
+    run = DirectBackend._run
+
+    def watched(self: DirectBackend, jobs: Iterator[Any], max_bytes: int, concurrency: int, driver: Any) -> Iterator[Any]:
+        chosen.append(driver)
+        return run(self, jobs, max_bytes, concurrency, driver)
+
+    monkeypatch.setattr(DirectBackend, "_run", watched)
+    with RogueServer(context) as server:
+        server.objects["k"] = data = random.Random(3).randbytes(9 * MIB)
+        backend, general = direct(server, ca_bundle=str(tmp_path / "ca.pem") if tls else None)
+        memory = bytearray(len(data))
+        for cuts in [(0, 4 * MIB, 5 * MIB, 9 * MIB), (0, 4 * MIB - 1, 9 * MIB)]:
+            memory[:] = bytes(len(data))
+            spans = list(itertools.pairwise(cuts))
+            into = [ReadRequest("k", a, None, None, memoryview(memory)[a:b]) for a, b in spans]
+            results = list(backend.read_many(into, max_bytes=64 * MIB, concurrency=3))
+            assert [result.request for result in results] == into
+            assert memory == data
+        [result] = backend.read_many([ReadRequest("k")], max_bytes=64 * MIB, concurrency=3)
+        assert result.data == data
+        assert chosen == (["auto"] * 3 if tls else ["threads", "auto", "auto"])
+        assert not general.asked
+        backend.close()
 
 
 def test_after_many_refusals_the_general_engine_is_asked_at_once(server: RogueServer) -> None:
