@@ -1,9 +1,9 @@
 """Resuming an interrupted upload: what an earlier attempt at the same step has sent is not sent again.
 
-A file is taken over where its *content is proven* to be what would be written: a finished file by the MD5 in its ETag, or by
-reading it where its ETag is none; an open upload by the CRC32C (else the MD5 in the ETag) of every part that it has. One part
-that differs, and nothing of the file is taken over. Bytes are the same although the header names the attempt: it is
-planned with the id of the attempt that began the file.
+A file is taken over where its *content is proven* to be what would be written: a finished file by the MD5s in its ETag, or by
+reading it where the ETag is not made of those; an open upload by the CRC32C (else the MD5 in the ETag) of every part that it
+has. One part that differs, and nothing of the file is taken over. Bytes are the same although the header names the attempt: it
+is planned with the id of the attempt that began the file.
 
 Nothing is pinned. Files are taken over only at a step that has no root, and the commit is a create-only put of that root;
 whoever deletes an attempt's files puts a root there first. So either the commit fails, or nobody has deleted anything.
@@ -128,20 +128,21 @@ def _fits(part: PartResult, size: int, part_size: int) -> bool:
 
 
 def _proven(attempt: Attempt, file: FilePlan, kept: Kept, pool: BufferPool, crew: ThreadPoolExecutor) -> bool:
-    """Whether what is kept is what would be written; the file's checksums are there afterwards."""
-    digests: dict[int, bytes] = {}
+    """Whether what is kept is what would be written; a finished file's checksums are there afterwards."""
+    backend = attempt.run.store.backend
     try:
         if kept.upload_id:
             return _all(file, lambda part: _same_part(part, kept), pool, crew)
-        backend = attempt.run.store.backend
-        if _MD5.fullmatch(kept.etag) is None:
-            return _all(file, lambda part: _same_bytes(part, kept, backend, len(part.data)), pool, crew)
         count = -(-file.size // pool.size)
-        if kept.etag.partition("-")[2] not in ([str(count)] if count > 1 else ["", "1"]):
-            return False  # uploaded in other parts
-        return _all(file, lambda part: _hashed(part, kept, backend, digests), pool, crew) and (
-            kept.etag == joined_etag(digests[n] for n in sorted(digests)) or (count == 1 and kept.etag == digests[1].hex())
-        )
+        told = _MD5.fullmatch(kept.etag)
+        if told is not None and int(told[2] or 1) == count:
+            digests: dict[int, bytes] = {}
+            if not _all(file, lambda part: _hashed(part, kept, backend, digests), pool, crew):
+                return False
+            if kept.etag in (joined_etag(digests[n] for n in sorted(digests)), digests[1].hex() if count == 1 else ""):
+                return True
+        # not made of the MD5s of such parts: the store encrypts with other keys, or cuts or counts otherwise
+        return _all(file, lambda part: _same_bytes(part, kept, backend, len(part.data)), pool, crew)
     except StoreError as error:
         _log.info("%s cannot be compared, it is written anew: %s", kept.key, error)
         return False

@@ -1,8 +1,4 @@
-"""A save that was interrupted is made again: what the store holds is not sent again, and the result is bit-exact.
-
-How much must be sent is never taken from what the code says: it is counted in the store before the second save, and at the
-engine during it.
-"""
+"""A save that was interrupted is made again: what the store holds is not sent again, and the result is bit-exact."""
 
 from __future__ import annotations
 
@@ -11,109 +7,46 @@ import functools
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from resume_helpers import (
+    MIB,
+    ONCE,
+    OPTIONS,
+    ORDERLY,
+    check,
+    down,
+    equal,
+    holdings,
+    outage,
+    outage_of,
+    quick_folder,
+    save_again,
+    sent,
+    state,
+)
 
 from s3loader import events
-from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, SaveResult
-from s3loader.errors import S3LoaderError, UnavailableError, UnsupportedOperationError
+from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions
+from s3loader.checkpoint.dcp import Writing
+from s3loader.errors import UnavailableError, UnsupportedOperationError
 from s3loader.events import OpEvent
-from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.store.base import Backend
-from s3loader.store.fault import FaultBackend, Moment, Seen
+from s3loader.store import ObjectStore, open_store
+from s3loader.store.fault import Moment, Seen
 from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.servers import Server, server
 from s3loader.types import Capabilities, ObjectMeta, PartResult
-
-MIB = 1 << 20
-OPTIONS = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=2, deadline=20)
-ORDERLY = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1)
-"""Part after part, file after file."""
-ONCE = StoreOptions(max_attempts=1)
-
-
-def state(seed: int = 1) -> dict[str, Any]:
-    """Three files of several parts and one of a single part."""
-    rng = np.random.default_rng(seed)
-    return {"model": {f"w{i}": rng.standard_normal(1200 + i) for i in range(6)}, "small": rng.integers(0, 9, 30, np.uint8)}
-
-
-def equal(have: dict[str, Any], want: dict[str, Any]) -> bool:
-    return np.array_equal(have["small"], want["small"]) and all(
-        np.array_equal(have["model"][k], want["model"][k]) for k in want["model"]
-    )
-
-
-def holdings(store: ObjectStore, step: int = 1) -> dict[str, int]:
-    """Bytes that the store has of each data file, finished or in the fullest of its open uploads; file id -> bytes."""
-    held: dict[str, int] = {}
-    for entry in store.list(f"ckpt/{step:012d}/"):
-        if isinstance(entry, ObjectMeta) and entry.key.endswith(".safetensors"):
-            held[entry.key.rpartition("/")[2]] = entry.size
-    for key, upload_id, _ in list(store.backend.list_multipart("ckpt/")):
-        name = key.rpartition("/")[2]
-        size = sum(part.size for part in store.backend.list_parts(key, upload_id))
-        held[name] = max(held.get(name, 0), size)
-    return held
-
-
-@contextlib.contextmanager
-def sent() -> Iterator[list[OpEvent]]:
-    """Requests that carried a checkpoint's data."""
-    seen: list[OpEvent] = []
-
-    def hook(event: OpEvent) -> None:
-        if event.op in ("PUT", "PUTPART") and event.url.endswith(".safetensors") and event.error is None:
-            seen.append(event)
-
-    end = events.subscribe(hook)
-    try:
-        yield seen
-    finally:
-        end()
-
-
-def save_again(manager: CheckpointManager, want: dict[str, Any], *, step: int = 1) -> SaveResult:
-    """Save, and check that exactly what was missing was sent and that the checkpoint is right."""
-    held = sum(holdings(manager.store, step).values())
-    with sent() as seen:
-        handle = manager.save(step, want)
-        result = handle.result(30)
-    assert result.resumed == held
-    assert sum(event.bytes for event in seen) == result.written - held
-    assert handle.progress == (result.written, result.written, held)
-    check(manager, want, step=step)
-    return result
-
-
-def check(manager: CheckpointManager, want: dict[str, Any], *, step: int = 1) -> None:
-    """The checkpoint is right, survives a collection, and no staging buffer is lost."""
-    assert equal(manager.restore(step), want)
-    assert manager.open(step).verify() == []
-    dry = manager.gc(grace=0, dry_run=True)
-    assert not set(manager.open(step).files()) & set(dry.keys)
-    manager.gc(grace=0)
-    assert manager.open(step).verify() == []
-    again = manager.gc(grace=0)
-    assert (again.keys, again.uploads, again.fenced) == ([], [], [])
-    assert list(manager.store.backend.list_multipart("ckpt/")) == []
-    assert len(manager.pool._free) * manager.pool.size == manager.pool.allocated
-
-
-# killed
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(tmp_path)
-    with tempfile.TemporaryDirectory(dir=base) as name:
-        yield Path(name)
+    yield from quick_folder(tmp_path)
 
 
 def killed(opened: Callable[..., tuple[ObjectStore, Any]], nth: int, work: Callable[[ObjectStore], None]) -> bool:
@@ -251,30 +184,6 @@ def test_the_two_ranks_one_of_which_had_finished(folder: Path) -> None:
 # the same process
 
 
-def down(seen: Seen) -> UnavailableError:
-    return UnavailableError("the store is down", op=seen.op, url=seen.key, status=503)
-
-
-def outage(url: str, op: str, nth: int, options: CheckpointOptions = ORDERLY) -> tuple[CheckpointManager, FaultBackend]:
-    """A manager whose save of step 1 has failed at the nth request of a kind and at all that came after it."""
-    store, faults = open_faulty_store(url, options=ONCE)
-    manager = CheckpointManager(store, options=options)
-    manager.session()
-    count = 0
-
-    def hook(seen: Seen, moment: Moment) -> None:
-        nonlocal count
-        count += moment == "before" and seen.op == op and seen.key.endswith(".safetensors")
-        if count >= nth and moment == "before":
-            raise down(seen)
-
-    faults.hook = hook
-    with pytest.raises(UnavailableError):
-        manager.save(1, state()).result(30)
-    faults.hook = None
-    return manager, faults
-
-
 @pytest.mark.parametrize("nth", [1, 2, 4, 6, 9, 12, 15])
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_an_outage(nth: int, scheme: str, request: pytest.FixtureRequest, folder: Path) -> None:
@@ -283,23 +192,6 @@ def test_an_outage(nth: int, scheme: str, request: pytest.FixtureRequest, folder
     assert manager.latest() is None
     save_again(manager, state())
     manager.close()
-
-
-@contextlib.contextmanager
-def outage_of(faults: FaultBackend, op: str, nth: int) -> Iterator[None]:
-    """From the nth request of a kind on, all of that kind fail."""
-    count = 0
-
-    def hook(seen: Seen, moment: Moment) -> None:
-        nonlocal count
-        if seen.op == op and moment == "before":
-            count += 1
-            if count >= nth:
-                raise down(seen)
-
-    faults.hook = hook
-    yield
-    faults.hook = None
 
 
 def test_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -408,6 +300,34 @@ def test_a_store_without_list_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert equal(manager.restore(), state())
 
 
+@pytest.mark.parametrize("shape", ["md5 of something else", "other parts", "opaque"])
+def test_etags_that_prove_nothing(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the finished file is read and compared byte for byte: encrypted with own keys, cut otherwise, another store."""
+    manager, faults = outage(f"memory://etags-{shape.replace(' ', '-')}", "upload part", 9)
+    tag = {"md5 of something else": "0" * 32 + "-5", "other parts": "0" * 32 + "-2", "opaque": "xyz"}[shape]
+    real_list, real_get = faults.list, faults.get
+
+    def listed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for entry in real_list(*args, **kwargs):
+            yield replace(entry, etag=tag) if entry.key.endswith(".safetensors") else entry
+
+    def got(key: str, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("if_match") == tag:
+            kwargs["if_match"] = None
+        return real_get(key, *args, **kwargs)
+
+    finished = [e.size for e in manager.store.list("ckpt/") if isinstance(e, ObjectMeta) and e.key.endswith("tensors")]
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "list", listed)
+        patch.setattr(faults, "get", got)
+        start = len(faults.seen)
+        result = manager.save(1, state()).result(30)
+        read = [seen for seen in faults.seen[start:] if seen.op == "get" and seen.key.endswith(".safetensors")]
+    assert result.resumed >= sum(finished) > 0
+    assert len(read) >= 5
+    check(manager, state())
+
+
 @pytest.mark.parametrize("op", ["list", "list uploads", "list parts", "get"])
 def test_a_look_that_fails_is_no_failure(op: Any) -> None:
     manager, faults = outage(f"memory://look-{op.replace(' ', '-')}", "upload part", 9)
@@ -423,123 +343,30 @@ def test_a_look_that_fails_is_no_failure(op: Any) -> None:
     check(manager, state())
 
 
-# zombies and collectors
+# torch.distributed.checkpoint
 
 
-def adopted(manager: CheckpointManager) -> tuple[str, str]:
-    """The fullest open upload."""
-    backend = manager.store.backend
-    uploads = [(k, u, sum(p.size for p in backend.list_parts(k, u))) for k, u, _ in list(backend.list_multipart("ckpt/"))]
-    key, upload_id, size = max(uploads, key=lambda upload: upload[2])
-    assert size
-    return key, upload_id
+def test_dcp_goes_on_too(folder: Path) -> None:
+    def write(nth: int | None) -> int:
+        store, faults = open_faulty_store(str(folder), options=ONCE)
+        manager = CheckpointManager(store, options=ORDERLY)
+        writing = Writing(manager, None)
+        (ticket,) = writing.begin(1)
+        part = writing.part(ticket)
+        for name, array in state()["model"].items():
+            part.add_value(name, [name], array)
+        with contextlib.nullcontext() if nth is None else outage_of(faults, "upload part", nth), sent() as seen:
+            part.upload()
+        writing.publish()
+        return sum(event.bytes for event in seen)
 
-
-def overwrite_kept(backend: Backend, key: str, upload_id: str) -> None:
-    part = next(iter(backend.list_parts(key, upload_id)))
-    backend.upload_part(key, upload_id, part.number, b"z" * part.size)
-
-
-def overwrite_last(backend: Backend, key: str, upload_id: str) -> None:
-    part = list(backend.list_parts(key, upload_id))[-1]
-    backend.upload_part(key, upload_id, part.number, b"z" * part.size)
-
-
-def abort(backend: Backend, key: str, upload_id: str) -> None:
-    backend.abort_multipart(key, upload_id)
-
-
-def complete(backend: Backend, key: str, upload_id: str) -> None:
-    backend.complete_multipart(key, upload_id, list(backend.list_parts(key, upload_id)))
-
-
-@pytest.mark.parametrize("deed", [overwrite_kept, overwrite_last, abort, complete])
-@pytest.mark.parametrize("moment", ["upload part", "complete upload"])
-@pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_a_zombie(deed: Callable[[Backend, str, str], None], moment: str, scheme: str, folder: Path) -> None:
-    """The attempt that was thought dead is alive, and changes the upload just before a request of ours."""
-    url = f"memory://zombie-{deed.__name__}-{moment.replace(' ', '-')}" if scheme == "memory" else str(folder)
-    manager, faults = outage(url, "upload part", 3)
-    key, upload_id = adopted(manager)
-    zombie = open_store(url).backend
-    done = []
-
-    def hook(seen: Seen, at: Moment) -> None:
-        if seen.op == moment and seen.key == key and at == "before" and not done:
-            done.append(True)
-            deed(zombie, key, upload_id)
-
-    faults.hook = hook
-    with sent() as seen:
-        result = manager.save(1, state()).result(30)
-    faults.hook = None
-    assert done
-    assert result.resumed == 0
-    assert sum(event.bytes for event in seen) >= result.written  # what was sent to the lost upload comes on top
-    check(manager, state())
-    assert all(key != used for used in manager.open(1).files())
-
-
-def test_a_collection_between(folder: Path) -> None:
-    manager, _ = outage(str(folder), "upload part", 9)
-    manager.gc(grace=0)
-    assert holdings(manager.store) == {}
-    assert manager.save(1, state()).result(30).resumed == 0
-    check(manager, state())
-
-
-def test_a_collection_leaves_a_step_alone_where_a_save_is_under_way(folder: Path) -> None:
-    manager, faults = outage(str(folder), "upload part", 9)
-    long_ago = 1_000_000_000
-    for path in folder.rglob("*"):
-        if path.is_file() and "control" not in path.parts:
-            os.utime(path, (long_ago, long_ago))
-    reports = []
-
-    def hook(seen: Seen, moment: Moment) -> None:
-        if seen.op == "put" and "intent" in seen.key and moment == "after":
-            faults.hook = None
-            with CheckpointManager(folder, options=OPTIONS) as other:
-                reports.append(other.gc(grace=3600))
-
-    faults.hook = hook
-    result = manager.save(1, state()).result(30)
-    assert result.resumed > 0
-    (report,) = reports
-    assert report.skipped == {1: "a save is under way"}
-    assert (report.keys, report.fenced, report.uploads) == ([], [], [])
-    check(manager, state())
-
-
-def test_a_collection_at_every_request() -> None:
-    """Whatever moment a collector that respects no age strikes at, what is committed is whole."""
-    outcomes = []
-    for nth in range(1, 60):
-        url = f"memory://gc-at-{nth}"
-        manager, faults = outage(url, "upload part", 9)
-        start = len(faults.seen)
-
-        def hook(seen: Seen, moment: Moment, url: str = url, faults: Any = faults, at: int = start + nth) -> None:
-            if seen.number == at and moment == "before":
-                faults.hook = None
-                with CheckpointManager(url, options=OPTIONS) as other:
-                    other.gc(grace=0)
-
-        faults.hook = hook
-        try:
-            manager.save(1, state()).result(30)
-            outcomes.append("committed")
-        except S3LoaderError as error:  # its own uploads and files were taken for garbage, too
-            outcomes.append(type(error).__name__)
-        late, faults.hook = faults.hook is not None, None
-        latest = manager.latest()
-        assert latest == (1 if outcomes[-1] == "committed" else None)
-        if latest is None:
-            manager.save(1, state()).result(30)
-        check(manager, state())
-        if late:
-            break
-    else:
-        pytest.fail("it never ends")
-    assert outcomes.count("committed") >= 3
-    assert "FencedError" in outcomes
+    with pytest.raises(UnavailableError):
+        write(9)
+    store = open_store(str(folder))
+    held = sum(holdings(store, 0).values())
+    assert held > 20_000
+    bytes_sent = write(None)
+    with CheckpointManager(folder) as manager:
+        assert manager.latest() == 0
+        assert manager.open(0).verify() == []
+        assert manager.open(0).info["written"] == held + bytes_sent
