@@ -17,6 +17,7 @@ from s3loader.checkpoint.commit import Attempt, expect_free, publish
 from s3loader.checkpoint.leaves import LeafAdapter, Source
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.records import EpochRecord, Part
+from s3loader.checkpoint.resuming import take_over
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.saving import SavePlan, Saver
 from s3loader.checkpoint.session import Identity, Session
@@ -126,6 +127,8 @@ class PartWriter:
         attempt, options = self._attempt, self._manager.options
         about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
         files = plan_files(self._pieces, attempt.rank, options.file_size, options.block, about, hashed=options.incremental)
+        if options.resume_uploads and attempt.step in attempt.session.record.unfinished:
+            take_over(attempt, files, self._manager.pool, options.concurrency)
         plan = SavePlan({"$": "dcp", "of": self._flat}, files, sum(p.end - p.begin for p in self._pieces), {}, {}, [], None)
         saver = Saver(
             attempt, plan, self._manager.pool, options, on_exists="error", after=None, committed=None, publishes=False
