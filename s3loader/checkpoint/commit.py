@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from s3loader.checkpoint.session import Session
 from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
 from s3loader.types import ObjectMeta
 
-__all__ = ["Attempt", "expect_free", "publish", "publish_or_wait"]
+__all__ = ["Attempt", "expect_free", "failure", "files_of", "publish", "publish_or_wait"]
 
 _TAKE_OVER = 5.0  # seconds after which another rank publishes what the last arriver has not
 
@@ -67,7 +67,13 @@ def expect_free(attempt: Attempt, *, replace: bool) -> Root:
     return found
 
 
-def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Callable[[], bool]) -> Root:
+def publish_or_wait(
+    attempt: Attempt,
+    own: Part,
+    expected: Root,
+    abandoned: Callable[[], bool],
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Root:
     """Publish the root, or wait until another rank has.
 
     Raises:
@@ -87,11 +93,11 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
             if first or attempt.rank == 0 or now - complete_since > _TAKE_OVER:
                 if abandoned():
                     raise CheckpointError(f"step {attempt.step} was abandoned before it was committed")
-                return _publish(attempt, own, expected, listed)
+                return _publish(attempt, own, expected, listed, join)
         first = False
         failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
         if failed:
-            raise _failed(attempt, failed)
+            raise failure(attempt, failed)
         found = attempt.run.root_at(attempt.step, expected.generation)
         if attempt.id in found.history:
             attempt.run.expect_alive(found)
@@ -112,13 +118,22 @@ def publish_or_wait(attempt: Attempt, own: Part, expected: Root, abandoned: Call
         pause = min(0.5, pause * 1.5)
 
 
-def _failed(attempt: Attempt, ranks: list[int]) -> IncompleteCheckpointError:
+def failure(attempt: Attempt, ranks: Sequence[int]) -> IncompleteCheckpointError:
+    """The error of an attempt that `ranks` have said they cannot finish."""
     key = attempt.prefix + layout.failure_id(ranks[0])
     found = attempt.run.get(key)
     why = records.decode(found[0], Failure, key).error if found is not None else "it failed"
     return IncompleteCheckpointError(
-        f"step {attempt.step} cannot be committed: rank {ranks[0]} failed: {why}", url=attempt.run.store.url, missing=ranks
+        f"step {attempt.step} cannot be committed: rank {ranks[0]} failed: {why}",
+        url=f"{attempt.run.store.url}/{key}",
+        missing=list(ranks),
+        hint=f"see what rank {ranks[0]} raised; the step before is untouched, save again",
     )
+
+
+def files_of(attempt: Attempt) -> dict[str, tuple[int, str]]:
+    """Size and ETag of every file of `attempt`, by its key."""
+    return _listing(attempt.run, attempt.prefix)
 
 
 def _listing(run: Run, folder: str) -> dict[str, tuple[int, str]]:

@@ -1,28 +1,31 @@
 """What `torch.distributed.checkpoint` needs of us, without torch: attempts that somebody else coordinates.
 
 DCP plans with collectives and calls us on every rank: `Writing.begin` on the coordinator makes the attempt and a ticket for
-every rank, each rank uploads its part, the coordinator publishes. The state dict comes flattened: names with a path each.
+every rank, each rank uploads its part, the coordinator publishes. Without collectives, `Writing.meet` does on every rank what
+they are for, and every rank publishes, or waits until another one has. The state dict comes flattened: names with a path each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from s3loader.checkpoint import tree
+from s3loader.checkpoint import layout, records, tree
 from s3loader.checkpoint.checkpoint import Checkpoint
-from s3loader.checkpoint.commit import Attempt, expect_free, publish
+from s3loader.checkpoint.commit import Attempt, expect_free, publish, publish_or_wait
 from s3loader.checkpoint.leaves import LeafAdapter, Source
 from s3loader.checkpoint.manager import CheckpointManager
-from s3loader.checkpoint.records import EpochRecord, Part
+from s3loader.checkpoint.meeting import Box, meet
+from s3loader.checkpoint.records import EpochRecord, Failure, Part
 from s3loader.checkpoint.resuming import take_over
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.saving import SavePlan, Saver
 from s3loader.checkpoint.session import Identity, Session
 from s3loader.checkpoint.staging import SavedPiece, plan_files
-from s3loader.errors import CheckpointError, ConfigError
+from s3loader.errors import CheckpointError, ConfigError, S3LoaderError
 from s3loader.types import ObjectURL
 
 __all__ = ["FlatEntry", "PartWriter", "Ticket", "Writing", "flat_entries", "known_url"]
@@ -73,6 +76,31 @@ class Writing:
         self._expected = expect_free(self._attempt, replace=False)
         return [Ticket(step, self._attempt.id, session.record, rank, world) for rank in range(world)]
 
+    def meet(self, identity: Identity, boxes: Sequence[Box]) -> tuple[Ticket, list[int]]:
+        """Agree with the other ranks, through the store: which attempt this is, and which of its `boxes` this rank writes.
+
+        Raises:
+            ConfigError, StepExistsError, IncompleteCheckpointError: see `meeting.meet`.
+        """
+        met = meet(self._manager, identity, self._step, boxes)
+        self._attempt, self._expected = met.attempt, met.expected
+        record = met.attempt.session.record
+        return Ticket(met.attempt.step, met.attempt.id, record, identity.rank, identity.world), met.own
+
+    def publish_or_wait(self) -> Root:
+        """Make the checkpoint appear, or wait until another rank has; on every rank of a save that has met.
+
+        Raises:
+            IncompleteCheckpointError: another rank has failed, or did not come in time.
+        """
+        attempt, part, expected = self._begun()
+        root = publish_or_wait(attempt, part, expected, lambda: False, _join)
+        if attempt.rank == 0:
+            self._manager.retire()
+            with contextlib.suppress(S3LoaderError):  # garbage collection deletes it, too
+                self._manager.store.delete(layout.begin_key(attempt.id))
+        return root
+
     def part(self, ticket: Ticket) -> PartWriter:
         """What takes this rank's tensors."""
         session = Session(self._manager.run, Identity(ticket.rank, ticket.world, "dcp"), ticket.epoch)
@@ -81,11 +109,16 @@ class Writing:
 
     def publish(self) -> Root:
         """Make the checkpoint appear, then apply the retention policy; only on the coordinator."""
-        if self._attempt is None or self._expected is None or self._part is None:
-            raise CheckpointError("nothing was begun here")
-        root = publish(self._attempt, self._part, self._expected, _join)
+        root = publish(*self._begun(), _join)
         self._manager.retire()
         return root
+
+    def _begun(self) -> tuple[Attempt, Part, Root]:
+        if self._attempt is None or self._expected is None or self._part is None:
+            raise CheckpointError(
+                "nothing was begun here", url=self._manager.store.url, hint="prepare_global_plan and write_data come first"
+            )
+        return self._attempt, self._part, self._expected
 
     def close(self) -> None:
         """Let go of the store."""
@@ -121,6 +154,13 @@ class PartWriter:
             self._pieces.extend(SavedPiece(name, source.dtype, source.shape, piece) for piece in source.pieces)
 
         self._flat[fqn] = {"path": list(path), "node": tree.encode(value, add, name=_name(path))}
+
+    def give_up(self, error: Exception) -> None:
+        """Tell the other ranks that this one cannot finish its part, so that none waits for its deadline."""
+        attempt = self._attempt
+        record = Failure(format=records.FORMAT, rank=attempt.rank, error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(S3LoaderError):  # the error itself is what must be seen
+            attempt.run.put(attempt.prefix + layout.failure_id(attempt.rank), records.encode(record))
 
     def upload(self) -> dict[str, int]:
         """Upload everything and this rank's part manifest; returns the bytes of each tensor by its FQN."""

@@ -153,7 +153,9 @@ def _drop_control(run: Run, before: float) -> None:
             continue
         if layout.epoch_of(entry.key) is not None:
             epochs.append(entry.key)
-        elif (entry.last_modified or 0.0) <= before and entry.key.startswith((layout.PINS, f"{layout.CONTROL}clock-")):
+        elif (entry.last_modified or 0.0) <= before and entry.key.startswith(
+            (layout.PINS, layout.SAVES, f"{layout.CONTROL}clock-")
+        ):
             old.append(entry.key)
     delete_keys(run, [*sorted(epochs)[:-1], *old])
 

@@ -4,12 +4,14 @@
 
     s3loader.json                                     format, run id, what the store can do
     control/epoch-00000007.json                       one per job incarnation: writer fence, resume step
+    control/save-<attempt>.json                       the step of a save whose ranks meet here, see `meeting`
     control/pin-<attempt>-00000.json                  files of earlier steps that a save under way needs
     ckpt/compacted.json                               deleted steps whose tombstones are gone, see `compaction`
     ckpt/000000001000/root.jsonl                      THE COMMIT POINT, one per step; later its tombstone
     ckpt/000000001000/root-00000001.jsonl             the same, where the step was deleted and saved again
     ckpt/000000001000/<attempt>/intent-00000.json     what rank 0 is about to do
     ckpt/000000001000/<attempt>/d-00003-000.safetensors   rank 3, file 0
+    ckpt/000000001000/<attempt>/plan-00003.json       rank 3's boxes, and plan.json: who writes what; see `meeting`
     ckpt/000000001000/<attempt>/part-00003.json       rank 3's part, written after its data is durable
     ckpt/000000001000/<attempt>/index.json.zst        all parts, merged
 
@@ -31,9 +33,12 @@ __all__ = [
     "INDEX",
     "MARKER",
     "PINS",
+    "SAVES",
+    "SHARES",
     "STEPS",
     "AttemptKey",
     "attempt_id",
+    "begin_key",
     "data_id",
     "epoch_key",
     "epoch_of",
@@ -42,6 +47,7 @@ __all__ = [
     "parse_key",
     "part_id",
     "pin_key",
+    "plan_id",
     "root_key",
     "step_of",
     "step_prefix",
@@ -50,6 +56,8 @@ __all__ = [
 MARKER: Final = "s3loader.json"
 CONTROL: Final = "control/"
 PINS: Final = "control/pin-"
+SAVES: Final = "control/save-"
+SHARES: Final = "plan.json"
 STEPS: Final = "ckpt/"
 COMPACTED: Final = "ckpt/compacted.json"
 INDEX: Final = "index.json.zst"
@@ -115,6 +123,16 @@ def intent_key(step: int, attempt: str, rank: int) -> str:
 def pin_key(attempt: str, rank: int) -> str:
     """What `rank` of `attempt` needs of earlier steps."""
     return f"{PINS}{attempt}-{rank:05d}.json"
+
+
+def begin_key(attempt: str) -> str:
+    """Where rank 0 says which step `attempt` is."""
+    return f"{SAVES}{attempt}.json"
+
+
+def plan_id(rank: int) -> str:
+    """What `rank` has."""
+    return f"plan-{rank:05d}.json"
 
 
 def epoch_key(epoch: int) -> str:

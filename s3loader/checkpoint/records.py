@@ -17,6 +17,7 @@ from s3loader.errors import FormatError
 
 __all__ = [
     "FORMAT",
+    "BeginRecord",
     "Chunk",
     "Compacted",
     "EpochRecord",
@@ -27,6 +28,8 @@ __all__ = [
     "Marker",
     "Part",
     "Pin",
+    "PlanRecord",
+    "SharesRecord",
     "decode",
     "encode",
 ]
@@ -84,6 +87,33 @@ class Failure(msgspec.Struct, kw_only=True):
     format: int
     rank: int
     error: str
+
+
+class BeginRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """``control/save-<attempt>.json``: what rank 0 tells the others of a save that they meet for."""
+
+    format: int
+    step: int
+    generation: int
+    """Of the step's root, which is absent."""
+    error: str = ""
+    """Why it could not begin."""
+
+
+class PlanRecord(msgspec.Struct, kw_only=True):
+    """``plan-RRRRR.json``: what a rank has."""
+
+    format: int
+    rank: int
+    boxes: list[tuple[str, list[int], list[int], int]]
+    """Name, offset, shape, bytes."""
+
+
+class SharesRecord(msgspec.Struct, kw_only=True):
+    """``plan.json``: of each rank the places in its `PlanRecord.boxes` that it writes."""
+
+    format: int
+    ranks: list[list[int]]
 
 
 class FileRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -7,6 +7,7 @@ as JSON. `s3loader.checkpoint` reads it too, and DCP reads what a `CheckpointMan
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,9 +36,11 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp
-from s3loader.checkpoint.dcp import Ticket, Writing
+from s3loader.checkpoint.dcp import PartWriter, Ticket, Writing
 from s3loader.checkpoint.leaves import LeafAdapter, Target
+from s3loader.checkpoint.meeting import Box
 from s3loader.checkpoint.records import box_of
+from s3loader.checkpoint.session import Identity, identify
 from s3loader.errors import CheckpointError, ConfigError
 from s3loader_torch.checkpoint_state import TORCH, torch_dtype
 
@@ -62,7 +65,14 @@ class S3StorageWriter(StorageWriter):
         keep: Which steps to keep afterwards; default: all where `step` is given, else only the new one.
         region: As in s3torchconnector.
         options: See `CheckpointOptions`.
+        world_size: Only with ``use_collectives=False``: how many ranks save together; default: those of the default process
+            group. Give it where the save has a smaller group, and 1 with ``no_dist=True`` in a process that has a group.
+        job: Only with ``use_collectives=False`` and several ranks: a name for this incarnation of the job, the same on all
+            ranks and new at every start; default: what torchrun or Slurm say.
         store_options: Passed on to `open_store`: ``endpoint_url``, ...
+
+    With ``use_collectives=False`` the ranks meet in the store: what several have is still written once, and one conditional
+    write still makes all of it appear. Every rank must save then, in the same order.
 
     What is no tensor must be JSON-like (see `CheckpointManager.save`): nothing is pickled.
     """
@@ -75,11 +85,15 @@ class S3StorageWriter(StorageWriter):
         keep: KeepPolicy | None = None,
         region: str | None = None,
         options: CheckpointOptions | None = None,
+        world_size: int | None = None,
+        job: str = "",
         **store_options: Any,
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] | None = path
         self._step, self._keep, self._options = step, keep, options
+        self._world, self._job = world_size, job
+        self._meets: Identity | None = None
         self._store_options = {**store_options, **({"region": region} if region else {})}
         self._writing: Writing | None = None
         self._coordinator = False
@@ -94,26 +108,33 @@ class S3StorageWriter(StorageWriter):
         """See `StorageWriter.set_up_storage_writer`.
 
         Raises:
-            ConfigError: no path, or ``use_collectives=False``.
+            ConfigError: no path; or ``use_collectives=False`` with several ranks, and no name for the job.
         """
         if self.checkpoint_id is None:
             raise ConfigError("no checkpoint path", hint="pass path=... or checkpoint_id=...")
-        if kwargs.get("use_collectives", True) is False:
-            raise ConfigError(
-                "DCP plans without collectives cannot be merged",
-                hint="CheckpointManager(rank=..., world_size=...) needs no collectives",
-            )
         self._coordinator = is_coordinator
+        self._meets = self._identity(kwargs.get("rank") or 0) if kwargs.get("use_collectives", True) is False else None
         keep = self._keep if self._keep is not None or self._step is not None else LatestN(1)
         manager = CheckpointManager(self.checkpoint_id, keep=keep, options=self._options, **self._store_options)
         self._writing = Writing(manager, self._step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """See `StorageWriter.prepare_local_plan`."""
-        return plan
+        """See `StorageWriter.prepare_local_plan`; without collectives, the ranks meet here."""
+        if self._meets is None:
+            return plan
+        if not getattr(plan, "usable", True):
+            raise ConfigError(
+                "a planner that caches plans gives none to divide among the ranks",
+                url=str(self.checkpoint_id),
+                hint="enable_plan_caching=False, or use_collectives=True",
+            )
+        ticket, own = self._need().meet(self._meets, [_box(item) for item in plan.items])
+        return replace(plan, items=[plan.items[place] for place in own], storage_data=ticket)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin the attempt, and tell every rank of it."""
+        if self._meets is not None:
+            return plans
         tickets = self._need().begin(len(plans))
         return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
 
@@ -122,6 +143,18 @@ class S3StorageWriter(StorageWriter):
         ticket: Ticket = plan.storage_data
         paths: Mapping[str, Sequence[str | int]] = plan.planner_data or {}
         part = self._need().part(ticket)
+        try:
+            self._collect(plan, planner, part, paths)
+            sizes = part.upload()
+        except Exception as error:
+            if self._meets is not None:  # no collective tells the others
+                part.give_up(error)
+            raise
+        return _done([WriteResult(item.index, sizes.get(item.index.fqn, 0), None) for item in plan.items])
+
+    def _collect(
+        self, plan: SavePlan, planner: SavePlanner, part: PartWriter, paths: Mapping[str, Sequence[str | int]]
+    ) -> None:
         for item in plan.items:
             fqn = item.index.fqn
             path = list(paths.get(fqn, (fqn,)))
@@ -133,8 +166,6 @@ class S3StorageWriter(StorageWriter):
                 assert item.tensor_data is not None
                 box = item.tensor_data.chunk
                 part.add_box(fqn, path, TORCH.source(tensor.detach()), tuple(item.tensor_data.size), tuple(box.offsets))
-        sizes = part.upload()
-        return _done([WriteResult(item.index, sizes.get(item.index.fqn, 0), None) for item in plan.items])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Publish; called by the coordinator when every rank has written."""
@@ -147,8 +178,15 @@ class S3StorageWriter(StorageWriter):
         }
         lost = {fqn for fqn, offset in planned if (fqn, offset) not in written and (fqn, None) not in written}
         if lost:
-            raise CheckpointError(f"{len(lost)} tensors were planned and not written: {sorted(lost)[:5]}")
-        self._need().publish()
+            raise CheckpointError(
+                f"{len(lost)} tensors were planned and not written: {sorted(lost)[:5]}",
+                url=str(self.checkpoint_id),
+                hint="the planner's finish_plan must keep every item of the plan",
+            )
+        if self._meets is not None:
+            self._need().publish_or_wait()
+        else:
+            self._need().publish()
         self._close()
 
     @classmethod
@@ -162,8 +200,18 @@ class S3StorageWriter(StorageWriter):
 
     def _need(self) -> Writing:
         if self._writing is None:
-            raise CheckpointError("set_up_storage_writer was not called")
+            raise CheckpointError(
+                "set_up_storage_writer was not called",
+                url=str(self.checkpoint_id),
+                hint="pass it to dcp.save(storage_writer=...)",
+            )
         return self._writing
+
+    def _identity(self, rank: int) -> Identity:
+        world = self._world
+        if world is None:
+            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return Identity(rank, world, self._job or identify(os.environ))
 
     def _close(self) -> None:
         if self._writing is not None:
@@ -172,6 +220,15 @@ class S3StorageWriter(StorageWriter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_writing": None}
+
+
+def _box(item: WriteItem) -> Box:
+    told = item.tensor_data
+    if told is None:
+        return Box(item.index.fqn, (), (), 0)
+    chunk = told.chunk
+    size = math.prod(chunk.sizes) * told.properties.dtype.itemsize
+    return Box(item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes), size)
 
 
 def _plain_object(planner: SavePlanner, item: WriteItem) -> Any:
