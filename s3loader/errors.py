@@ -289,9 +289,13 @@ class UnsupportedOperationError(StoreError, NotImplementedError):
 class IntegrityError(S3LoaderError):
     """Bytes are not what they were when they were written."""
 
+    HINT = "read it again; if that fails too, what is stored is damaged: restore it from a copy, or write it anew"
+
 
 class TruncatedError(IntegrityError):
     """Fewer bytes came than were promised."""
+
+    HINT = "try again; if that fails too, what is stored is too short: write it anew"
 
 
 class FormatError(S3LoaderError, ValueError):
@@ -314,6 +318,8 @@ class InvalidManifestError(FormatError, S3ExchangeError):
 class ShardReadError(FormatError, S3ExchangeError):
     """A shard (tar archive) or its index cannot be read."""
 
+    HINT = "if the archive itself is whole (`tar tf`), build its index anew; else write the shard anew"
+
 
 class PlanError(S3LoaderError, ValueError):
     """An order of samples cannot be made as asked."""
@@ -321,6 +327,8 @@ class PlanError(S3LoaderError, ValueError):
 
 class StateMismatchError(PlanError):
     """The state was made for another dataset, seed or option; `.differs` names which."""
+
+    HINT = "make the loader as it was when the state was saved; `.differs` says what is different now"
 
 
 class SampleError(S3LoaderError):

@@ -211,7 +211,7 @@ class Dataset:
             PlanError: there is no such sample.
         """
         if not 0 <= sample < len(self):
-            raise PlanError(f"sample {sample} of {len(self)} does not exist")
+            raise PlanError(f"sample {sample} of {len(self)} does not exist", hint="samples are numbered from 0")
         part = int(np.searchsorted(self.starts + self.catalog.counts, sample, side="right"))
         return part, sample - int(self.starts[part])
 
@@ -252,7 +252,7 @@ class Dataset:
                 at = int(np.searchsorted(layout.first, members[0], side="right")) - 1
                 if 0 <= at < len(layout.first) - 1:
                     return int(self.starts[number]) + at
-        raise PlanError(f"no sample is called {key!r}")
+        raise PlanError(f"no sample is called {key!r}", hint="keys are archive#member, or the key of a loose object")
 
     def _members(self, layout: Layout, name: str) -> list[int]:
         names = [layout.name(i) for i in range(int(layout.first[-1]))]

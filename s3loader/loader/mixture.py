@@ -26,13 +26,13 @@ class Mixture(Dataset):
         self, datasets: Sequence[Dataset], weights: Sequence[float] | None, period: int | None, length: Length
     ) -> None:
         if not datasets:
-            raise PlanError("a mixture needs datasets")
+            raise PlanError("a mixture needs datasets", hint="mix_datasets([a, b], weights=[0.7, 0.3])")
         if len({dataset.group for dataset in datasets}) > 1:
             raise PlanError("the datasets of a mixture must be grouped alike", hint="open them with the same group=")
         if any(isinstance(dataset, Mixture) for dataset in datasets):
             raise PlanError("a mixture cannot hold a mixture", hint="give all datasets to one, with their weights multiplied")
         if weights is not None and len(weights) != len(datasets):
-            raise PlanError(f"{len(weights)} weights for {len(datasets)} datasets")
+            raise PlanError(f"{len(weights)} weights for {len(datasets)} datasets", hint="one weight for each dataset")
         self.datasets = tuple(datasets)
         self.weights = tuple(weights) if weights is not None else tuple(float(len(dataset)) for dataset in datasets)
         self.period = period

@@ -34,7 +34,9 @@ def quotas(weights: Sequence[float], period: int | None = None) -> tuple[int, ..
         PlanError: a weight is not positive, or too small to have a slot in the period.
     """
     if not weights or any(not w > 0 or w == float("inf") for w in weights):
-        raise PlanError(f"weights must be positive numbers, not {list(weights)}")
+        raise PlanError(
+            f"weights must be positive numbers, not {list(weights)}", hint="leave a dataset out to give it no weight"
+        )
     exact = [Fraction(w).limit_denominator(10**6) for w in weights]
     total = sum(exact)
     shares = [w / total for w in exact] if total else []
@@ -91,7 +93,7 @@ class MixtureOrder:
 
     def __init__(self, orders: Sequence[Order], counts: Sequence[int], length: Length = "all") -> None:
         if any(order.size == 0 for order in orders):
-            raise PlanError("a dataset of the mixture has no samples")
+            raise PlanError("a dataset of the mixture has no samples", hint="leave it out of the mixture")
         self.orders = orders
         self._counts = counts
         self._period = sum(counts)
@@ -104,7 +106,7 @@ class MixtureOrder:
         ends = [int(self._position(d, order.size - 1)) + 1 for d, order in enumerate(orders)]
         self.size = max(ends) if length == "all" else min(ends) if length == "first" else int(length)
         if self.size < 1:
-            raise PlanError(f"a mixture of {length!r} samples")
+            raise PlanError(f"a mixture of {length!r} samples", hint="its length is a whole number from 1")
         whole, part = divmod(self.size, self._period)
         self._per_epoch = [whole * n + int((slots < part).sum()) for n, slots in zip(counts, self._slots, strict=True)]
         self.spec = MixtureSpec(tuple(counts), self.size)

@@ -317,7 +317,7 @@ def make_order(counts: Int64Array, spec: OrderSpec) -> Order:
     """
     size = int(counts.sum())
     if size > MAX_SIZE:
-        raise PlanError(f"too many samples: {size}")
+        raise PlanError(f"too many samples: {size}", hint="split the dataset")
     if spec.shuffle == "block":
         return BlockOrder(size, spec)
     if spec.shuffle == "full":

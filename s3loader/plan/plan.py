@@ -72,7 +72,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_ends", np.cumsum(self.counts))
         if any(not 0 <= sample < self.samples for sample in self.exclude):
-            raise PlanError(f"exclude names samples that are not among {self.samples}")
+            raise PlanError(f"exclude names samples that are not among {self.samples}", hint="samples are numbered from 0")
 
     @property
     def samples(self) -> int:
@@ -110,7 +110,7 @@ class Plan:
         """How the rest of the epoch, from position `consumed` on, is cut into batches for ranks (kept positions)."""
         gaps = self.gaps(epoch)
         if not 0 <= consumed <= self.size:
-            raise PlanError(f"{consumed} samples consumed of {self.size}")
+            raise PlanError(f"{consumed} samples consumed of {self.size}", hint="take the state of this dataset, or begin at 0")
         return Schedule(gaps.shrink(consumed), gaps.kept, batch_size, world_size, tail)
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
@@ -149,7 +149,9 @@ class Plan:
             PlanError: there is no such position.
         """
         if not 0 <= position < self.size:
-            raise PlanError(f"position {position} of {self.size} does not exist")
+            raise PlanError(
+                f"position {position} of {self.size} does not exist", hint="positions and samples are numbered from 0"
+            )
         sample = self.samples_at(np.array([position], dtype=np.int64), epoch)
         shard, number = self.locate(sample)
         step, rank = self._step(position, epoch, batch_size, world_size, tail, start)
@@ -164,7 +166,9 @@ class Plan:
             PlanError: there is no such sample.
         """
         if not 0 <= sample < self.samples:
-            raise PlanError(f"sample {sample} of {self.samples} does not exist")
+            raise PlanError(
+                f"sample {sample} of {self.samples} does not exist", hint="positions and samples are numbered from 0"
+            )
         position = int(self.order.positions_of(np.array([sample], dtype=np.int64), epoch)[0])
         if position < 0:
             return None
@@ -246,10 +250,10 @@ def mix(
         exclude: See `PlanState`.
     """
     if not catalogs or len(catalogs) != len(specs):
-        raise PlanError("a mixture needs datasets, and a spec for each")
+        raise PlanError("a mixture needs datasets, and a spec for each", hint="one spec for each dataset")
     shares = list(weights) if weights is not None else [float(catalog.samples) for catalog in catalogs]
     if len(shares) != len(catalogs):
-        raise PlanError(f"{len(shares)} weights for {len(catalogs)} datasets")
+        raise PlanError(f"{len(shares)} weights for {len(catalogs)} datasets", hint="one weight for each dataset")
     orders = [make_order(catalog.counts, spec) for catalog, spec in zip(catalogs, specs, strict=True)]
     order = MixtureOrder(orders, tuple(counts) if counts is not None else quotas(shares, period), length)
     spec = {"mix": [one.as_dict() for one in specs], **order.spec.as_dict()}

@@ -31,7 +31,10 @@ class Topology:
     def __post_init__(self) -> None:
         for name, index, count in (("rank", self.rank, self.world_size), ("worker", self.worker, self.workers)):
             if count < 1 or not 0 <= index < count:
-                raise ConfigError(f"{name} {index} of {count} does not exist")
+                raise ConfigError(
+                    f"{name} {index} of {count} does not exist",
+                    hint="rank is from 0 to world_size - 1, worker from 0 to workers - 1",
+                )
 
 
 class Gaps:
@@ -90,11 +93,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise PlanError(f"batch_size must be a whole number from 1, not {self.batch_size!r}")
+            raise PlanError(
+                f"batch_size must be a whole number from 1, not {self.batch_size!r}", hint="samples per batch and rank"
+            )
         if self.tail not in get_args(Tail):
             raise PlanError(f"unknown tail {self.tail!r}", hint='use "drop", "pad" or "short"')
         if not 0 <= self.start <= self.size:
-            raise PlanError(f"{self.start} samples consumed of {self.size}")
+            raise PlanError(
+                f"{self.start} samples consumed of {self.size}", hint="take the state of this dataset, or begin at 0"
+            )
 
     @property
     def stride(self) -> int:

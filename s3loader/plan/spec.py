@@ -48,7 +48,10 @@ class OrderSpec:
         for field in fields(self)[1:]:
             value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 64:
-                raise PlanError(f"{field.name} must be a whole number from {least}, not {value!r}")
+                raise PlanError(
+                    f"{field.name} must be a whole number from {least}, not {value!r}",
+                    hint="leave it out: it is chosen to fit the data",
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """As stored in a state: only what this shuffle depends on."""

@@ -37,7 +37,8 @@ _TAKE_ITEMS: Final = 1000
 class _Pool:
     """Threads of one store, made when first needed, anew in each process."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
+        self.url = url
         self.closed = False
         self._pid = 0
         self._executor: ThreadPoolExecutor | None = None
@@ -49,7 +50,7 @@ class _Pool:
             ClosedError: the store was closed.
         """
         if self.closed:
-            raise ClosedError("the store was closed", hint="open it again with open_store")
+            raise ClosedError("the store was closed", url=self.url, hint="open it again with open_store")
         if self._executor is None or self._pid != os.getpid():
             self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=_NAME)
             self._pid = os.getpid()
@@ -223,7 +224,7 @@ class AsyncObjectStore(_Twin):
     _sync: ObjectStore
 
     def __init__(self, store: ObjectStore) -> None:
-        super().__init__(store, _Pool())
+        super().__init__(store, _Pool(store.url))
 
     get = _twin(ObjectStore.get)
     get_range = _twin(ObjectStore.get_range)
