@@ -121,7 +121,6 @@ class RangeSource(TarSource):
         self._window_size = self.SMALL
         self._start = 0
         self.meta, self._window = get_from_start(store, key, 0, self.SMALL, etag=etag)
-        self.bytes_read = len(self._window)
 
     def read(self, offset: int, size: int) -> Buffer:
         """See `TarSource.read`."""
@@ -136,7 +135,6 @@ class RangeSource(TarSource):
             stop = min(offset + max(size, self._window_size), self.meta.size)
             _, self._window = self._store.backend.get(self._key, offset, stop, if_match=self.meta.etag or None)
             self._start = offset
-            self.bytes_read += len(self._window)
             low = 0
         return memoryview(self._window)[low : low + (end - offset)]
 

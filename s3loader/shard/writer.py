@@ -78,11 +78,6 @@ class ShardBuilder:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    @property
-    def body_size(self) -> int:
-        """Bytes of the archive given out so far."""
-        return self._packed
-
     def add(self, path: str, data: Buffer) -> list[Buffer]:
         """One whole member; returns the next bytes of the body (buffers may be `data` itself).
 
