@@ -115,6 +115,7 @@ class CheckpointManager:
             attempt = Attempt(self.run, session, step, session.next_attempt(), self.options.deadline)
             if self.options.incremental:
                 self._base = find_base(self.run, self.options.block, self._base)
+            began = time.monotonic()
             plan = plan_save(attempt, items, facts[0], facts[1], self.options, self._base)
             before, self._savers = self._savers, [saver for saver in self._savers if not saver.handle.over]
             self._note_unfinished(before)
@@ -129,6 +130,7 @@ class CheckpointManager:
                 on_exists=on_exists,
                 after=running[-1] if running else None,
                 committed=lambda: self._committed(step),
+                began=began,
             )
             self._savers.append(saver)
         saver.stage()

@@ -99,6 +99,7 @@ class Saver:
         after: The save before this one, which is committed first.
         committed: Called afterwards; deletes old steps and returns them.
         publishes: Whether the commit is this saver's work too; else it ends with the part manifest.
+        began: When the caller was first kept, by the monotonic clock; None: now.
     """
 
     def __init__(
@@ -112,11 +113,12 @@ class Saver:
         after: Saver | None,
         committed: Callable[[], list[int]] | None,
         publishes: bool = True,
+        began: float | None = None,
     ) -> None:
         self._attempt, self._plan, self._pool, self._options = attempt, plan, pool, options
         self._on_exists, self._after, self._committed, self._publishes = on_exists, after, committed, publishes
         self.part: Part | None = None
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._staged_s = 0.0
         self._abandoned = threading.Event()
         self._upload = upload = Upload(

@@ -59,7 +59,7 @@ def test_a_zombie(deed: Callable[[Backend, str, str], None], moment: str, scheme
     manager, faults = outage(url, "upload part", 3)
     key, upload_id = adopted(manager)
     zombie = open_store(url).backend
-    done = []
+    done: list[bool] = []
 
     def hook(seen: Seen, at: Moment) -> None:
         if seen.op == moment and seen.key == key and at == "before" and not done:
