@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from s3loader.errors import AccessDeniedError as AccessDeniedError
     from s3loader.errors import AuthenticationError as AuthenticationError
     from s3loader.errors import BucketNotFoundError as BucketNotFoundError
+    from s3loader.errors import CacheFullError as CacheFullError
     from s3loader.errors import CheckpointError as CheckpointError
     from s3loader.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from s3loader.errors import ClosedError as ClosedError
@@ -156,6 +157,7 @@ __all__ = [
     "BestN",
     "BucketNotFoundError",
     "ByteRange",
+    "CacheFullError",
     "Capabilities",
     "Checkpoint",
     "CheckpointError",
@@ -290,6 +292,7 @@ _HOME = {
     "Batch": "s3loader.loader",
     "BestN": "s3loader.checkpoint",
     "BucketNotFoundError": "s3loader.errors",
+    "CacheFullError": "s3loader.errors",
     "ByteRange": "s3loader.types",
     "Capabilities": "s3loader.types",
     "Checkpoint": "s3loader.checkpoint",

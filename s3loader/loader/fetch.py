@@ -5,22 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 from s3loader.loader.cut import Cut, Failed, cut
 from s3loader.loader.pieces import Piece
 from s3loader.loader.stats import LoaderStats
-from s3loader.store.base import Driver, ReadResult
+from s3loader.store.base import Driver
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
+from s3loader.transfer.cached import CachedReads, close_iterator
 from s3loader.transfer.diskcache import DiskCache
 from s3loader.transfer.hedge import hedged
 from s3loader.types import ReadRequest
 
 __all__ = ["Fetcher"]
-
-_GROUP: Final = 64
-"""Pieces looked up in the cache together."""
 
 
 class Fetcher:
@@ -51,6 +49,7 @@ class Fetcher:
         self._driver: Driver = driver
         self._concurrency = concurrency
         self._stats = stats
+        self._cached: CachedReads | None = None
 
     def run(self, pieces: Iterable[Piece]) -> Generator[None, None, None]:
         """Fetch and deliver; yields once after each piece whose samples are in their place.
@@ -70,15 +69,16 @@ class Fetcher:
             reads.close()
 
     def _run(self, pieces: Iterable[Piece]) -> Generator[None, None, None]:
-        if self._cache is not None:
-            yield from self._through_cache(self._cache, iter(pieces))
-            return
         pending: deque[tuple[Piece, int]] = deque()
-        results = self._read(self._requests(pieces, pending))
+        requests = self._requests(pieces, pending)
+        cached = self._cached = None if self._cache is None else self._through(self._cache)
+        results = self._read(requests) if cached is None else cached.run(requests)
         try:
             yield from self._deliver(results, pending)
         finally:
-            _close(results)
+            close_iterator(results)
+            if cached is not None:
+                self._stats.cache_hits += cached.hits
 
     def _requests(self, pieces: Iterable[Piece], pending: deque[tuple[Piece, int]]) -> Iterator[ReadRequest]:
         for piece in pieces:
@@ -91,14 +91,25 @@ class Fetcher:
             requests, max_bytes=self._max_bytes, concurrency=self._concurrency, driver=self._driver, errors="return"
         )
 
+    def _through(self, cache: DiskCache) -> CachedReads:
+        return CachedReads(cache, self._store.url, self._read, self._max_bytes)
+
+    def _disk_time(self) -> float:
+        """Seconds that the disk of the cache took since the last call, noted."""
+        if self._cached is None:
+            return 0.0
+        taken, self._cached.seconds = self._cached.seconds, 0.0
+        self._stats.wait_cache += taken
+        return taken
+
     def _deliver(self, results: Iterator[Any], pending: deque[tuple[Piece, int]]) -> Iterator[None]:
         bodies: list[Any] = []
         stats, clock = self._stats, time.perf_counter
         while True:
             begun, planned = clock(), stats.plan
             result = next(results, None)
-            # What the planner took inside read_many is planning, not waiting.
-            stats.wait_network += clock() - begun - (stats.plan - planned)
+            # What the planner took inside read_many is planning, and the disk is not the network.
+            stats.wait_network += clock() - begun - (stats.plan - planned) - self._disk_time()
             while pending and pending[0][1] == len(bodies):  # pieces that need nothing, or nothing more
                 self._finish(pending.popleft()[0], bodies)
                 bodies = []
@@ -111,51 +122,6 @@ class Fetcher:
                 self._finish(pending.popleft()[0], bodies)
                 bodies = []
                 yield
-
-    def _through_cache(self, cache: DiskCache, pieces: Iterator[Piece]) -> Generator[None, None, None]:
-        """As `_deliver`, a budget's worth of pieces at a time: what is not kept on disk is fetched, then kept."""
-        while group := self._take(pieces):
-            found: list[tuple[Piece, list[tuple[ReadRequest, str, Any]]]] = []
-            for piece in group:
-                rows = []
-                for request in piece.requests():
-                    path = self._path(cache, request)
-                    rows.append((request, path, cache.get(path) if path else None))
-                found.append((piece, rows))
-            missing = [request for _, rows in found for request, _, data in rows if data is None]
-            results = self._read(missing)
-            try:
-                for piece, rows in found:
-                    self._finish(piece, [self._kept_or_next(cache, row, results) for row in rows])
-                    yield
-            finally:
-                _close(results)
-
-    def _take(self, pieces: Iterator[Piece]) -> list[Piece]:
-        group, size = [], 0
-        for piece in pieces:
-            group.append(piece)
-            size += max(1, piece.end - piece.start)
-            if size >= self._max_bytes // 2 or len(group) >= _GROUP:
-                break
-        return group
-
-    def _path(self, cache: DiskCache, request: ReadRequest) -> str:
-        if request.if_match is None or request.end is None:
-            return ""  # what cannot be named for certain is not kept
-        return cache.path(self._store.url, request.key, request.if_match, request.start, request.end)
-
-    def _kept_or_next(self, cache: DiskCache, row: tuple[ReadRequest, str, Any], results: Iterator[Any]) -> Any:
-        request, path, data = row
-        if data is not None:
-            self._stats.cache_hits += 1
-            return ReadResult(request, data, request.if_match or "", -1)
-        begun = time.perf_counter()
-        result = next(results)
-        self._stats.wait_network += time.perf_counter() - begun
-        if path and not isinstance(result, ReadFailure) and len(result.data) == (request.end or 0) - request.start:
-            cache.put(path, result.data)
-        return result
 
     def _finish(self, piece: Piece, results: Sequence[Any]) -> None:
         begun = time.perf_counter()
@@ -176,16 +142,10 @@ class Fetcher:
     def _again(self, piece: Piece, before: Cut) -> Cut:
         """Fetch `piece` once more; what is wrong both times is wrong."""
         self._stats.refetched += 1
-        for request in piece.requests():
-            if self._cache is not None and (path := self._path(self._cache, request)):
+        if self._cache is not None:
+            for path in filter(None, map(self._through(self._cache).path, piece.requests())):
                 self._cache.discard(path)
         results = list(self._store.read_many(piece.requests(), driver=self._driver, errors="return"))
         if any(isinstance(result, ReadFailure) for result in results):
             return before
         return self._cut(piece, results)
-
-
-def _close(results: Iterator[Any]) -> None:
-    close = getattr(results, "close", None)
-    if close is not None:  # an abandoned iteration must not leave threads behind
-        close()

@@ -38,14 +38,13 @@ def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -
         ShardReadError: a shard has no internal manifest to filter by.
     """
     loose = {entry["key"]: entry for entry in entries if entry["kind"] == "file"}
-    selected = []
+    selected: list[Int64Array] = []
     for low in range(0, len(dataset.parts), _TOGETHER):
         numbers = range(len(dataset.parts))[low : low + _TOGETHER]
         found = dataset.layouts(numbers)
         layouts = [_usable(found[number]) for number in numbers]
         shards = _internal_manifests(dataset, [layout for layout in layouts if not layout.loose])
-        for layout in layouts:
-            selected.append(_kept(dataset, layout, loose if layout.loose else next(shards), keep))
+        selected += [_kept(dataset, layout, loose if layout.loose else next(shards), keep) for layout in layouts]
     return Dataset(
         dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name, index_dir=dataset.index_dir
     )

@@ -277,7 +277,7 @@ class Loader:
             concurrency=options.concurrency,
             verify=options.verify,
             stats=self.stats,
-            cache=None if options.cache_dir is None else DiskCache(options.cache_dir, parse_size(options.cache_limit)),
+            cache=self._cache(),
             hedge_after=None if options.hedge_after is None else parse_duration(options.hedge_after),
         )
 
@@ -290,6 +290,12 @@ class Loader:
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._batches_async()
+
+    def _cache(self) -> DiskCache | None:
+        options = self.options
+        if options.cache_dir is None:
+            return None
+        return DiskCache(options.cache_dir, parse_size(options.cache_limit), on_full=options.cache_on_full)
 
     async def _batches_async(self) -> AsyncIterator[Any]:
         """The same batches, each prepared in a thread, so that the event loop goes on."""

@@ -11,6 +11,7 @@ from s3loader.loader.collate import Collate, make_collate
 from s3loader.loader.decode import Decode, make_decoder
 from s3loader.plan import OrderSpec, Shuffle, Tail
 from s3loader.store.base import Driver
+from s3loader.transfer.diskcache import OnFull
 from s3loader.units import parse_duration, parse_size
 
 __all__ = ["LoaderKeywords", "LoaderOptions", "OnError"]
@@ -64,6 +65,8 @@ class LoaderOptions:
     """Keep fetched ranges in this folder, shared by all processes of the node."""
     cache_limit: int | str = "16GiB"
     """Most bytes in `cache_dir`; what was not used for longest goes first."""
+    cache_on_full: OnFull = "warn"
+    """Where the disk of `cache_dir` is full or fails: ``"warn"`` once and go on without it, or ``"raise"`` `CacheFullError`."""
     hedge_after: float | str | None = None
     """Ask a second time for a range that has not come after this time (``"200ms"``), and take what comes first."""
     skip_steps: Sequence[tuple[int, int]] = ()
@@ -77,7 +80,13 @@ class LoaderOptions:
             raise ConfigError(
                 f"batch_size must be a whole number from 1, not {self.batch_size!r}", hint="samples per batch and rank"
             )
-        for name, allowed in (("shuffle", Shuffle), ("tail", Tail), ("on_error", OnError), ("driver", Driver)):
+        for name, allowed in (
+            ("shuffle", Shuffle),
+            ("tail", Tail),
+            ("on_error", OnError),
+            ("driver", Driver),
+            ("cache_on_full", OnFull),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 choices = ", ".join(f'"{choice}"' for choice in get_args(allowed))
                 raise ConfigError(
@@ -138,6 +147,7 @@ class LoaderKeywords(TypedDict, total=False):
     decode_threads: int
     cache_dir: str | None
     cache_limit: int | str
+    cache_on_full: OnFull
     hedge_after: float | str | None
     skip_steps: Sequence[tuple[int, int]]
     exclude: Sequence[str]

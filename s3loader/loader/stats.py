@@ -15,7 +15,8 @@ __all__ = ["LoaderStats"]
 class LoaderStats:
     """Counters of one loader in one process. Times in seconds, sizes in bytes.
 
-    Time between two batches is shared out: `wait_network` (no bytes yet), `cut` (checksums, slicing,
+    Time between two batches is shared out: `wait_network` (no bytes yet), `wait_cache` (reading and
+    writing the disk cache), `cut` (checksums, slicing,
     decompression), `decode` (decoders, transform, collate), `plan` (order and index lookups), `consumer` (your code).
     """
 
@@ -33,6 +34,7 @@ class LoaderStats:
     skipped: int = 0
     replaced: int = 0
     wait_network: float = 0.0
+    wait_cache: float = 0.0
     cut: float = 0.0
     decode: float = 0.0
     plan: float = 0.0
@@ -53,6 +55,7 @@ class LoaderStats:
         """One line: what the run waited for most."""
         shares = {
             "network-bound: it waits for the store": self.wait_network,
+            "disk-bound: it reads and writes the cache": self.wait_cache,
             "CPU-bound: it decodes": self.decode,
             "CPU-bound: it verifies and cuts samples": self.cut,
             "CPU-bound: it plans and looks up indexes": self.plan,
@@ -82,7 +85,9 @@ class LoaderStats:
                 setattr(self, name, mine + theirs)
 
     def __str__(self) -> str:
-        rate = self.bytes_used / max(1e-9, self.wait_network + self.cut + self.decode + self.plan + self.consumer)
+        rate = self.bytes_used / max(
+            1e-9, self.wait_network + self.wait_cache + self.cut + self.decode + self.plan + self.consumer
+        )
         return (
             f"{self.samples} samples, {format_size(self.bytes_used)} used of {format_size(self.bytes_fetched)} fetched"
             f" in {self.requests} requests, {format_rate(rate)}; {self.verdict}"

@@ -15,18 +15,21 @@ import os
 import struct
 import uuid
 import warnings
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from s3loader.checksum import crc32c
-from s3loader.errors import ConfigError
+from s3loader.errors import CacheFullError, ConfigError
 from s3loader.types import Buffer
 
-__all__ = ["DiskCache"]
+__all__ = ["DiskCache", "OnFull"]
+
+OnFull: TypeAlias = Literal["warn", "raise"]
 
 _HEAD: Final = struct.Struct("<8sIQ")
 _MAGIC: Final = b"s3lcach1"
 _SUFFIX: Final = ".range"
 _KEEP: Final = 0.9
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STALE: Final = 3600.0
 """Seconds after which a temporary file was left by a process that is gone."""
 
@@ -37,14 +40,17 @@ class DiskCache:
     Args:
         folder: Made if it does not exist.
         max_bytes: Most bytes kept, within a sixteenth.
+        on_full: What a disk that is full or failing does. ``"warn"``: one warning, then reading goes on without the cache.
+            ``"raise"``: `put` raises.
 
     Raises:
         ConfigError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str, max_bytes: int) -> None:
+    def __init__(self, folder: str, max_bytes: int, *, on_full: OnFull = "warn") -> None:
         self.folder = os.path.abspath(folder)
         self.max_bytes = max_bytes
+        self.on_full: OnFull = on_full
         self.hits = 0
         self.misses = 0
         self._off = False
@@ -63,6 +69,10 @@ class DiskCache:
         text = "\0".join((url, key, etag, str(start), str(end)))
         name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
         return os.path.join(self.folder, name[:2], name[2:] + _SUFFIX)
+
+    def has(self, path: str) -> bool:
+        """Whether there is an entry at `path`; unchecked, and it may be gone when it is read."""
+        return os.path.exists(path)
 
     def get(self, path: str) -> memoryview | None:
         """The bytes kept at `path`, checked, or None."""
@@ -87,7 +97,11 @@ class DiskCache:
         return body
 
     def put(self, path: str, data: Buffer) -> None:
-        """Keep `data` at `path`. A disk that is full or failing turns the cache off with a warning: reading goes on."""
+        """Keep `data` at `path`.
+
+        Raises:
+            CacheFullError: the disk is full or fails, and that shall be an error.
+        """
         size = _HEAD.size + len(data)
         if self._off or size > self.max_bytes:
             return
@@ -101,13 +115,14 @@ class DiskCache:
             os.replace(temporary, path)
         except OSError as error:
             self.discard(temporary)
-            self._off = True
-            what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fails"
-            warnings.warn(
-                f"the disk of the cache {self.folder} {what} ({error}): reading goes on without it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._cannot_write(error, path, size)
+
+    def _cannot_write(self, error: OSError, path: str, size: int) -> None:
+        what = f"the disk of the cache {self.folder} {'is full' if error.errno in _FULL else 'fails'} ({error})"
+        if self.on_full == "raise":
+            raise CacheFullError(f"{what}: {size} bytes for {path} cannot be kept", path=path, bytes=size) from error
+        self._off = True
+        warnings.warn(f"{what}: reading goes on without it", RuntimeWarning, stacklevel=3)
 
     def discard(self, path: str) -> None:
         """Forget the entry."""

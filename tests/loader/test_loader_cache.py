@@ -4,15 +4,19 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import deque
 
 import pytest
 
 from s3loader.errors import ConfigError
 from s3loader.loader import Loader, from_manifest, from_prefix
+from s3loader.store.base import ReadResult
 from s3loader.store.open import open_store
 from s3loader.testing import FaultProxy, Rule, server
 from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.transfer.cached import CachedReads
 from s3loader.transfer.diskcache import DiskCache
+from s3loader.types import ReadRequest
 
 
 def content(i):
@@ -82,6 +86,95 @@ def test_a_full_disk_turns_the_cache_off_with_a_warning_and_loses_nothing(datase
         got = numbers(loader)
     assert got == numbers(Loader(dataset, batch_size=8))
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+LIMITED = textwrap.dedent(
+    """
+    import resource, sys, warnings
+    from s3loader import CacheFullError
+    from s3loader.loader import Loader, from_manifest
+
+    dataset = from_manifest(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))  # no file may be longer, as on a disk that is full
+    loader = Loader(dataset, batch_size=8, cache_dir=sys.argv[2], cache_on_full=sys.argv[3])
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            print(sum(map(len, loader)), [str(w.message).count("is full") for w in seen])
+    except CacheFullError as error:
+        print(type(error).__name__, error.bytes > 50, error.path.startswith(sys.argv[2]), str(error).count(error.path))
+    """
+)
+
+
+@pytest.mark.parametrize(("policy", "said"), [("warn", "100 [1]"), ("raise", "CacheFullError True True 1")])
+def test_a_disk_that_is_full_warns_once_or_raises_as_told(dataset, tmp_path, policy, said):
+    argv = [sys.executable, "-c", LIMITED, (tmp_path / "data" / "manifest.jsonl").as_uri(), str(tmp_path / "cache"), policy]
+    done = subprocess.run(argv, check=False, timeout=60, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (said, "")
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "cache").rglob("*.range"))
+
+
+def test_what_is_missing_is_on_its_way_while_the_rest_comes_from_the_disk(tmp_path):
+    cache = DiskCache(str(tmp_path), 1 << 20)
+    requests = [ReadRequest("k", i * 100, i * 100 + 100, "etag") for i in range(400)]
+    streams, drawn = [], []
+
+    def read(source):
+        """One request ahead, as a bulk read with a small budget goes."""
+        streams.append(len(drawn))
+        ahead = deque()
+        for request in source:
+            drawn.append(request)
+            ahead.append(request)
+            if len(ahead) > 1:
+                yield answer(ahead.popleft())
+        yield from map(answer, ahead)
+
+    def answer(request):
+        return ReadResult(request, memoryview(b"%03d" % (request.start // 100) + bytes(97)), "etag", 40_000)
+
+    def contents(wanted):
+        streams.clear()
+        drawn.clear()
+        reads = CachedReads(cache, "u", read, 1000)
+        got = [int(bytes(result.data[:3])) for result in reads.run(iter(wanted))]
+        assert got == [request.start // 100 for request in wanted]
+        return reads
+
+    contents(requests[::3])
+    assert len(streams) == 1
+    mixed = contents(requests)
+    assert (mixed.hits, drawn) == (134, [request for i, request in enumerate(requests) if i % 3])
+    assert len(streams) == 1  # one stream through all of it
+    assert contents(requests).hits == 400
+    assert not streams
+    lost = [requests[5], requests[200], requests[399]]  # further apart than is looked ahead
+    for request in lost:
+        os.remove(mixed.path(request))
+    assert contents(requests).hits == 397
+    assert drawn == lost
+    for _ in range(2):  # what has no ETag is not kept
+        assert contents([*requests, ReadRequest("k", 0, 100)]).hits == 400
+
+
+def test_an_entry_that_is_evicted_after_it_was_seen_is_read_from_the_store(dataset, tmp_path, monkeypatch):
+    options = {"batch_size": 8, "cache_dir": str(tmp_path / "cache"), "memory_limit": "16KiB"}
+    plain = numbers(Loader(dataset, **options))
+    get, gone = DiskCache.get, []
+
+    def evicted(self, path):
+        if len(gone) < 5:
+            gone.append(path)
+            os.remove(path)
+        return get(self, path)
+
+    monkeypatch.setattr(DiskCache, "get", evicted)
+    loader = Loader(dataset, **options)
+    assert numbers(loader) == plain
+    assert loader.stats.cache_hits == loader.stats.requests - 5
+    assert all(map(os.path.exists, gone))  # and kept again
 
 
 def test_a_cache_folder_that_cannot_be_made_is_said_at_once(dataset, tmp_path):

@@ -9,7 +9,15 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from s3loader.errors import ConfigError, FormatError, IntegrityError, ObjectChangedError, ObjectNotFoundError, S3LoaderError, ShardReadError
+from s3loader.errors import (
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    S3LoaderError,
+    ShardReadError,
+)
 from s3loader.loader import Loader, SampleReader, from_mds, open_dataset
 from s3loader.store.open import open_store
 
@@ -152,7 +160,9 @@ def test_open_dataset_sees_what_it_is(folder, end):
         open_dataset(f"{folder}{end}", group="webdataset")
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", "not json", '{"version": 2, "chunks": []}', '{"version": 2, "shards": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "3", "not json", '{"version": 2, "chunks": []}', '{"version": 2, "shards": [{}]}']
+)
 def test_a_folder_with_another_index_is_loose_objects(tmp_path, text):
     (tmp_path / "index.json").write_text(text)
     (tmp_path / "a.bin").write_bytes(b"x")
