@@ -87,6 +87,11 @@ class ObjectURL:
             return f"file://{self.key}"
         return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
 
+    @property
+    def base(self) -> str:
+        """It without a slash at its end, for ``f"{base}/{key}"``; of the root folder ``file://``."""
+        return f"{self.scheme}://{str(self).partition('://')[2].rstrip('/')}"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ByteRange:

@@ -29,10 +29,10 @@ def open_root(target: Any, bucket: str | None, prefix: str = "") -> tuple[Object
         if not prefix:
             return target, name, None
         root = PrefixBackend(target.backend, f"{prefix}/")
-        return ObjectStore(f"{target.url.rstrip('/')}{below}", root, options=target.options), name, None
+        return ObjectStore(f"{target.url}{below}", root, options=target.options), name, None
     if isinstance(target, (str, os.PathLike)):
-        url = os.fspath(target)
-        return open_store(f"{url.rstrip('/')}{below}" if prefix else url), bucket or ObjectURL.parse(url).bucket, None
+        url = ObjectURL.parse(os.fspath(target))
+        return open_store(f"{url.base}{below}" if prefix else url), bucket or url.bucket, None
     if hasattr(target, "get_object") and hasattr(target, "head_object") and hasattr(target, "meta"):
         name = bucket or DEFAULT_BUCKET
         return open_store(f"s3://{name}{below}", s3_client=target), name, target

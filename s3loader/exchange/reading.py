@@ -56,7 +56,7 @@ def _located(store: ObjectStore, key: str, items: Iterator[T]) -> Iterator[T]:
     try:
         yield from items
     except InvalidManifestError as error:
-        url = f"{store.url.rstrip('/')}/{key}"
+        url = f"{store.url}/{key}"
         raise InvalidManifestError(error.message, error.line_number, op="read", url=url, key=key) from error
 
 

@@ -242,7 +242,7 @@ class ManifestWriter:
     # the manifest
 
     def _url(self) -> str:
-        return f"{self._store.url.rstrip('/')}/{self.manifest_key}"
+        return f"{self._store.url}/{self.manifest_key}"
 
     def _check(self) -> None:
         if self._closed:

@@ -75,7 +75,7 @@ def index_archive(
             rows.add(member, _content_crc(source, member) if checksums or compression is not None else None)
         table = _seek_table(store, key, meta) if compression == "zstd" else None
     except ShardReadError as error:
-        raise ShardReadError(error.message, op="index", url=f"{store.url.rstrip('/')}/{key}", **error.details) from error
+        raise ShardReadError(error.message, op="index", url=f"{store.url}/{key}", **error.details) from error
     return rows.index(meta, compression, table)
 
 
@@ -234,7 +234,7 @@ def build_index(
 
 
 def _url(store: ObjectStore, key: str) -> str:
-    return f"{store.url.rstrip('/')}/{key}"
+    return f"{store.url}/{key}"
 
 
 def _archives(urls: Iterable[str], store: ObjectStore | None) -> Iterator[tuple[ObjectStore, str]]:
@@ -259,7 +259,7 @@ def _open_parent(url: str, stores: dict[str, ObjectStore]) -> tuple[ObjectStore,
     """The folder of `url` as a store, and the name in it; a URL that ends in a slash is a folder itself."""
     folder = url.endswith("/")
     target = ObjectURL.parse(url)
-    base, _, name = (str(target).rstrip("/"), "", "") if folder else str(target).rpartition("/")
+    base, _, name = (target.base, "", "") if folder else str(target).rpartition("/")
     if base not in stores:
         stores[base] = open_store(base)
     return stores[base], name

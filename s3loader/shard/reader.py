@@ -70,7 +70,7 @@ class ShardReader:
     @property
     def url(self) -> str:
         """Where the archive is."""
-        return f"{self.store.url.rstrip('/')}/{self.key}"
+        return f"{self.store.url}/{self.key}"
 
     @property
     def index(self) -> ShardIndex:

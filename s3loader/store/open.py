@@ -117,7 +117,7 @@ def _open(
         backend = open_backend(target, settings, engine=engine, s3_client=s3_client, options=options)
     identity = (backend.engine, backend.url, str(settings and settings.endpoint_url), str(settings and settings.region))
     return ObjectStore(
-        str(target).rstrip("/"),
+        target.base,
         assemble(backend, target, options),
         options=options,
         reopen=(_open, (target, engine, settings, options)) if s3_client is None else None,

@@ -87,7 +87,7 @@ class ObjectReader(io.RawIOBase):
         return bytes(rest)
 
     def _url(self) -> str:
-        return f"{self._store.url.rstrip('/')}/{self.key}"
+        return f"{self._store.url}/{self.key}"
 
     def _checkClosed(self) -> None:  # noqa: N802  RawIOBase has one of this name, unknown to type checkers
         if self.closed:

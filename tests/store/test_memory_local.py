@@ -19,6 +19,7 @@ from s3loader.errors import (
     ObjectNotFoundError,
     RangeError,
 )
+from s3loader.exchange import S3ExchangeStore
 from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.store.memory import MemoryBackend
 from s3loader.types import Update
@@ -30,6 +31,16 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert open_store(url).url == f"file://{tmp_path}"
     assert open_store("memory://n/a/b").url == "memory://n/a/b"
     assert open_store("memory://n/a/b/").url == "memory://n/a/b"
+    for root in ("file:///", "memory://"):  # nothing but slashes behind the scheme, which are no end to cut off
+        store = open_store(root)
+        assert store.url == root.replace("///", "//")
+        assert open_store(store.url).url == store.url
+        with pytest.raises(ObjectNotFoundError) as caught:
+            store.get("no/such")
+        assert caught.value.url == f"{store.url}/no/such"
+        with pytest.raises(ObjectNotFoundError) as missing:
+            next(S3ExchangeStore(store.url, base_prefix="no", prefix_all=True).objects.get_many(["such"]))
+        assert missing.value.url == f"{store.url}/no/such"
     for bad in ("", "ftp://x/y", "s3://", "s3:///key"):
         with pytest.raises(ConfigError):
             open_store(bad)
