@@ -97,8 +97,10 @@ class Restoration:
         place = into if into is not None else self._fresh(kind, dtype, shape)
         self._in_place[name] = place.in_place
 
+        values = self._values  # not `self`: a cycle would keep all that was restored until the next collection
+
         def done(value: Any) -> None:
-            self._values[name] = value
+            values[name] = value
 
         self._targets.append((chunks, place, done))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,3 +209,23 @@ def test_as_much_is_under_way_as_the_memory_lent_for_it_allows() -> None:
     dense = [group(i, 8 * MIB, direct=False) for i in range(7)]
     assert reading._window([*large, *dense]) == reading._WINDOW
     assert reading._window([*dense[:4], *large, *dense[4:]]) == reading._IN_PLACE_WINDOW
+
+
+def test_what_was_saved_or_restored_goes_with_its_last_reference(tmp_path: Path) -> None:
+    state = {"a": np.arange(1000.0), "large": np.zeros(8 * MIB, np.uint8)}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state).result(30)
+        target = {name: np.empty_like(array) for name, array in state.items()}
+        gc.collect()
+        gc.disable()
+        try:
+            restored = manager.restore()
+            manager.restore(target=target)
+            manager.save(2, state).result(30)
+            seen = [weakref.ref(array) for array in (*restored.values(), *target.values(), *state.values())]
+            restored.clear()
+            target.clear()
+            state.clear()
+            assert [ref() is None for ref in seen] == [True] * 6
+        finally:
+            gc.enable()
