@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Required, Unpack
 
-from s3loader.errors import PlanError, StateMismatchError
+from s3loader.errors import ConfigError, PlanError, StateMismatchError
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.position import Position
 from s3loader.loader.reading import read_samples
-from s3loader.loader.run import Run
-from s3loader.loader.samples import Place, Quarantined, SampleWork, place_of
+from s3loader.loader.run import RawBatch, Run
+from s3loader.loader.samples import Place, Quarantined, SampleWork, batch_error, place_of, refuse_all_skipped
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_plan
 from s3loader.plan.permutation import Int64Array
@@ -208,34 +208,41 @@ class Loader:
         """
         position, plan = self.position, self.plan
         consumed = position.begin()
+        turn = position.turn
         if consumed and not self.schedule(consumed).steps(self.topology.rank):
             consumed = position.skip_to_next_epoch()  # the state was taken behind the last batch
         epoch, schedule = position.epoch, self.schedule(consumed)
-        if not consumed and not self.options.allow_empty:
+        whole = not consumed and not self.options.allow_empty
+        if whole:
             self._refuse_empty(schedule)
         work = SampleWork(
-            self.dataset, self.options, epoch=epoch, read=self._read, stats=self.stats, quarantine=self.quarantine
-        )
+            self.dataset, self.options, epoch=epoch, read=self._read, stats=self.stats, quarantine=self.quarantine,
+            exclude=plan.exclude,
+        )  # fmt: skip
         raws = iter(self._run(schedule, epoch, first_step))
         stats, clock = self.stats, time.perf_counter
         begun = clock()
+        delivered = False
         try:
             for raw in raws:
                 samples = work.finish(raw.items, raw.samples, raw.positions)
                 after = plan.base(epoch, schedule.consumed_after(raw.step + 1))
                 if not samples:  # all of them were skipped
-                    position.consumed = after
+                    position.move(turn, after)
                     continue
-                data = self._collated(samples)
+                data = self._collated(samples, raw, epoch)
                 stats.samples += len(samples)
                 stats.batches += 1
                 if stats.first_batch is None:
                     stats.first_batch = clock() - begun
                 given = clock()
-                position.consumed = after
+                position.move(turn, after)
+                delivered = True
                 yield Batch(data, raw.step, epoch, raw.positions, raw.samples, after, self.dataset)
                 stats.consumer += clock() - given
-            position.finish(plan.size)
+            if whole and not delivered and self.topology.workers == 1:
+                refuse_all_skipped(self.quarantine, epoch)
+            position.finish(turn, plan.size)
         finally:
             raws.close()
             work.close()
@@ -253,11 +260,14 @@ class Loader:
             raise PlanError(text, hint='use tail="pad" or "short", or a smaller batch size')
         raise PlanError(f"there are fewer samples than ranks, so some would get no batch ({what})", hint='use tail="pad"')
 
-    def _collated(self, samples: list[Any]) -> Any:
+    def _collated(self, samples: list[Any], raw: RawBatch, epoch: int) -> Any:
         if self._collate is None:
             return samples
         begun = time.perf_counter()
-        data = self._collate(samples)
+        try:
+            data = self._collate(samples)
+        except Exception as error:  # of the user's code: it reaches the user with its place
+            raise batch_error("collate", error, self.dataset, epoch, raw.samples, raw.positions) from error
         self.stats.decode += time.perf_counter() - begun
         return data
 
@@ -303,10 +313,17 @@ class Loader:
 
         batches = iter(self)
         end = object()
+        coming: asyncio.Future[Any] | None = None
         try:
-            while (batch := await asyncio.to_thread(next, batches, end)) is not end:
+            while True:
+                coming = asyncio.ensure_future(asyncio.to_thread(next, batches, end))
+                batch = await asyncio.shield(coming)
+                if batch is end:
+                    return
                 yield batch
         finally:
+            if coming is not None and not coming.done():  # cancelled: the thread is in the generator still
+                await asyncio.wait([coming])
             await asyncio.to_thread(batches.close)  # type: ignore[attr-defined]  # a generator
 
     # -- provenance --------------------------------------------------------------------------
@@ -346,6 +363,10 @@ class Loader:
         """
         options = self.options
         workers = self.topology.workers if workers is None else workers
+        if workers < 1:
+            raise ConfigError(
+                f"there is at least one worker per rank, not {workers}", hint="a rank without workers reads itself: 1"
+            )
         return explain_plan(
             self.plan,
             batch_size=options.batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -19,9 +19,11 @@ from s3loader.loader.options import LoaderOptions
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan.permutation import Int64Array, derive
 
-__all__ = ["Place", "Quarantined", "SampleWork"]
+__all__ = ["Place", "Quarantined", "SampleWork", "batch_error", "place_of", "refuse_all_skipped"]
 
 _REPLACEMENTS: Final = 16
+_DRAWS: Final = 16
+"""Draws for one replacement, of which most may hit samples that are left out on purpose."""
 
 
 class Quarantined(NamedTuple):
@@ -65,6 +67,44 @@ def place_of(dataset: Dataset, sample: int, position: int, epoch: int) -> Place:
     return Place(dataset.sample_key(layout, first), layout.key(first), start, length, epoch, position, sample)
 
 
+def batch_error(
+    stage: str, error: Exception, dataset: Dataset, epoch: int, samples: Int64Array, positions: Int64Array
+) -> S3LoaderError:
+    """What to raise where a whole batch fails: the error with the place of the batch, its first sample named."""
+    first, last = int(positions[0]), int(positions[-1])
+    facts: dict[str, Any] = {"position": first, "epoch": epoch, "sample": int(samples[0]), "positions": positions.tolist()}
+    key = dataset.keys(samples[:1])[0] or f"sample {int(samples[0])}"
+    archive, mark, name = key.partition("#")
+    facts |= {"key": key, "shard": archive, "member": name if mark else key}
+    where = f" [positions {first} to {last} of epoch {epoch}, the first is {key}]"
+    if isinstance(error, S3LoaderError):
+        placed = copy.copy(error)
+        placed.details = {**facts, **error.details}
+        placed.message = error.message + where
+        placed.args = (placed.message,)
+        return placed
+    return SampleError(f"{stage} failed: {type(error).__name__}: {error}{where}", **facts)
+
+
+def refuse_all_skipped(quarantine: Sequence[Quarantined], epoch: int) -> None:
+    """An epoch of which nothing is left is an error, whatever the policy: a loop over it would train on nothing.
+
+    Raises:
+        SampleError: every sample was skipped.
+    """
+    here = [entry for entry in quarantine if entry.epoch == epoch]
+    if here:
+        first = here[0]
+        raise SampleError(
+            f"every sample of epoch {epoch} was skipped; the first failure: {first.error}",
+            hint='look at .quarantine; on_error="raise" stops at the first',
+            position=first.position,
+            epoch=epoch,
+            sample=first.sample,
+            key=first.key,
+        )
+
+
 class SampleWork:
     """Turns raw batches into lists of finished samples, under the policy of the options."""
 
@@ -77,10 +117,12 @@ class SampleWork:
         read: Callable[[Int64Array], list[Any]] | None = None,
         stats: LoaderStats | None = None,
         quarantine: list[Quarantined] | None = None,
+        exclude: Sequence[int] = (),
     ) -> None:
         self._dataset = dataset
         self._options = options
         self._epoch = epoch
+        self._exclude = frozenset(exclude)
         self._read = read
         self._stats = stats if stats is not None else LoaderStats()
         self._quarantine = quarantine if quarantine is not None else []
@@ -187,8 +229,13 @@ class SampleWork:
     def _replacement(self, position: int, cause: S3LoaderError) -> Any:
         """A sample fixed by seed, epoch and position, so that every run replaces alike."""
         assert self._read is not None
-        for attempt in range(_REPLACEMENTS):
+        tried = 0
+        for attempt in range(_REPLACEMENTS * _DRAWS):
             sample = derive(self._options.seed % (1 << 64), self._epoch, position, attempt) % len(self._dataset)
+            if sample in self._exclude:
+                continue
+            if (tried := tried + 1) > _REPLACEMENTS:
+                break
             number = np.array([sample], dtype=np.int64)
             item = self._read(number)[0]
             if not self._idle:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s3loader.errors import ConfigError
+from s3loader.errors import ConfigError, SampleError
 from s3loader.loader import Loader, open_dataset
+from s3loader.store import open_store
 
 jax = pytest.importorskip("jax")
 
@@ -38,6 +39,15 @@ def test_numpy_batches_in_the_loaders_own_order(numbers_url: str) -> None:
     assert isinstance(first, np.ndarray)
     assert first.shape == (4, 8)
     assert numbers(made) == numbers(ours)
+
+
+def test_options_of_the_store_and_the_dataset_are_taken_with_a_url(numbers_url: str) -> None:
+    made = S3JaxIterable.from_prefix(
+        "data/", store=open_store(numbers_url.removesuffix("data/")), batch_size=5, shuffle=False, transform=vector
+    )
+    assert numbers(made) == list(range(50))
+    with pytest.raises(ConfigError, match="region: the dataset is open already"):
+        S3JaxIterable(open_dataset(numbers_url), batch_size=5, region="us-east-1")
 
 
 def test_state_counts_what_was_given_out_not_what_waits_on_the_devices(numbers_url: str) -> None:
@@ -139,3 +149,58 @@ def test_missing_jax_is_one_sentence() -> None:
     code = "import sys; sys.modules['jax'] = None; import s3loader.jax"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stderr.splitlines()[-1].endswith("pip install 's3loader[jax]'")
+
+
+def devices_along_the_batch() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+
+
+def test_an_error_comes_behind_the_batches_that_come_before_it_also_through_double_buffering(numbers_url: str) -> None:
+    def fails_on_17(data: memoryview) -> np.ndarray:
+        if data[0] == 17:
+            raise ValueError("no")
+        return vector(data)
+
+    made = S3JaxIterable(
+        numbers_url, batch_size=4, shuffle="none", transform=fails_on_17, sharding=devices_along_the_batch(), device_prefetch=3
+    )
+    seen: list[int] = []
+    with pytest.raises(SampleError, match="position 17"):
+        seen.extend(number for batch in made for number in numbers([batch]))
+    assert seen == list(range(16))
+    assert made.state_dict()["consumed"] == 16
+
+
+def test_what_is_chosen_in_the_middle_of_an_iteration_holds(numbers_url: str) -> None:
+    made = S3JaxIterable(numbers_url, batch_size=4, transform=vector, sharding=devices_along_the_batch())
+    batches = iter(made)
+    next(batches)
+    state = made.state_dict()
+    next(batches)
+    made.load_state_dict(state)
+    next(batches)
+    assert made.state_dict() == state
+    made.set_epoch(3)
+    next(batches)
+    assert (made.state_dict()["epoch"], made.state_dict()["consumed"]) == (3, 0)
+    list(batches)
+    assert numbers(made) == numbers(S3JaxIterable(numbers_url, batch_size=4, transform=vector, epoch=3))
+
+
+def test_a_sharding_that_does_not_divide_the_batch_is_named_with_its_shape() -> None:
+    script = """
+import numpy as np, jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from s3loader.errors import ConfigError, SampleError
+from s3loader_jax.sharding import shard_batch
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+try:
+    shard_batch(np.zeros((10, 8), np.float32), sharding, 1)
+except ConfigError as error:
+    assert "(10, 8)" in str(error) and "batch_size" in str(error), error
+else:
+    raise AssertionError
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -100,8 +100,12 @@ class S3JaxIterable(FromSources):
         return len(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.loader.set_epoch(epoch)
+        """Choose the epoch of the next iteration; a loaded position in that epoch is kept."""
+        loader = self.loader
+        before = loader.position.turn
+        loader.set_epoch(epoch)
+        if loader.position.turn != before:
+            self._delivered = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands after the last batch *given out*; what waits on the devices does not count."""
@@ -129,21 +133,31 @@ class S3JaxIterable(FromSources):
         batches = loader.iter_batches()
         waiting: deque[Batch] = deque()
         self._delivered = None
-        finished = False
+        finished, turn = False, -1
+        failure: Exception | None = None
         try:
             while not finished or waiting:
                 while not finished and len(waiting) < (self._device_prefetch if self._sharding is not None else 1):
-                    batch = next(batches, None)
+                    try:
+                        batch = next(batches, None)
+                        if batch is not None and self._sharding is not None:
+                            batch.data = shard_batch(batch.data, self._sharding, loader.topology.world_size)
+                    except Exception as error:  # noqa: BLE001 - raised below, behind the batches that come before it
+                        batch, failure = None, error
+                    if turn < 0:
+                        turn = loader.position.turn
                     if batch is None:
                         finished = True
                         break
-                    if self._sharding is not None:
-                        batch.data = shard_batch(batch.data, self._sharding, loader.topology.world_size)
                     waiting.append(batch)
                 if waiting:
                     batch = waiting.popleft()
-                    self._delivered = (batch.epoch, batch.consumed)
+                    if turn == loader.position.turn:  # else another position was chosen meanwhile
+                        self._delivered = (batch.epoch, batch.consumed)
                     yield batch
-            self._delivered = None  # the epoch is over: the loader's own state says so
+            if failure is not None:
+                raise failure
+            if turn == loader.position.turn:
+                self._delivered = None  # the epoch is over: the loader's own state says so
         finally:
             batches.close()

@@ -69,7 +69,15 @@ def place(array: npt.NDArray[Any], sharding: Sharding, world_size: int) -> jax.A
     """This process's rows of one global array as that `jax.Array` (axis 0 is the batch)."""
     global_shape = (array.shape[0] * world_size, *array.shape[1:])
     make: Callable[..., jax.Array] = jax.make_array_from_process_local_data
-    return make(_along(sharding, array.ndim), array, global_shape)
+    along = _along(sharding, array.ndim)
+    try:
+        along.shard_shape(global_shape)
+    except ValueError as error:
+        raise ConfigError(
+            f"the sharding does not divide an array of shape {global_shape}: {error}",
+            hint="choose a batch_size that the devices along the batch axis divide",
+        ) from error
+    return make(along, array, global_shape)
 
 
 def shard_batch(batch: Any, sharding: Sharding, world_size: int) -> Any:

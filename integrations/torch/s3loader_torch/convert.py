@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from s3loader.errors import ConfigError
+from s3loader.errors import ConfigError, SampleError
 from s3loader.loader import Collate, Ragged, collate_fixed, collate_ragged
 from s3loader_torch.ring import SharedRows, lend_slot
 
@@ -34,6 +35,9 @@ ReturnType: TypeAlias = Literal["tensor", "bytes", "reader", "sample"]
 """What raw bytes become. ``"tensor"``: a uint8 tensor without a copy. ``"bytes"``: `bytes`. ``"reader"``: a file with the
 object's key, as s3torchconnector gives. ``"sample"``: memoryviews from an `S3DataLoader` without workers, else `bytes`."""
 
+
+_SENDABLE: Final = frozenset({torch.Tensor, str, bool, int, float, complex, type(None)})
+"""Types that need no look before they are sent."""
 
 _BY_PIPE: Final = 1 << 20
 """Bytes of a batch up to which a pipe costs less than shared memory (a third, at 128 KiB)."""
@@ -211,10 +215,23 @@ def pack(data: Any, kind: ReturnType) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1 and value.device.type == "cpu":
             rows.append(value.numpy())
             return _Hole(len(rows) - 1, as_bytes=False)
+        if type(value) not in _SENDABLE:
+            _check_sendable(value)
         return value
 
     structure = _map(data, mark)
     return Packed(_unpack, structure, *_joined(rows)) if rows and not isinstance(data, torch.Tensor) else data
+
+
+def _check_sendable(value: Any) -> None:
+    """The thread of torch's queue prints what it cannot pickle and drops it, and the training process would wait for ever."""
+    try:
+        ForkingPickler.dumps(value)
+    except Exception as error:  # whatever the object's own pickling raises
+        raise SampleError(
+            f"a batch cannot be sent from a worker: {type(error).__name__}: {error}",
+            hint="return tensors, arrays, numbers, text, bytes, or lists and dicts of them from transform= or collate=",
+        ) from error
 
 
 def _joined(rows: list[Any]) -> tuple[Any, list[int]]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from s3loader.errors import ConfigError, S3LoaderError, WorkerError
 from s3loader.loader import Dataset, LoaderStats, Quarantined
 from s3loader.loader.position import Position
-from s3loader.plan import PlanState
+from s3loader.loader.samples import refuse_all_skipped
 from s3loader_torch.iterable import Delivery, S3IterableDataset
 
 __all__ = ["S3DataLoader"]
@@ -52,7 +52,7 @@ class S3DataLoader(DataLoader[Any]):
         if dataset.batch_size is None:
             raise ConfigError("the dataset needs a batch size", hint="give S3IterableDataset(..., batch_size=B)")
         self._position = Position(dataset.epoch)
-        self._state: PlanState | None = None
+        self._iterations = 0
         self._past = LoaderStats()
         self._worker_stats: dict[int, LoaderStats] = {}
         self.quarantine: list[Quarantined] = []
@@ -108,30 +108,42 @@ class S3DataLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator, as torch allows
         position = self._position
+        self._iterations = mine = self._iterations + 1
         consumed = position.begin()
+        turn = position.turn
         if consumed and not self._steps(consumed):
             consumed = position.skip_to_next_epoch()
         expected = self._steps(consumed)
-        self._dataset.begin_at(position.epoch, consumed)
+        epoch = position.epoch
+        self._dataset.begin_at(epoch, consumed, apart=not self.persistent_workers)
         size = self._dataset.plan.size
         self._past, self._worker_stats = self.stats, {}
         given = 0
-        for delivery in self._deliveries():
-            if delivery.error is not None:
-                raise delivery.error
+        for delivery in self._deliveries(mine):
             self._worker_stats[delivery.worker] = delivery.stats
             self.quarantine += delivery.quarantine
-            position.consumed = delivery.consumed
+            if delivery.error is not None:
+                raise delivery.error
+            if delivery.consumed < 0:
+                continue
+            position.move(turn, delivery.consumed)
             given += 1
             yield delivery.data
-        if given > expected:
+        if given > expected or (given < expected and self._dataset.on_error != "skip"):
             raise WorkerError(f"{given} batches came, {expected} are in the plan")
-        position.finish(size)
+        if expected and not given and not consumed:
+            refuse_all_skipped(self.quarantine, epoch)
+        position.finish(turn, size)
 
-    def _deliveries(self) -> Iterator[Delivery]:
+    def _deliveries(self, mine: int) -> Iterator[Delivery]:
         batches = super().__iter__()
         try:
             while True:
+                if self.persistent_workers and mine != self._iterations:
+                    raise WorkerError(
+                        "a later iteration of this loader has taken over its persistent workers",
+                        hint="make another loader for it, or leave persistent_workers out",
+                    )
                 delivery = self._next(batches)
                 if delivery is None:
                     return
@@ -150,6 +162,7 @@ class S3DataLoader(DataLoader[Any]):
             if not self.num_workers or (isinstance(error, RuntimeError) and "worker" not in str(error)):
                 raise
             _stop_workers(batches)
+            self._iterator = None  # persistent workers, too, start anew
             raise WorkerError(
                 f"a worker process died: {error}", hint="its own message may stand above; resume from the last state"
             ) from error

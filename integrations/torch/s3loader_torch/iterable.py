@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from s3loader.errors import ConfigError, S3LoaderError
+from s3loader.errors import ConfigError, S3LoaderError, SampleError
 from s3loader.loader import (
+    Batch,
     FromSources,
     Loader,
     LoaderKeywords,
@@ -21,6 +22,8 @@ from s3loader.loader import (
     Source,
     open_source,
 )
+from s3loader.loader.position import checked_epoch
+from s3loader.loader.samples import batch_error
 from s3loader.plan import Plan, PlanState, Schedule, Topology
 from s3loader_torch.compat import DatasetKeywords, without_connector
 from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
@@ -36,6 +39,7 @@ class Delivery(NamedTuple):
     """What a worker of `S3DataLoader` hands over with each batch."""
 
     consumed: int
+    """-1: there is no batch, only what was left out behind the last one."""
     data: Any
     worker: int
     stats: LoaderStats
@@ -118,6 +122,7 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         self._shared = _shared([0, 0])
         self._state: PlanState | None = None
         self._first_step = 0
+        self._next_step = 0
         self._allow_changed = False
         self._live: Loader | None = None
         self._planned: tuple[Any, Plan] | None = None
@@ -129,7 +134,7 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration, also in workers that live already. A loaded position in it is kept."""
-        if epoch != int(self._shared[0]):
+        if checked_epoch(epoch) != int(self._shared[0]):
             self._shared[0], self._shared[1] = epoch, 0
             self._first_step = 0
 
@@ -139,12 +144,19 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         return int(self._shared[0])
 
     @property
+    def on_error(self) -> str:
+        """See `s3loader.LoaderOptions.on_error`."""
+        return str(self._options.get("on_error", "raise"))
+
+    @property
     def start(self) -> int:
         """Positions of that epoch that are consumed before the next iteration begins."""
         return int(self._shared[1])
 
-    def begin_at(self, epoch: int, consumed: int) -> None:
-        """Choose epoch and start of the next iteration, also in workers that live already."""
+    def begin_at(self, epoch: int, consumed: int, *, apart: bool = False) -> None:
+        """Choose epoch and start of the next iteration, also in workers that live already; `apart`: not in those."""
+        if apart:  # another iteration's workers may just be starting
+            self._shared = _shared([epoch, consumed])
         self._shared[0], self._shared[1] = epoch, consumed
         self._first_step = 0
 
@@ -183,7 +195,7 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
             return loader.state_dict()
         epoch, consumed = self._begun
         state = loader.plan.state(epoch, consumed).as_dict()
-        return {**state, "worker_step": self._first_step}
+        return {**state, "worker_step": self._next_step}
 
     def state_after(self, batches: int) -> dict[str, Any]:
         """The state when this rank has got `batches` batches of the current epoch (since the loaded state, if any)."""
@@ -256,43 +268,52 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         loader = self._live = self.loader(topology)
         in_worker = get_worker_info() is not None
         self._begun = (loader.epoch, loader.position.start)
-        batches = loader.iter_batches(first_step=self._first_step)
+        # Taken, not only read: another iterator over this dataset begins at its own first step.
+        first_step, self._first_step = self._first_step, 0
+        self._next_step = first_step
+        batches = loader.iter_batches(first_step=first_step)
         noted = 0
         try:
             while True:
                 try:
                     batch = next(batches, None)
+                    data = None if batch is None or self.batch_size is None else self._converted(batch, in_worker)
                 except S3LoaderError as error:
                     if not self._deliveries:
                         raise
                     # torch would rebuild the exception from its text alone and lose what it knows.
                     yield Delivery(0, None, topology.worker, loader.stats, tuple(loader.quarantine[noted:]), error)
                     return
+                new = tuple(loader.quarantine[noted:])
+                noted = len(loader.quarantine)
                 if batch is None:
+                    if self._deliveries and new:  # skipped behind the last batch
+                        yield Delivery(-1, None, topology.worker, loader.stats, new, None)
                     return
-                self._first_step = batch.step + topology.workers
+                self._next_step = batch.step + topology.workers
                 if self.batch_size is None:
                     yield from convert_batch(batch.data, self._plain)
                     continue
-                data = self._converted(batch.data, in_worker)
                 if self._deliveries:
-                    new = tuple(loader.quarantine[noted:])
-                    noted = len(loader.quarantine)
                     yield Delivery(batch.consumed, data, topology.worker, loader.stats, new, None)
                 else:
                     yield data
         finally:
             batches.close()
-            self._first_step = 0
+            self._next_step = 0
 
     @property
     def _plain(self) -> ReturnType:
         """The return type for a plain DataLoader: it takes a memoryview for a sequence, and makes a list of ints of it."""
         return "bytes" if self.return_type == "sample" and not self._deliveries else self.return_type
 
-    def _converted(self, data: Any, in_worker: bool) -> Any:
+    def _converted(self, batch: Batch, in_worker: bool) -> Any:
+        data = batch.data
         if in_worker:
-            return pack(to_tensors(data), self.return_type)
+            try:
+                return pack(to_tensors(data), self.return_type)
+            except SampleError as error:
+                raise batch_error("sending", error, self.source, batch.epoch, batch.samples, batch.positions) from error
         return convert_batch(data, self._plain) if self._late else to_tensors(data)
 
     def __getstate__(self) -> dict[str, Any]:

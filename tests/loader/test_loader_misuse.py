@@ -1,0 +1,156 @@
+"""What people do to a loader in the middle of an iteration, and functions of theirs that fail."""
+
+import asyncio
+import threading
+
+import pytest
+
+from s3loader.errors import ConfigError, SampleError
+from s3loader.loader import Loader, from_manifest
+from s3loader.loader.position import Position
+from s3loader.store.open import open_store
+from s3loader.testing.datasets import write_sharded_dataset
+
+SAMPLES = 120
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    store = open_store(tmp_path_factory.mktemp("misuse").as_uri())
+    write_sharded_dataset(store, ((f"s{i:05d}.bin", b"%06d" % i) for i in range(SAMPLES)), per_shard=40)
+    return from_manifest("manifest.jsonl", store=store)
+
+
+def numbers(batches):
+    return [int(bytes(sample[:6])) for batch in batches for sample in batch]
+
+
+def fails(_sample):
+    raise ValueError("no")
+
+
+def test_an_epoch_chosen_in_the_middle_is_the_next_one_and_what_the_old_one_delivers_does_not_count(dataset):
+    loader = Loader(dataset, batch_size=8)
+    batches = iter(loader)
+    next(batches)
+    loader.set_epoch(7)
+    next(batches)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["consumed"]) == (7, 0)
+    list(batches)
+    assert numbers(loader) == numbers(Loader(dataset, batch_size=8, epoch=7))
+    assert loader.epoch == 7
+
+
+def test_a_state_loaded_in_the_middle_holds_though_the_old_iteration_comes_to_its_end(dataset):
+    whole = numbers(Loader(dataset, batch_size=8))
+    loader = Loader(dataset, batch_size=8)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    next(batches)
+    loader.load_state_dict(state)
+    next(batches)
+    assert loader.state_dict() == state
+    list(batches)
+    assert numbers(loader) == whole[8:]
+
+
+def test_iterators_side_by_side_and_in_threads_have_the_whole_epoch_each(dataset):
+    whole, loader = numbers(Loader(dataset, batch_size=8)), Loader(dataset, batch_size=8)
+    pairs = list(zip(loader, loader, strict=True))
+    assert numbers(one for one, _ in pairs) == numbers(two for _, two in pairs) == whole
+    loader, got = Loader(dataset, batch_size=8), {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: numbers(loader)})) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(got.values()) == [whole] * 3
+
+
+def test_a_cancelled_async_iteration_is_cancelled(dataset):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def waits(sample):
+        inside.set()
+        go_on.wait(20)
+        return sample
+
+    async def cancelled():
+        async def consume():
+            async for _ in Loader(dataset, batch_size=8, transform=waits):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.to_thread(inside.wait, 20)
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.01, go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+
+
+def test_a_collate_that_fails_is_told_with_its_place(dataset):
+    def collate(samples):
+        if len(samples) and numbers([samples])[0] == 16:
+            return next(iter(()))  # StopIteration must not end the epoch
+        return samples
+
+    got, loader = [], Loader(dataset, batch_size=8, shuffle="none", collate=collate)
+    with pytest.raises(SampleError, match=r"collate failed: StopIteration.*positions 16 to 23 of epoch 0") as caught:
+        got.extend(number for batch in loader for number in numbers([batch]))
+    assert got == list(range(16))
+    assert (caught.value.shard, caught.value.member, caught.value.position) == ("shards/shard-000000.tar", "s00016.bin", 16)
+    with pytest.raises(SampleError, match=r"of epoch 0, the first is shards/shard-000000\.tar#s00000\.bin"):
+        list(
+            Loader(dataset, batch_size=2, shuffle="none", transform=lambda s: bytes(s) * (1 + int(s[-1:]) % 2), collate="fixed")
+        )
+
+
+def test_an_epoch_of_which_every_sample_was_skipped_is_an_error(dataset):
+    loader = Loader(dataset, batch_size=8, transform=fails, on_error="skip")
+    with pytest.raises(SampleError, match=r"every sample of epoch 0 was skipped; the first failure: .*no"):
+        list(loader)
+    assert len(loader.quarantine) == SAMPLES
+    assert list(Loader(dataset, batch_size=8, transform=fails, on_error="skip", allow_empty=True)) == []
+
+
+def test_a_rest_of_an_epoch_may_be_skipped_whole(dataset):
+    def last_fail(sample):
+        return fails(sample) if int(bytes(sample[:6])) >= SAMPLES - 8 else sample
+
+    first = Loader(dataset, batch_size=8, shuffle="none", transform=last_fail, on_error="skip")
+    batches = iter(first)
+    for _ in range(SAMPLES // 8 - 1):
+        next(batches)
+    resumed = Loader(dataset, batch_size=8, shuffle="none", transform=last_fail, on_error="skip")
+    resumed.load_state_dict(first.state_dict())
+    assert list(resumed) == []
+
+
+def test_no_replacement_is_a_sample_that_was_excluded(dataset):
+    excluded = set(range(40))
+    loader = Loader(
+        dataset,
+        batch_size=8,
+        exclude=[f"shards/shard-000000.tar#s{i:05d}.bin" for i in excluded],
+        transform=lambda sample: fails(sample) if int(bytes(sample[:6])) % 3 == 1 else sample,
+        on_error="replace",
+    )
+    got = numbers(loader)
+    assert len(got) == SAMPLES - 40
+    assert not excluded & set(got)
+
+
+@pytest.mark.parametrize("epoch", [-1, 1 << 70, 1.5, "1", None, True])
+def test_an_epoch_that_no_state_could_hold_is_refused(dataset, epoch):
+    with pytest.raises(ConfigError, match="an epoch is a whole number from 0"):
+        Loader(dataset, batch_size=8, epoch=epoch)
+    with pytest.raises(ConfigError, match="an epoch is a whole number from 0"):
+        Position().set_epoch(epoch)
+
+
+def test_a_rank_has_at_least_one_worker_to_be_explained(dataset):
+    with pytest.raises(ConfigError, match="at least one worker"):
+        Loader(dataset, batch_size=8).explain(workers=0)
