@@ -78,6 +78,8 @@ class Client:
             return {"bytes": self.bytes, "items": 1, "seconds": self.memcpy()}
         elif verb == "stall":
             return {"bytes": self.bytes, "items": 1, "seconds": self.stall(n)}
+        elif verb == "largest":
+            return {"key": self.largest()}
         else:
             self.verify()
         return {"bytes": self.bytes, "items": len(self.state)}
@@ -101,6 +103,10 @@ class Client:
         return best
 
     def stall(self, n: int) -> float:
+        raise NotImplementedError
+
+    def largest(self) -> str:
+        """Key of the largest object saved, below the prefix."""
         raise NotImplementedError
 
 
@@ -281,6 +287,10 @@ class S3Loader(Client):
         stalled = time.perf_counter() - start
         handle.result()
         return stalled
+
+    def largest(self) -> str:
+        files = self.manager.open().files()
+        return max(files, key=files.__getitem__)
 
 
 CLIENTS: dict[str, type[Client]] = {

@@ -2,10 +2,12 @@
  *
  * Thread per connection, keep-alive HTTP/1.1, no signature, no TLS. A thread takes the next number
  * of the plan from one shared counter. GET receives into one buffer per thread, as large as the
- * object and touched before the clock starts; PUT sends one buffer that all threads share, as a
- * client does that is given the same payload again and again.
+ * object and touched before the clock starts; LOAD is a GET into memory that is as large as all of
+ * it and was touched before, each answer in a place of its own, as a checkpoint is loaded into a
+ * model; PUT sends one buffer that all threads share, as a client does that is given the same payload
+ * again and again.
  *
- * usage: limit get|put HOST PORT CONNECTIONS COUNT SIZE PATH
+ * usage: limit get|load|put HOST PORT CONNECTIONS COUNT SIZE PATH
  *        a PATH with %u names COUNT objects; a PATH without is one object read in COUNT ranges
  * prints one JSON line: wall, user, sys (seconds), bytes, requests, peak (bytes of resident memory)
  */
@@ -26,11 +28,11 @@
 enum { HEAD_MAX = 8192 };
 
 static const char *host, *path;
-static int port, putting;
+static int port, putting, loading;
 static unsigned count;
 static size_t size;
 static unsigned next_number;
-static char *payload;
+static char *payload, *memory;
 static pthread_barrier_t ready, go, done;
 
 static void die(const char *what) {
@@ -61,9 +63,10 @@ static void send_all(int fd, char *head, size_t head_len, char *body, size_t bod
     }
 }
 
-/* Receive one answer into `buffer` of `room` bytes; returns the length of its body. */
-static size_t receive(int fd, char *buffer, size_t room) {
-    size_t have = 0;
+/* Receive one answer into `buffer` of `room` bytes; returns the length of its body. With `into`, the
+ * body goes there, but for what came with the head, which is copied. */
+static size_t receive(int fd, char *buffer, size_t room, char *into) {
+    size_t have = 0, limit = into ? size : room - HEAD_MAX;
     char *end = NULL;
     while (!end) {
         ssize_t n = recv(fd, buffer + have, room - have, 0);
@@ -79,9 +82,12 @@ static size_t receive(int fd, char *buffer, size_t room) {
     size_t length = 0, head = (size_t)(end - buffer) + 4;
     for (char *line = buffer; line < end; line = memchr(line, '\n', (size_t)(end + 4 - line)), line++)
         if (strncasecmp(line, "content-length:", 15) == 0) length = strtoul(line + 15, NULL, 10);
-    if (head + length > room) { fprintf(stderr, "body too long: %zu\n", length); exit(1); }
-    while (have < head + length) {
-        ssize_t n = recv(fd, buffer + have, head + length - have, MSG_WAITALL);
+    if (length > limit || have > head + length) { fprintf(stderr, "body too long: %zu\n", length); exit(1); }
+    have -= head;
+    if (into) memcpy(into, buffer + head, have);
+    else into = buffer + head;
+    while (have < length) {
+        ssize_t n = recv(fd, into + have, length - have, MSG_WAITALL);
         if (n <= 0) die("recv body");
         have += (size_t)n;
     }
@@ -91,7 +97,7 @@ static size_t receive(int fd, char *buffer, size_t room) {
 static void *work(void *unused) {
     (void)unused;
     char head[1024], name[512];
-    size_t room = HEAD_MAX + (putting ? 0 : size);
+    size_t room = HEAD_MAX + (putting || loading ? 0 : size);
     char *buffer = malloc(room);
     if (!buffer) die("malloc");
     memset(buffer, 'x', room);
@@ -111,7 +117,7 @@ static void *work(void *unused) {
             n = snprintf(head, sizeof head, "GET %s HTTP/1.1\r\nHost: %s:%d\r\nRange: bytes=%zu-%zu\r\n\r\n", name, host, port,
                          (size_t)i * size, (size_t)(i + 1) * size - 1);
         send_all(fd, head, (size_t)n, payload, putting ? size : 0);
-        size_t got = receive(fd, buffer, room);
+        size_t got = receive(fd, buffer, room, loading ? memory + (size_t)i * size : NULL);
         if (!putting && got != size) { fprintf(stderr, "%s: %zu bytes instead of %zu\n", name, got, size); exit(1); }
     }
     pthread_barrier_wait(&done);
@@ -137,8 +143,9 @@ static long peak(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 8) { fprintf(stderr, "usage: limit get|put HOST PORT CONNECTIONS COUNT SIZE PATH\n"); return 2; }
+    if (argc != 8) { fprintf(stderr, "usage: limit get|load|put HOST PORT CONNECTIONS COUNT SIZE PATH\n"); return 2; }
     putting = strcmp(argv[1], "put") == 0;
+    loading = strcmp(argv[1], "load") == 0;
     host = argv[2];
     port = atoi(argv[3]);
     unsigned connections = (unsigned)atoi(argv[4]);
@@ -147,6 +154,8 @@ int main(int argc, char **argv) {
     path = argv[7];
     if (putting && !(payload = malloc(size))) die("malloc");
     if (putting) memset(payload, 'x', size);
+    if (loading && !(memory = malloc(count * size))) die("malloc");
+    if (loading) memset(memory, 'x', count * size);
     pthread_barrier_init(&ready, NULL, connections + 1);
     pthread_barrier_init(&go, NULL, connections + 1);
     pthread_barrier_init(&done, NULL, connections + 1);
