@@ -12,6 +12,7 @@ Steps saved at regular intervals take a few bytes for all of them together, othe
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
@@ -47,6 +48,17 @@ class Mark:
     def generation(self, step: int) -> int:
         """The generation of `step` that is not dead, as far as this process knows: 0 for nearly every step."""
         return self._known.get(step, 0)
+
+    def begin(self, conditional: bool) -> None:
+        """Write an empty mark at the begin of a run: asking for what is not there is the more expensive question.
+
+        Args:
+            conditional: Whether the store honours conditional writes.
+        """
+        mode: PutMode = "create" if conditional else "overwrite"
+        with contextlib.suppress(StoreError):  # nothing depends on it
+            data = records.encode(pack({}))
+            self._etag = self._run.store.put(layout.COMPACTED, data, mode=mode, content_type="application/json").etag
 
     def refresh(self) -> None:
         """Look at the store again: one small request where nothing has changed."""

@@ -98,7 +98,7 @@ class Run:
             found = self.get(layout.MARKER)
             marker = records.decode(found[0], Marker, layout.MARKER) if found else None
             if marker is None or marker.probed != self.store.url:
-                able = self.store.capabilities().conditional_writes
+                able = self.store.conditional_writes()
                 run = marker.run if marker is not None else secrets.token_hex(8)
                 marker = Marker(format=records.FORMAT, run=run, conditional_writes=able, probed=self.store.url)
                 marker = self._write_marker(marker, fresh=found is None)
@@ -117,6 +117,8 @@ class Run:
             found = self.get(layout.MARKER)
             if found is not None:
                 return records.decode(found[0], Marker, layout.MARKER)
+        if fresh:
+            self.mark.begin(marker.conditional_writes)
         return marker
 
     # plain objects

@@ -64,7 +64,7 @@ _checked: dict[tuple[str, str], tuple[int, bytes]] = {}
 
 def can_compare_and_swap(store: ObjectStore) -> bool:
     """Whether several writers can share a key of `store`; warns once per store where they cannot."""
-    if store.capabilities().conditional_writes:
+    if store.conditional_writes():
         return True
     if store.url not in _warned:
         _warned.add(store.url)

@@ -52,9 +52,6 @@ _UNBOUNDED: Final = 1 << 62
 """Where the caller holds all bytes in any case."""
 
 
-_probed: dict[tuple[str, ...], Capabilities] = {}
-
-
 class ObjectStore(BulkVerbs):
     """One object store, or a folder of one. Made by `open_store`.
 
@@ -89,6 +86,7 @@ class ObjectStore(BulkVerbs):
         self._bound = bound
         self._closed = False
         self._capabilities: Capabilities | None = None
+        self._conditional: bool | None = None
         self._aio: AsyncObjectStore | None = None
 
     @property
@@ -350,14 +348,20 @@ class ObjectStore(BulkVerbs):
         """
         self._check_open()
         if self._capabilities is None:
-            from s3loader.store.probe import probe
+            from s3loader.store import probe
 
-            backend = self.backend
-            known = _probed.get(self._identity) if self._identity else None
-            self._capabilities = known or probe(backend)
-            if self._identity:
-                _probed[self._identity] = self._capabilities
+            self._capabilities = probe.capabilities(self.backend, self._identity)
         return self._capabilities
+
+    def conditional_writes(self) -> bool:
+        """`Capabilities.conditional_writes` alone: six small requests, once per bucket; raises what `capabilities` does."""
+        self._check_open()
+        if self._conditional is None:
+            from s3loader.store import probe
+
+            known = self._capabilities
+            self._conditional = known.conditional_writes if known else probe.conditional_writes(self.backend, self._identity)
+        return self._conditional
 
     @property
     def aio(self) -> AsyncObjectStore:

@@ -27,10 +27,14 @@ from s3loader.store.prefix import prefix_of
 from s3loader.store.wrapper import innermost
 from s3loader.types import Buffer, Capabilities, PutMode, PutResult, Update
 
-__all__ = ["ChecksummedPut", "probe"]
+__all__ = ["ChecksummedPut", "capabilities", "conditional_writes", "probe"]
 
 _log = logging.getLogger("s3loader.store")
 _OWN: Final = ("file", "memory")
+
+_probed: dict[tuple[str, ...], Capabilities] = {}
+_conditional: dict[tuple[str, ...], bool] = {}
+_REFUSED: Final = (PreconditionFailedError, ConflictError, UnsupportedOperationError)
 
 
 @runtime_checkable
@@ -40,6 +44,59 @@ class ChecksummedPut(Protocol):
     def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
         """Put, telling the server that the CRC32C of `data` is `checksum` (base64 of 4 bytes), right or wrong."""
         ...
+
+
+def capabilities(backend: Backend, identity: tuple[str, ...] | None) -> Capabilities:
+    """What `probe` finds, or has found in this process.
+
+    Args:
+        backend: Of the store.
+        identity: Of `ObjectStore`: engine, server and bucket; None: always probed.
+    """
+    known = _probed.get(identity) if identity else None
+    if known is None:
+        known = probe(backend)
+        if identity:
+            _probed[identity] = known
+    return known
+
+
+def conditional_writes(backend: Backend, identity: tuple[str, ...] | None) -> bool:
+    """Whether create-only puts and puts with If-Match are honoured; remembered as well.
+
+    Args:
+        backend: Of the store.
+        identity: As for `capabilities`.
+    """
+    if identity is None:
+        return _conditions(backend)
+    if identity in _probed:
+        return _probed[identity].conditional_writes
+    known = _conditional.get(identity)
+    if known is None:
+        known = _conditional[identity] = _conditions(backend)
+    return known
+
+
+def _conditions(backend: Backend) -> bool:
+    """Both conditions by one object: six requests where they are honoured."""
+    key = f"s3loader-probe-{os.urandom(16).hex()}"
+    puts = _Plain(backend)
+    try:
+        try:
+            first = puts.put(key, b"first", mode="create").etag or backend.head(key).etag
+        except _REFUSED:
+            return False
+        if _holds(lambda: puts.put(key, b"created twice", mode="create")):
+            return False
+        if not _holds(lambda: puts.put(key, b"second", mode=Update(first))):
+            return False
+        return not _holds(lambda: puts.put(key, b"stale", mode=Update(first))) and puts.get(key) == b"second"
+    finally:
+        try:
+            backend.delete(key)
+        except S3LoaderError as error:
+            _log.warning("the probe's object %s/%s may be left behind: %s", backend.url, key, error)
 
 
 def probe(backend: Backend) -> Capabilities:
@@ -95,7 +152,7 @@ def _holds(write: Callable[[], PutResult]) -> bool:
     """Whether the conditional write is done; a store that knows no conditions refuses or fails."""
     try:
         write()
-    except (PreconditionFailedError, ConflictError, UnsupportedOperationError):
+    except _REFUSED:
         return False
     return True
 

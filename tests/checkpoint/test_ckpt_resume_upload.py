@@ -40,7 +40,7 @@ from s3loader.store import ObjectStore, open_store
 from s3loader.store.fault import Moment, Seen
 from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.servers import Server, server
-from s3loader.types import Capabilities, ObjectMeta, PartResult
+from s3loader.types import ObjectMeta, PartResult
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def killed(opened: Callable[..., tuple[ObjectStore, Any]], nth: int, work: Calla
         try:
             store, _ = opened(hook=hook)
             able: Any = store
-            able.capabilities = lambda: Capabilities(True, True, True, True, True, True)  # probing has tests of its own
+            able.conditional_writes = lambda: True  # probing has tests of its own
             work(store)
         finally:
             os._exit(0)

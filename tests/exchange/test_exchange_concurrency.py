@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -172,8 +171,7 @@ def without_conditions() -> tuple[ObjectStore, Any]:
     seen, backend = watched(open_store(f"memory://{uuid.uuid4().hex}"))
     put = backend.put
     backend.put = lambda key, data, *, mode="overwrite", **options: put(key, data, mode="overwrite", **options)  # type: ignore
-    truth = seen.capabilities()
-    seen.capabilities = lambda: replace(truth, create=False, update=False)  # type: ignore[method-assign]
+    seen.conditional_writes = lambda: False  # type: ignore[method-assign]
     return seen, backend
 
 

@@ -16,7 +16,7 @@ from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.store.fault import Fault, FaultBackend
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.observed import ObservedBackend
-from s3loader.store.probe import probe
+from s3loader.store.probe import conditional_writes, probe
 from s3loader.store.retry import RetryBackend
 from s3loader.types import Buffer, Capabilities, DeleteFailure, ObjectMeta, PartResult, PutMode, PutRequest, PutResult, Update
 
@@ -120,6 +120,65 @@ def test_what_cannot_be_cleaned_up_is_logged(caplog: pytest.LogCaptureFixture) -
     assert "left behind" in caplog.text
     caplog.clear()
     probe(FaultBackend(MemoryBackend(uuid.uuid4().hex), [Fault("unavailable", op="list", times=None)]))
+    assert "left behind" in caplog.text
+
+
+@pytest.mark.parametrize("can", ["", *ABILITIES, "create update"])
+def test_conditions_are_found_by_themselves(can: str) -> None:
+    backend = Ignorant(*can.split())
+    seen: list[events.OpEvent] = []
+    stop = events.subscribe(seen.append)
+    try:
+        assert conditional_writes(ObservedBackend(RetryBackend(backend)), None) is (can == "create update")
+    finally:
+        stop()
+    assert len(seen) <= 6
+    assert list(backend.list()) == []
+
+
+@pytest.mark.parametrize("lies", ["applies what it refuses", "gives no ETags"])
+def test_conditions_that_are_answered_right_and_done_wrong(lies: str) -> None:
+    class Liar(MemoryBackend):
+        def put(self, key: str, data: Buffer, *, mode: PutMode = "overwrite", **rest: Any) -> PutResult:
+            try:
+                done = super().put(key, data, mode=mode, **rest)
+            except ObjectChangedError:
+                if lies.startswith("applies"):
+                    super().put(key, data)
+                raise
+            return replace(done, etag="") if lies.startswith("gives") else done
+
+    assert conditional_writes(Liar(uuid.uuid4().hex), None) is lies.startswith("gives")
+
+
+def test_conditions_are_asked_once_per_bucket(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    assert open_store(url).conditional_writes()
+    seen: list[events.OpEvent] = []
+    stop = events.subscribe(seen.append)
+    try:
+        assert open_store(url).conditional_writes()
+        assert open_store(url + "/deeper").conditional_writes()
+        assert seen == []
+        store = open_store(url + "2")
+        assert store.capabilities()
+        seen.clear()
+        assert store.conditional_writes()
+        assert open_store(url + "2").conditional_writes()
+        assert seen == []
+        alone = ObjectStore("memory://alone", ObservedBackend(MemoryBackend(uuid.uuid4().hex)))
+        assert alone.conditional_writes()
+        assert len(seen) == 6
+        assert alone.conditional_writes()
+        assert len(seen) == 6
+    finally:
+        stop()
+
+    class Keeper(MemoryBackend):
+        def delete(self, key: str, **_: Any) -> None:
+            raise AccessDeniedError("no")
+
+    assert conditional_writes(Keeper(uuid.uuid4().hex), None)
     assert "left behind" in caplog.text
 
 
