@@ -34,6 +34,17 @@ def test_static_specs_and_the_loaders_own_order(numbers_url: str) -> None:
     assert numbers(made) == numbers(ours)
 
 
+def test_the_constructors_of_all_adapters(numbers_url: str) -> None:
+    urls = [f"{numbers_url}{i:03d}" for i in range(6)]
+    loader = S3TFLoader.from_objects(urls, batch_size=3, transform=vector, shuffle=False, engine="auto")
+    assert numbers(loader.dataset()) == list(range(6))
+    assert numbers(S3TFLoader.from_prefix(numbers_url, batch_size=4, transform=vector, shuffle="none").dataset()) == list(
+        range(50)
+    )
+    with pytest.raises(ConfigError, match="where: this kind"):
+        S3TFLoader.from_prefix(numbers_url, batch_size=4, where=lambda entry: True)
+
+
 def test_bytes_become_strings_and_structures_stay(numbers_url: str) -> None:
     plain = make_tf_dataset(numbers_url, batch_size=5)
     assert plain.element_spec == tf.TensorSpec((None,), tf.string)
