@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, copying, reading, segments
+from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, copying, reading, segments
 from s3loader.checkpoint.copying import Copier
 from s3loader.checkpoint.leaves import Piece
 from s3loader.checkpoint.reading import DataFile
 from s3loader.checkpoint.staging import BufferPool, SavedPiece, StagedPart, plan_files, stage
 from s3loader.errors import CheckpointError
 from s3loader.store.direct.connection import Connection
+from s3loader.store.memory import MemoryBackend
 from s3loader.testing import Server, server
 
 MIB = 1 << 20
@@ -229,3 +230,26 @@ def test_what_was_saved_or_restored_goes_with_its_last_reference(tmp_path: Path)
             assert [ref() is None for ref in seen] == [True] * 6
         finally:
             gc.enable()
+
+
+def test_only_the_first_save_asks_the_store_in_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+    verbs = ("get", "put", "head", "list", "delete", "delete_many", "create_multipart", "upload_part", "complete_multipart")
+    for verb in verbs:
+        original = getattr(MemoryBackend, verb)
+
+        def watched(self: MemoryBackend, *args: Any, verb: str = verb, original: Any = original, **options: Any) -> Any:
+            asked.append((verb, threading.current_thread() is threading.main_thread()))
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(MemoryBackend, verb, watched)
+    state = {"w": np.arange(100_000.0)}
+    options = CheckpointOptions(part_size=1 << 17)
+    with CheckpointManager("memory://asks/run", keep=LatestN(2), options=options) as manager:
+        manager.save(1, state).result(30)
+        assert any(here for _, here in asked)  # it begins the session
+        for step in (2, 3, 4):
+            asked.clear()
+            manager.save(step, state).result(30)
+            assert len(asked) > 8
+            assert [verb for verb, here in asked if here] == []
