@@ -412,7 +412,7 @@ class ObjectStore(BulkVerbs):
             check_attributes(content_type, metadata, headers=self._backend.engine not in ("file", "memory"))
 
     def _at(self, key: str) -> str:
-        return f"{self.url.rstrip('/')}/{key}"
+        return f"{self.url}/{key}"
 
 
 def _rebuild(url: str, backend: Backend, options: StoreOptions) -> ObjectStore:
