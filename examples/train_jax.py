@@ -43,9 +43,8 @@ def main() -> None:
     with CheckpointManager(chosen.run, keep=LatestN(2)) as manager:
         if manager.latest() is not None:
             items = manager.restore()
-            params = jax.tree.map(jnp.asarray, items["params"])
+            params, step, first_epoch = items["params"], items["step"], items["loader"]["epoch"]
             batches.load_state_dict(items["loader"])
-            step, first_epoch = items["step"], items["loader"]["epoch"]
             print(f"resumed at step {step}")
         for epoch in range(first_epoch, chosen.epochs):
             batches.set_epoch(epoch)
@@ -53,8 +52,7 @@ def main() -> None:
                 params, loss = update(params, x, y)
                 step += 1
                 if step % chosen.every == 0:
-                    host = jax.tree.map(np.asarray, params)
-                    manager.save(step, {"params": host, "loader": batches.state_dict(), "step": step}).result()
+                    manager.save(step, {"params": params, "loader": batches, "step": step}).result()
                 if step == chosen.kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
             print(f"epoch {epoch}: loss {float(loss):.3f}")

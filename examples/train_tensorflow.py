@@ -9,7 +9,6 @@ import os
 import signal
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from examples._digits import CLASSES, FEATURES, digest, options, to_arrays
@@ -27,9 +26,8 @@ class Checkpoint(tf.keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.step += 1
         if self.step % self.every == 0:
-            optimizer = [np.asarray(variable) for variable in self.model.optimizer.variables]
-            items = {"weights": self.model.get_weights(), "optimizer": optimizer}
-            self.manager.save(self.step, {**items, "loader": self.counter.state_dict(), "step": self.step}).result()
+            items = {"model": self.model, "optimizer": self.model.optimizer, "loader": self.counter.state_dict()}
+            self.manager.save(self.step, {**items, "step": self.step}).result()
         if self.step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -49,10 +47,7 @@ def main() -> None:
     step = first_epoch = 0
     with CheckpointManager(chosen.run, keep=LatestN(2)) as manager:
         if manager.latest() is not None:
-            items = manager.restore()
-            model.set_weights(items["weights"])
-            for variable, value in zip(model.optimizer.variables, items["optimizer"], strict=True):
-                variable.assign(value)
+            items = manager.restore(target={"model": model, "optimizer": model.optimizer, "loader": None, "step": None})
             loader.load_state_dict(items["loader"])
             step, first_epoch = items["step"], items["loader"]["epoch"]
             print(f"resumed at step {step}")
