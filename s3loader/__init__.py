@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from s3loader.loader import LoaderStats as LoaderStats
     from s3loader.loader import Mixture as Mixture
     from s3loader.loader import Place as Place
+    from s3loader.loader import Quarantine as Quarantine
     from s3loader.loader import Quarantined as Quarantined
     from s3loader.loader import Ragged as Ragged
     from s3loader.loader import SampleReader as SampleReader
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from s3loader.loader import from_webdataset as from_webdataset
     from s3loader.loader import mix_datasets as mix_datasets
     from s3loader.loader import open_dataset as open_dataset
+    from s3loader.loader import read_quarantine as read_quarantine
     from s3loader.loader import register_decoder as register_decoder
     from s3loader.plan import Explanation as Explanation
     from s3loader.plan import OrderSpec as OrderSpec
@@ -224,6 +226,7 @@ __all__ = [
     "PutFailure",
     "PutRequest",
     "PutResult",
+    "Quarantine",
     "Quarantined",
     "Ragged",
     "RangeError",
@@ -279,6 +282,7 @@ __all__ = [
     "open_checkpoint",
     "open_dataset",
     "open_store",
+    "read_quarantine",
     "register_decoder",
     "resolve_template",
 ]
@@ -360,6 +364,7 @@ _HOME = {
     "PutFailure": "s3loader.store.bulk",
     "PutRequest": "s3loader.types",
     "PutResult": "s3loader.types",
+    "Quarantine": "s3loader.loader",
     "Quarantined": "s3loader.loader",
     "Ragged": "s3loader.loader",
     "RangeError": "s3loader.errors",
@@ -415,6 +420,7 @@ _HOME = {
     "open_checkpoint": "s3loader.checkpoint",
     "open_dataset": "s3loader.loader",
     "open_store": "s3loader.store",
+    "read_quarantine": "s3loader.loader",
     "register_decoder": "s3loader.loader",
     "resolve_template": "s3loader.exchange.keys",
 }

@@ -9,8 +9,9 @@ from s3loader.loader.loader import Batch, Loader
 from s3loader.loader.mds import from_mds
 from s3loader.loader.mixture import Mixture, mix_datasets
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
+from s3loader.loader.quarantine import Quarantine, Quarantined, read_quarantine
 from s3loader.loader.reading import SampleReader
-from s3loader.loader.samples import Place, Quarantined
+from s3loader.loader.samples import Place
 from s3loader.loader.sources import from_manifest, from_objects, from_prefix, from_webdataset, open_dataset
 from s3loader.loader.stats import LoaderStats
 
@@ -29,6 +30,7 @@ __all__ = [
     "LoaderStats",
     "Mixture",
     "Place",
+    "Quarantine",
     "Quarantined",
     "Ragged",
     "SampleReader",
@@ -44,5 +46,6 @@ __all__ = [
     "mix_datasets",
     "open_dataset",
     "open_source",
+    "read_quarantine",
     "register_decoder",
 ]

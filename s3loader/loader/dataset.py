@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -238,26 +238,39 @@ class Dataset:
         Raises:
             PlanError: there is none.
         """
-        archive, mark, name = key.partition("#")
-        for number, part in enumerate(self.parts):
-            if isinstance(part, LooseRun):
-                wanted = [i for i, other in enumerate(part.keys) if key in (other, sample_key(other))]
-                members = [i for i in wanted if self.group is not None or part.keys[i] == key]
-            elif mark and part.key == archive:
-                members = self._members(self.layout(number), name)
-            else:
-                continue
-            if members:
-                layout = self.layout(number)
-                at = int(np.searchsorted(layout.first, members[0], side="right")) - 1
-                if 0 <= at < len(layout.first) - 1:
-                    return int(self.starts[number]) + at
-        raise PlanError(f"no sample is called {key!r}", hint="keys are archive#member, or the key of a loose object")
+        number = self.find_all([key])[key]
+        if number is None:
+            raise PlanError(f"no sample is called {key!r}", hint="keys are archive#name, or those of loose objects")
+        return number
 
-    def _members(self, layout: Layout, name: str) -> list[int]:
-        names = [layout.name(i) for i in range(int(layout.first[-1]))]
-        exact = [i for i, other in enumerate(names) if other == name]
-        return exact or [i for i, other in enumerate(names) if self.group is not None and sample_key(other) == name]
+    def find_all(self, keys: Iterable[str]) -> dict[str, int | None]:
+        """As `find`, of many at once; None for a key that no sample has."""
+        found: dict[str, int | None] = dict.fromkeys(keys)
+        in_archive: dict[str, list[str]] = {}
+        for key in found:
+            in_archive.setdefault(key.partition("#")[0], []).append(key)
+        for number, part in enumerate(self.parts):
+            loose = isinstance(part, LooseRun)
+            candidates: Iterable[str] = found if isinstance(part, LooseRun) else in_archive.get(part.key, ())
+            names = {key if loose else key.partition("#")[2]: key for key in candidates if found[key] is None}
+            if any(names):
+                found |= {names[name]: at for name, at in self._numbers(number, names).items()}
+        return found
+
+    def _numbers(self, part: int, names: Container[str]) -> dict[str, int]:
+        """Numbers of the samples of a part that are called as in `names`, or have a member that is; first ones first."""
+        layout = self.layout(part)
+        exact: dict[str, int] = {}
+        grouped: dict[str, int] = {}
+        for member in range(int(layout.first[-1])):
+            name = layout.name(member)
+            if name in names:
+                exact.setdefault(name, member)
+            if self.group is not None and (stem := sample_key(name)) in names:
+                grouped.setdefault(stem, member)
+        members = grouped | exact
+        at = np.searchsorted(layout.first, list(members.values()), side="right") - 1
+        return {name: int(self.starts[part]) + number for name, number in zip(members, at.tolist(), strict=True)}
 
     # -- plans -------------------------------------------------------------------------------
 

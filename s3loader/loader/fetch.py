@@ -77,8 +77,6 @@ class Fetcher:
             yield from self._deliver(results, pending)
         finally:
             close_iterator(results)
-            if cached is not None:
-                self._stats.cache_hits += cached.hits
 
     def _requests(self, pieces: Iterable[Piece], pending: deque[tuple[Piece, int]]) -> Iterator[ReadRequest]:
         for piece in pieces:
@@ -95,11 +93,13 @@ class Fetcher:
         return CachedReads(cache, self._store.url, self._read, self._max_bytes)
 
     def _disk_time(self) -> float:
-        """Seconds that the disk of the cache took since the last call, noted."""
+        """Seconds that the disk of the cache took since the last call; they and the hits are noted."""
         if self._cached is None:
             return 0.0
         taken, self._cached.seconds = self._cached.seconds, 0.0
         self._stats.wait_cache += taken
+        self._stats.cache_hits += self._cached.hits
+        self._cached.hits = 0
         return taken
 
     def _deliver(self, results: Iterator[Any], pending: deque[tuple[Piece, int]]) -> Iterator[None]:

@@ -12,9 +12,10 @@ from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.position import Position
+from s3loader.loader.quarantine import Quarantined, QuarantineLog
 from s3loader.loader.reading import read_samples
 from s3loader.loader.run import RawBatch, Run
-from s3loader.loader.samples import Place, Quarantined, SampleWork, batch_error, place_of, refuse_all_skipped
+from s3loader.loader.samples import Place, SampleWork, batch_error, place_of, refuse_all_skipped
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_plan
 from s3loader.plan.permutation import Int64Array
@@ -42,6 +43,8 @@ class Batch:
     consumed: int
     """Positions of the epoch that all ranks together have consumed with this step."""
     _dataset: Dataset = field(repr=False)
+    empty: bool = False
+    """All of its samples were skipped (see `Loader.iter_batches`); `data` is None."""
 
     def places(self) -> list[Place]:
         """Key, shard, offset and length of each sample."""
@@ -94,6 +97,7 @@ class Loader:
         self._collate = make_collate(self.options.collate)
         self.quarantine: list[Quarantined] = []
         """Samples that were skipped or replaced, in the order met by this process."""
+        self._log: QuarantineLog | None = None
         self.position = Position(epoch)
         self._first_epoch = epoch if first_epoch is None else first_epoch
         self._plan: Plan | None = None
@@ -113,7 +117,15 @@ class Loader:
         return tuple((self._first_epoch, first * stride, end * stride) for first, end in self.options.skip_steps)
 
     def _exclude(self) -> tuple[int, ...]:
-        return tuple(sorted({self.dataset.find(key) for key in self.options.exclude}))
+        given = self.options.exclude
+        if not given:
+            return ()
+        keys = [item.key if isinstance(item, Quarantined) else item for item in given]
+        found = self.dataset.find_all(keys)
+        for key, item in zip(keys, given, strict=True):
+            if found[key] is None and not isinstance(item, Quarantined):
+                self.dataset.find(key)  # raises
+        return tuple(sorted({number for number in found.values() if number is not None}))
 
     def schedule(self, consumed: int = 0, *, epoch: int | None = None) -> Schedule:
         """How an epoch (default: the current one), from `consumed` on, is cut into batches."""
@@ -199,12 +211,13 @@ class Loader:
         finally:
             batches.close()
 
-    def iter_batches(self, *, first_step: int = 0) -> Generator[Batch, None, None]:
+    def iter_batches(self, *, first_step: int = 0, with_empty: bool = False) -> Generator[Batch, None, None]:
         """As iterating over the loader, with the origin of each batch.
 
         Args:
             first_step: Leave out the steps before this one, counted from where the iteration begins: for a worker
                 that is restored by itself.
+            with_empty: Give batches too of which all samples were skipped: for who takes one batch from each worker in turn.
         """
         position, plan = self.position, self.plan
         consumed = position.begin()
@@ -225,10 +238,15 @@ class Loader:
         delivered = False
         try:
             for raw in raws:
-                samples = work.finish(raw.items, raw.samples, raw.positions)
+                try:
+                    samples = work.finish(raw.items, raw.samples, raw.positions)
+                finally:
+                    self._log_quarantine()
                 after = plan.base(epoch, schedule.consumed_after(raw.step + 1))
                 if not samples:  # all of them were skipped
                     position.move(turn, after)
+                    if with_empty:
+                        yield Batch(None, raw.step, epoch, raw.positions, raw.samples, after, self.dataset, empty=True)
                     continue
                 data = self._collated(samples, raw, epoch)
                 stats.samples += len(samples)
@@ -291,6 +309,21 @@ class Loader:
             hedge_after=None if options.hedge_after is None else parse_duration(options.hedge_after),
         )
 
+    def _cache(self) -> DiskCache | None:
+        options = self.options
+        if options.cache_dir is None:
+            return None
+        return DiskCache(options.cache_dir, parse_size(options.cache_limit), on_full=options.cache_on_full)
+
+    def _log_quarantine(self) -> None:
+        """What was left out goes to where the options say, if they do."""
+        target, topology = self.options.quarantine, self.topology
+        if target is None or not self.quarantine:
+            return
+        if self._log is None:
+            self._log = QuarantineLog(target, self.dataset.store, topology.rank, topology.worker)
+        self._log.follow(self.quarantine)
+
     def _memory_share(self, workers: int) -> int:
         """Bytes for one of `workers` processes of this rank."""
         return max(1, parse_size(self.options.memory_limit) // workers)
@@ -300,12 +333,6 @@ class Loader:
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._batches_async()
-
-    def _cache(self) -> DiskCache | None:
-        options = self.options
-        if options.cache_dir is None:
-            return None
-        return DiskCache(options.cache_dir, parse_size(options.cache_limit), on_full=options.cache_on_full)
 
     async def _batches_async(self) -> AsyncIterator[Any]:
         """The same batches, each prepared in a thread, so that the event loop goes on."""

@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 from s3loader.errors import ConfigError
 from s3loader.loader.collate import Collate, make_collate
 from s3loader.loader.decode import Decode, make_decoder
+from s3loader.loader.quarantine import Quarantined
 from s3loader.plan import OrderSpec, Shuffle, Tail
 from s3loader.store.base import Driver
+from s3loader.store.objectstore import ObjectStore
 from s3loader.transfer.diskcache import OnFull
 from s3loader.units import parse_duration, parse_size
 
@@ -19,7 +21,8 @@ __all__ = ["LoaderKeywords", "LoaderOptions", "OnError"]
 OnError: TypeAlias = Literal["raise", "skip", "replace"]
 """What a sample that cannot be read, verified, decoded or transformed does. ``"raise"``: the error reaches you when its turn
 comes. ``"skip"``: the batch is shorter. ``"replace"``: another sample, fixed by seed, epoch and position, takes its
-place, so that all ranks stay in step. What was left out stands in `Loader.quarantine`."""
+place, so that all ranks stay in step. What was left out stands in `Loader.quarantine`,
+and where `quarantine` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +75,12 @@ class LoaderOptions:
     skip_steps: Sequence[tuple[int, int]] = ()
     """``(first, end)`` steps, counted from the epoch's start in the loader's own batch and world size, that are left out of
     its first epoch (of a resumed one's, if a state is loaded)."""
-    exclude: Sequence[str] = ()
-    """Keys of samples to leave out."""
+    exclude: Sequence[str | Quarantined] = ()
+    """Keys of samples to leave out; or what `read_quarantine` returns, of which samples that are not there any more are
+    passed over."""
+    quarantine: str | ObjectStore | None = None
+    """Where the list of samples that were skipped or replaced is kept, for `read_quarantine`: a URL or absolute path, a key of
+    the dataset's store, or an open store. Objects are written below it, before the batch that lacks a sample is given."""
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
@@ -150,4 +157,5 @@ class LoaderKeywords(TypedDict, total=False):
     cache_on_full: OnFull
     hedge_after: float | str | None
     skip_steps: Sequence[tuple[int, int]]
-    exclude: Sequence[str]
+    exclude: Sequence[str | Quarantined]
+    quarantine: str | ObjectStore | None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,25 +16,15 @@ from s3loader.loader.cut import Failed
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.decode import make_decoder
 from s3loader.loader.options import LoaderOptions
+from s3loader.loader.quarantine import Quarantined
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan.permutation import Int64Array, derive
 
-__all__ = ["Place", "Quarantined", "SampleWork", "batch_error", "place_of", "refuse_all_skipped"]
+__all__ = ["Place", "SampleWork", "batch_error", "place_of", "refuse_all_skipped"]
 
 _REPLACEMENTS: Final = 16
 _DRAWS: Final = 16
 """Draws for one replacement, of which most may hit samples that are left out on purpose."""
-
-
-class Quarantined(NamedTuple):
-    """One sample that was left out."""
-
-    sample: int
-    key: str
-    epoch: int
-    position: int
-    error: str
-    """Type and message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torch_helpers import content, number, numbered, numbers, sequence
 
 from s3loader.errors import ConfigError, IntegrityError, SampleError, StateMismatchError
+from s3loader.loader import read_quarantine
 from s3loader.store.open import open_store
 from s3loader.testing.datasets import write_sharded_dataset
 from s3loader.torch import S3DataLoader, S3IterableDataset, S3MapDataset
@@ -259,3 +260,53 @@ def test_len_is_the_whole_epoch_and_remaining_what_is_left(url):
     after = S3DataLoader(url, batch_size=16)
     after.load_state_dict(resumed.state_dict())
     assert after.remaining == len(list(after)) == 19
+
+
+class RefuseSome:
+    def __init__(self, *bad):
+        self.bad = bad
+
+    def __call__(self, sample):
+        if number(sample) in self.bad:
+            raise ValueError("refused")
+        return sample
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_steps_that_are_skipped_whole_move_neither_the_order_nor_the_state(tmp_path, workers):
+    small = numbered(tmp_path, 13)
+    bad = (1, 5, 12)  # one each of two workers, and the last step of all
+    options = {"batch_size": 1, "shuffle": "none", "on_error": "skip", "transform": RefuseSome(*bad)}
+    good = [i for i in range(13) if i not in bad]
+    loader = S3DataLoader(small, num_workers=workers, **options)
+    seen = [(number(batch[0]), loader.state_dict()["consumed"]) for batch in loader]
+    assert seen == [(i, i + 1) for i in good]
+    assert [entry.sample for entry in loader.quarantine] == list(bad)
+    assert loader.stats.skipped == 3
+    for stop in (1, 4, 9):
+        first = S3DataLoader(small, num_workers=workers, **options)
+        batches = iter(first)
+        head = numbers(next(batches) for _ in range(stop))
+        state = first.state_dict()
+        batches.close()
+        second = S3DataLoader(small, num_workers=0 if workers else 2, **options)
+        second.load_state_dict(state)
+        assert head + numbers(second) == good
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_workers_leave_out_is_kept_where_the_options_say(url, tmp_path, method):
+    kept = (tmp_path / "left-out").as_uri()
+    options = {"batch_size": 8, "on_error": "replace", "transform": RefuseSome(3, 77, 150), "quarantine": kept}
+    loader = S3DataLoader(url, num_workers=2, multiprocessing_context=method, **options)
+    assert len(numbers(loader)) == SAMPLES
+    table = read_quarantine(kept)
+    assert sorted(table) == sorted(loader.quarantine)
+    assert sorted(entry.sample for entry in table) == [3, 77, 150]
+    plain = DataLoader(S3IterableDataset(url, **options), batch_size=None, num_workers=2)
+    plain.dataset.set_epoch(1)
+    assert len(numbers(plain)) == SAMPLES
+    assert [entry.epoch for entry in read_quarantine(kept)] == [0] * 3 + [1] * 3
+    assert sorted(numbers(S3DataLoader(url, batch_size=8, exclude=read_quarantine(kept)))) == [
+        i for i in range(SAMPLES) if i not in (3, 77, 150)
+    ]

@@ -118,20 +118,21 @@ class S3DataLoader(DataLoader[Any]):
         self._dataset.begin_at(epoch, consumed, apart=not self.persistent_workers)
         size = self._dataset.plan.size
         self._past, self._worker_stats = self.stats, {}
-        given = 0
+        given = empty = 0
         for delivery in self._deliveries(mine):
             self._worker_stats[delivery.worker] = delivery.stats
             self.quarantine += delivery.quarantine
             if delivery.error is not None:
                 raise delivery.error
-            if delivery.consumed < 0:
-                continue
             position.move(turn, delivery.consumed)
             given += 1
-            yield delivery.data
-        if given > expected or (given < expected and self._dataset.on_error != "skip"):
+            if delivery.empty:
+                empty += 1
+            else:
+                yield delivery.data
+        if given != expected:
             raise WorkerError(f"{given} batches came, {expected} are in the plan")
-        if expected and not given and not consumed:
+        if expected and given == empty and not consumed:
             refuse_all_skipped(self.quarantine, epoch)
         position.finish(turn, size)
 

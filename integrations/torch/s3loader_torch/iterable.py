@@ -39,12 +39,13 @@ class Delivery(NamedTuple):
     """What a worker of `S3DataLoader` hands over with each batch."""
 
     consumed: int
-    """-1: there is no batch, only what was left out behind the last one."""
     data: Any
     worker: int
     stats: LoaderStats
     quarantine: tuple[Quarantined, ...]
     error: S3LoaderError | None
+    empty: bool = False
+    """All samples of this step were skipped; there is no batch."""
 
 
 def _shared(values: list[int]) -> torch.Tensor:
@@ -142,11 +143,6 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
     def epoch(self) -> int:
         """The epoch that `set_epoch` or a loaded state chose."""
         return int(self._shared[0])
-
-    @property
-    def on_error(self) -> str:
-        """See `s3loader.LoaderOptions.on_error`."""
-        return str(self._options.get("on_error", "raise"))
 
     @property
     def start(self) -> int:
@@ -271,13 +267,15 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         # Taken, not only read: another iterator over this dataset begins at its own first step.
         first_step, self._first_step = self._first_step, 0
         self._next_step = first_step
-        batches = loader.iter_batches(first_step=first_step)
+        # torch asks the workers in turn, so a step of which nothing is left must take its turn too.
+        batches = loader.iter_batches(first_step=first_step, with_empty=self._deliveries)
         noted = 0
         try:
             while True:
                 try:
                     batch = next(batches, None)
-                    data = None if batch is None or self.batch_size is None else self._converted(batch, in_worker)
+                    none = batch is None or batch.empty or self.batch_size is None
+                    data = None if batch is None or none else self._converted(batch, in_worker)
                 except S3LoaderError as error:
                     if not self._deliveries:
                         raise
@@ -287,15 +285,13 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
                 new = tuple(loader.quarantine[noted:])
                 noted = len(loader.quarantine)
                 if batch is None:
-                    if self._deliveries and new:  # skipped behind the last batch
-                        yield Delivery(-1, None, topology.worker, loader.stats, new, None)
                     return
                 self._next_step = batch.step + topology.workers
                 if self.batch_size is None:
                     yield from convert_batch(batch.data, self._plain)
                     continue
                 if self._deliveries:
-                    yield Delivery(batch.consumed, data, topology.worker, loader.stats, new, None)
+                    yield Delivery(batch.consumed, data, topology.worker, loader.stats, new, None, batch.empty)
                 else:
                     yield data
         finally:
