@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from s3loader.checkpoint.restoring import Restoration
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run
 from s3loader.checkpoint.share import NodeShare
-from s3loader.errors import CheckpointError, CheckpointNotFoundError, FormatError, IntegrityError
+from s3loader.errors import CheckpointError, CheckpointNotFoundError, FormatError, IntegrityError, ObjectNotFoundError
 from s3loader.types import ObjectMeta
 
 __all__ = ["Checkpoint", "TensorSlice"]
@@ -73,7 +74,7 @@ class Checkpoint:
     def _gone(self, key: str) -> CheckpointError:
         now = self._run.read_root(self.step)
         if now.state in ("absent", "tombstone"):
-            return CheckpointNotFoundError(f"step {self.step} was deleted while it was opened", url=self._run.store.url)
+            return CheckpointNotFoundError(f"step {self.step} was deleted while it was read", url=self._run.store.url)
         return CheckpointError(f"step {self.step} is incomplete: {key} is missing", url=f"{self._run.store.url}/{key}")
 
     @property
@@ -159,7 +160,10 @@ class Checkpoint:
         return values
 
     def _read(self, wanted: Any, *, verify: bool = True) -> int:
-        return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify, share=self._share)
+        try:
+            return read_targets(self._run.store, self._files, self._index.block, wanted, verify=verify, share=self._share)
+        except ObjectNotFoundError as error:
+            raise self._gone("a file of it") from error
 
     def restore(
         self,
@@ -191,7 +195,7 @@ class Checkpoint:
         for name in [*(items or ()), *(target or ())]:
             if name not in names:
                 raise CheckpointError(
-                    f"step {self.step} has no item {name!r}, it has {', '.join(names)}", url=self._run.store.url
+                    f"step {self.step} has no item {name!r} (it has {', '.join(names)})", url=self._run.store.url
                 )
         picked = set(items) if items is not None else set(target) if target is not None else set(names)
         if isinstance(node["of"], dict):
@@ -209,7 +213,10 @@ class Checkpoint:
             Chunk(name="(header)", dtype="U8", shape=[f.header], file=f.id, begin=0, end=f.header, crc=f.crc)
             for f in self._index.files
         ]
-        return verify_chunks(self._run.store, self._files, self._index.block, [*headers, *self._index.chunks])[1]
+        try:
+            return verify_chunks(self._run.store, self._files, self._index.block, [*headers, *self._index.chunks])[1]
+        except ObjectNotFoundError as error:
+            raise self._gone("a file of it") from error
 
     def __repr__(self) -> str:
         return f"Checkpoint({self._run.store.url!r}, step={self.step}, {len(self)} tensors)"
@@ -257,7 +264,9 @@ def _span(part: Any, size: int) -> tuple[int, int]:
         if step != 1:
             raise IndexError("only slices of step 1 are read")
         return low, max(low, high)
-    at = int(part)
+    if isinstance(part, bool):
+        raise IndexError("a slice of a tensor is read by integers and slices, not by booleans")
+    at = operator.index(part)
     if not -size <= at < size:
         raise IndexError(f"index {at} of a dimension of {size}")
     return at % size, at % size + 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from s3loader.errors import StoreTimeoutError
+
+_log = logging.getLogger("s3loader.checkpoint")
 
 __all__ = ["Progress", "SaveHandle", "SaveResult"]
 
@@ -46,9 +51,12 @@ class SaveResult:
     """Of `written`, the bytes that an interrupted save of the same step had sent before, and that were not sent again."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SaveHandle:
-    """A save under way. Whoever does not ask for the `result` gets its error from the manager's next call."""
+    """A save under way. Whoever does not ask for the `result` gets its error from the manager's next call.
+
+    Where there is no such call, it is logged when the handle is dropped or the interpreter ends.
+    """
 
     step: int
     attempt: str
@@ -59,6 +67,16 @@ class SaveHandle:
     _error: BaseException | None = None
     observed: bool = False
     """Whether somebody got the error."""
+
+    def __post_init__(self) -> None:
+        _handles.add(self)
+
+    def __del__(self) -> None:
+        self._complain()
+
+    def _complain(self) -> None:
+        if (error := self.failed()) is not None:
+            _log.error("step %d was not saved, and nobody asked for its result: %s: %s", self.step, type(error).__name__, error)
 
     @property
     def done(self) -> bool:
@@ -94,7 +112,12 @@ class SaveHandle:
             S3LoaderError: it failed.
         """
         if not self._finished.wait(timeout):
-            raise StoreTimeoutError(f"step {self.step} is not committed after {timeout} s", op="save", retryable=False)
+            raise StoreTimeoutError(
+                f"step {self.step} is not committed after {timeout} s",
+                op="save",
+                retryable=False,
+                hint="it goes on in the background: ask again, or wait longer",
+            )
         if self._error is not None:
             self.observed = True
             raise self._error
@@ -112,3 +135,12 @@ class SaveHandle:
             return None
         self.observed = True
         return self._error
+
+
+_handles: weakref.WeakSet[SaveHandle] = weakref.WeakSet()
+
+
+@atexit.register  # saves under way have ended by then: their threads are waited for first
+def _at_exit() -> None:
+    for handle in list(_handles):
+        handle._complain()

@@ -198,6 +198,8 @@ class _Numpy:
 
         if (dtype := name_of(value.dtype)) is None:
             raise UnsupportedStateError(f"arrays of type {value.dtype} cannot be saved")
+        if isinstance(value, np.ma.MaskedArray):
+            raise UnsupportedStateError("a masked array cannot be saved", hint="save its .data and its .mask")
 
         def contiguous() -> memoryview:
             array = np.ascontiguousarray(value)
@@ -210,6 +212,8 @@ class _Numpy:
         import numpy as np
 
         if not (isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.isnative):
+            return None
+        if isinstance(value, np.ma.MaskedArray):
             return None
         dtype = name_of(value.dtype)
         if dtype is None:

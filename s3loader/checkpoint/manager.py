@@ -269,6 +269,8 @@ class CheckpointManager:
         """
         if self._closed:
             raise ClosedError("the checkpoint manager was closed", url=self.store.url)
+        if on_corruption not in ("raise", "previous"):
+            raise CheckpointError(f"on_corruption is 'raise' or 'previous', not {on_corruption!r}")
         if step is None and self._world > 1:
             step = self._newest if self._newest is not None else self.session().resume_step
             if step is None:
@@ -367,7 +369,10 @@ class CheckpointManager:
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | None]:
     """Metrics as JSON: what is not finite is None, since JSON has no NaN."""
-    values = {str(name): float(value) for name, value in (metrics or {}).items()}
+    try:
+        values = {str(name): float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CheckpointError(f"metrics must be numbers by name: {error}") from error
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

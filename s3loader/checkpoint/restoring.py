@@ -136,8 +136,8 @@ class Restoration:
         by_name = {tree.child_name(name, key): value for key, value in built.items()}
         if tree.is_namedtuple(target) and set(tree.fields_of(target)) == set(built):
             return type(target)(**built)
-        if tree.is_dataclass(target) and not tree.is_stateful(target):
-            return dataclasses.replace(target, **built)
+        if tree.is_dataclass(target) and not tree.is_stateful(target) and built.keys() <= set(tree.dataclass_fields(target)):
+            return _replaced(target, built)
         if not built:
             return tree.decode(node, self._values.__getitem__, name, self._rank)
         return _rebuilt(node, name, by_name)
@@ -149,6 +149,15 @@ class Restoration:
             return known[0].absorb(target, state, in_place=in_place)
         target.load_state_dict(state)
         return target
+
+
+def _replaced(target: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass like `target` with other values, also of fields that its constructor does not take."""
+    taken = {field.name for field in dataclasses.fields(target) if field.init}
+    made = dataclasses.replace(target, **{name: value for name, value in values.items() if name in taken})
+    for name in values.keys() - taken:
+        object.__setattr__(made, name, values[name])  # it may be frozen
+    return made
 
 
 def _rebuilt(node: Any, name: str, children: Mapping[str, Any]) -> Any:
@@ -172,10 +181,22 @@ def _refuse_more(node: Any, target: Any, name: str) -> None:
         more = [key for key in target if key not in keys]
     elif isinstance(target, list | tuple) and not tree.is_namedtuple(target):
         more = list(range(len(keys), len(target)))
+    elif tree.is_dataclass(target) or tree.is_namedtuple(target):
+        _same_fields(keys, target, name)
+        return
     else:
         return
     if more:
         raise CheckpointError(f"the target has {tree.child_name(name, more[0])!r}, which is not in the checkpoint")
+
+
+def _same_fields(saved: set[Any], target: Any, name: str) -> None:
+    own = set(tree.dataclass_fields(target) if tree.is_dataclass(target) else tree.fields_of(target))
+    if saved != own and not all(isinstance(key, int) for key in saved):
+        raise CheckpointError(
+            f"{name!r} has the fields {sorted(map(str, saved))} in the checkpoint, {sorted(own)} in the target",
+            hint="restore it without a target and convert it",
+        )
 
 
 def _per_rank(node: Any) -> bool:

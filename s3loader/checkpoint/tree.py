@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _SAFE_INT: Final = 2**53
+_LONG_INT: Final = 1024  # bits; Python refuses to write integers of thousands of digits in decimal
 _DICTS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
 _MAKE: Final[dict[str, Callable[..., Any]]] = {"dict": dict, "odict": OrderedDict, "counter": Counter}
 
@@ -149,7 +150,7 @@ class _Encoder:
         if kind is str:
             return _text(value, name)
         if kind is int:
-            return value if -_SAFE_INT <= value <= _SAFE_INT else {"$": "int", "of": str(value)}
+            return value if -_SAFE_INT <= value <= _SAFE_INT else {"$": "int", "of": _digits(value)}
         if kind is float:
             return value if math.isfinite(value) else {"$": "float", "of": repr(value)}
         if kind is complex:
@@ -230,6 +231,10 @@ class _Encoder:
         return {"$": "leaf", "of": adapter.kind}
 
 
+def _digits(value: int) -> str:
+    return str(value) if value.bit_length() < _LONG_INT else hex(value)
+
+
 def _text(value: str, name: str) -> str:
     try:
         value.encode()
@@ -302,7 +307,7 @@ def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str, 
     if tag == "leaf":
         return leaf(name)
     if tag == "int":
-        return int(node["of"])
+        return int(node["of"], 0)
     if tag == "float":
         return float(node["of"])
     if tag == "complex":

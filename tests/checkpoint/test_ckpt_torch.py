@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions
 from s3loader.errors import CheckpointError, UnsupportedStateError
@@ -191,3 +192,59 @@ def test_what_a_device_copies_on_is_waited_for_once_per_stream() -> None:
     first, second = FakeCuda(), FakeCuda()
     assert checkpoint_device._wait_for(first) == checkpoint_device._wait_for(first) != checkpoint_device._wait_for(second)
     assert checkpoint_device.device_of(torch.zeros(3)) is None  # the processor copies its own memory
+
+
+class Scaled(torch.nn.Module):
+    """Has extra state, and saves its weight doubled."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.scale = torch.zeros(())
+        if hooked:
+            self._register_state_dict_hook(lambda _m, state, _p, _l: state.update(weight=state["weight"] * 2))
+            self._register_load_state_dict_pre_hook(lambda state, *_: state.update(weight=state["weight"] / 2))
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.scale.clone()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.scale = state.clone()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_with_a_say_in_its_state_gets_it_loaded(tmp_path: Path, hooked: bool) -> None:
+    saved, other = Scaled(hooked), Scaled(hooked)
+    saved.weight.data.fill_(5)
+    saved.scale += 7
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"model": saved}).result(30)
+        manager.restore(target={"model": other})
+    assert other.weight.tolist() == [5, 5, 5]
+    assert other.scale.item() == 7
+
+
+def test_lazy_modules(tmp_path: Path) -> None:
+    made = torch.nn.LazyLinear(3)
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(UnsupportedStateError, match=r"'m/weight'.*no memory"):
+            manager.save(1, {"m": made})
+        made(torch.ones(1, 2))
+        manager.save(1, {"m": made}).result(30)
+        other = torch.nn.LazyLinear(3)
+        manager.restore(target={"m": other})
+    assert torch.equal(other.weight, made.weight)
+
+
+def test_tensors_without_memory_of_their_own_are_refused(tmp_path: Path) -> None:
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    with CheckpointManager(tmp_path) as manager, pytest.raises(UnsupportedStateError, match="FakeTensor"):
+        manager.save(1, {"x": fake})
+
+
+def test_an_expanded_target_is_replaced(tmp_path: Path) -> None:
+    value = torch.arange(6.0).reshape(2, 3)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"x": value}).result(30)
+        assert torch.equal(manager.restore(target={"x": torch.zeros(3).expand(2, 3)})["x"], value)

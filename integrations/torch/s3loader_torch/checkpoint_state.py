@@ -9,6 +9,7 @@ import functools
 from typing import Any, Final
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from s3loader.checkpoint.dtypes import nbytes
 from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
@@ -55,6 +56,28 @@ def _plain(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
+def _memoryless(tensor: torch.Tensor) -> bool:
+    """Whether it is a lazy module's parameter that is not made yet, or of a class that only poses as a tensor (a fake
+    tensor, a wrapper around others)."""
+    return is_lazy(tensor) or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+_OF_STATE: Final = (
+    "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "get_extra_state", "set_extra_state"
+)  # fmt: skip
+_HOOKS: Final = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+
+def _state_is_its_memory(module: torch.nn.Module) -> bool:
+    """Whether the state of `module` is the memory of its parameters and buffers and nothing else: no part of it has
+    methods or hooks of its own for its state."""
+    return not any(
+        any(getattr(part, hooks, None) for hooks in _HOOKS)
+        or any(not getattr(part, name).__func__.__module__.startswith("torch.nn.modules.") for name in _OF_STATE)
+        for part in module.modules()
+    )
+
+
 def _host(tensor: torch.Tensor) -> memoryview:
     """Its bytes in host memory in C order; a copy where they are not there already."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -72,9 +95,15 @@ class _Tensor:
     kind = "torch"
 
     def source(self, value: torch.Tensor) -> Source:
+        if _memoryless(value):
+            raise UnsupportedStateError(
+                f"a {type(value).__qualname__} has no memory of its own to save", hint="save the tensors it is made of"
+            )
         if value.layout is not torch.strided or value.is_quantized or value.dtype not in _NAMES or value.is_nested:
             what = f"{value.layout} tensors" if value.layout is not torch.strided else f"tensors of {value.dtype}"
-            raise UnsupportedStateError(f"{what} cannot be saved", hint="convert it to a dense tensor first")
+            raise UnsupportedStateError(
+                f"{'nested tensors' if value.is_nested else what} cannot be saved", hint="convert it to a dense tensor first"
+            )
         if value.device.type == "meta":
             raise UnsupportedStateError("a tensor on the meta device has no data to save")
         shape = tuple(value.shape)
@@ -82,9 +111,11 @@ class _Tensor:
 
     def into(self, value: torch.Tensor) -> Target | None:
         name = _NAMES.get(value.dtype)
-        if name is None or value.layout is not torch.strided or value.device.type == "meta":
+        if name is None or value.layout is not torch.strided or value.device.type == "meta" or _memoryless(value):
             return None
         shape = tuple(value.shape)
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), shape, strict=True)):
+            return None  # expanded: several elements share their memory
         if _plain(value):
             return Target(name, shape, [Piece((0,) * len(shape), shape, lambda: tensor_bytes(value))], lambda: value, True)
         staged = self.fresh(name, shape)
@@ -194,8 +225,8 @@ class _Torch:
         return value.state_dict() if isinstance(value, torch.nn.Module) else None
 
     def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
-        """Nothing is left to do for a module whose tensors were all filled in place."""
-        if not (in_place and set(state) == set(value.state_dict())):
+        """Nothing is left to do for a plain module whose tensors were all filled in place."""
+        if not (in_place and _state_is_its_memory(value) and set(state) == set(value.state_dict())):
             value.load_state_dict(state)
         return value
 
