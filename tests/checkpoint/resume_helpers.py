@@ -18,6 +18,7 @@ import pytest
 
 from s3loader import events
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, SaveResult
+from s3loader.checkpoint.stformat import parse_header
 from s3loader.errors import UnavailableError
 from s3loader.events import OpEvent
 from s3loader.store import ObjectStore, StoreOptions
@@ -90,6 +91,9 @@ def check(manager: CheckpointManager, want: dict[str, Any], *, step: int = 1) ->
     """The checkpoint is right, survives a collection, and no staging buffer is lost."""
     assert equal(manager.restore(step), want)
     assert manager.open(step).verify() == []
+    for key in manager.open(step).files():
+        if key.endswith(".safetensors"):  # the header names the attempt that the key names
+            assert parse_header(bytes(manager.store.get(key)))[1]["s3loader_attempt"] == key.split("/")[2]
     dry = manager.gc(grace=0, dry_run=True)
     assert not set(manager.open(step).files()) & set(dry.keys)
     manager.gc(grace=0)

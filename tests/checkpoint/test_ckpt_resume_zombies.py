@@ -11,7 +11,9 @@ import pytest
 from resume_helpers import OPTIONS, check, holdings, outage, quick_folder, sent, state
 
 from s3loader.checkpoint import CheckpointManager
-from s3loader.errors import S3LoaderError
+from s3loader.checkpoint.root import Root
+from s3loader.checkpoint.run import Run
+from s3loader.errors import FencedError, S3LoaderError
 from s3loader.store import open_store
 from s3loader.store.base import Backend
 from s3loader.store.fault import Moment, Seen
@@ -105,6 +107,23 @@ def test_a_collection_leaves_a_step_alone_where_a_save_is_under_way(folder: Path
     (report,) = reports
     assert report.skipped == {1: "a save is under way"}
     assert (report.keys, report.fenced, report.uploads) == ([], [], [])
+    check(manager, state())
+
+
+def test_a_collection_that_has_deleted_nothing_yet() -> None:
+    """It has put its root, and may delete at any time: what was looked at before must not be committed."""
+    manager, faults = outage("memory://stalled-gc", "upload part", 9)
+
+    def hook(seen: Seen, moment: Moment) -> None:
+        if seen.op == "list parts" and moment == "after":
+            faults.hook = None
+            Run(open_store("memory://stalled-gc")).retire(Root(1, "absent"), 1)
+
+    faults.hook = hook
+    with pytest.raises(FencedError, match="garbage collection has taken"):
+        manager.save(1, state()).result(30)
+    assert manager.latest() is None
+    assert manager.save(1, state()).result(30).resumed == 0
     check(manager, state())
 
 
