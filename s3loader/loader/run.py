@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,7 @@ from s3loader.plan.budget import Budget
 from s3loader.plan.order import Units
 from s3loader.plan.permutation import Int64Array
 from s3loader.store.base import Driver
+from s3loader.store.buffers import shared_pool
 from s3loader.transfer.diskcache import DiskCache
 from s3loader.units import KIB, MIB
 
@@ -124,6 +126,7 @@ class Run:
         self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
         self._stats = stats
         self._average = max(1, plan.total_bytes // max(1, plan.samples))
+        self._memory_limit = memory_limit
         self.budget = Budget.divide(memory_limit, prefetch, open_bytes=self._open_bytes(), total_bytes=plan.total_bytes)
         self._fetcher = Fetcher(
             dataset.store,
@@ -139,6 +142,8 @@ class Run:
         self._chunks: deque[_Chunk] = deque()
         self._open: dict[int, Block] = {}
         self._begun = False
+        self._spread = 1.0
+        """Bytes that are kept for each byte of a sample: gaps are read over, and stay while a neighbour waits."""
         self._piece_size = _FIRST_PIECE
         self._max_gap = _SEQUENTIAL_GAP if plan.spec.get("shuffle") in ("none", "shard") else _MAX_GAP
 
@@ -150,7 +155,6 @@ class Run:
     # -- planning (drawn by the fetcher) -----------------------------------------------------
 
     def _pieces(self) -> Iterator[Piece]:
-        most = max(1, self._positions_ahead() // self._schedule.batch_size)
         some = 1
         for slab in self._slabs():
             at = 0
@@ -158,9 +162,12 @@ class Run:
                 begun = time.perf_counter()
                 pieces = self._plan_chunk(slab, at, min(at + some, len(slab.steps)))
                 self._stats.plan += time.perf_counter() - begun
+                if not self.budget.whole_blocks:
+                    useful = self._average * int(slab.ends[min(at + some, len(slab.steps))] - slab.ends[at])
+                    self._spread = max(self._spread, sum(piece.end - piece.start for piece in pieces) / useful)
                 yield from pieces
                 at += some
-                some = min(most, 2 * some)
+                some = max(1, min(self._positions_ahead() // self._schedule.batch_size, 2 * some))
                 self._piece_size = min(_LARGEST_PIECE, 2 * self._piece_size)
 
     def _slabs(self) -> Iterator[_Slab]:
@@ -182,7 +189,7 @@ class Run:
             some = min(most, 4 * some)
 
     def _positions_ahead(self) -> int:
-        return min(_CHUNK_POSITIONS, self.budget.look_ahead // self._average)
+        return min(_CHUNK_POSITIONS, int(self.budget.look_ahead / (self._average * self._spread)))
 
     def _plan_chunk(self, slab: _Slab, low: int, high: int) -> list[Piece]:
         """Plan steps `low` to `high` of a slab; what they need and no earlier ones have asked for, in order of first use."""
@@ -280,14 +287,12 @@ class Run:
 
     def __iter__(self) -> Generator[RawBatch, None, None]:
         arrivals = self._fetcher.run(self._pieces())
-        try:
+        with shared_pool().bounded(self._memory_limit), closing(arrivals):
             while True:
                 while not self._chunks:
                     if next(arrivals, _END) is _END and not self._chunks:
                         return
                 yield from self._batches(self._chunks.popleft(), arrivals)
-        finally:
-            arrivals.close()
 
     def _batches(self, chunk: _Chunk, arrivals: Iterator[None]) -> Iterator[RawBatch]:
         at = 0

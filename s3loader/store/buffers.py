@@ -12,6 +12,8 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from s3loader.units import MIB
@@ -42,7 +44,24 @@ class BufferPool:
     def _reset(self) -> None:
         self._shelves: dict[int, _Shelf] = {}
         self._kept = 0
+        self._bounds: list[int] = []
         self._lock = threading.Lock()
+
+    @contextmanager
+    def bounded(self, max_bytes: int) -> Iterator[None]:
+        """Meanwhile keep no more than `max_bytes`, with those of others who do so added: for readers with a small budget.
+
+        Blocks of sizes that were needed once would else stay until they fill the pool.
+        """
+        bounds = self._bounds
+        with self._lock:
+            bounds.append(max_bytes)
+            self._make_room(0)
+        try:
+            yield
+        finally:
+            with self._lock:
+                bounds.remove(max_bytes)
 
     @property
     def kept_bytes(self) -> int:
@@ -93,25 +112,32 @@ class BufferPool:
         """A new block, kept if it fits; older ones are forgotten (not freed) to make room."""
         view = memoryview(block := bytearray(size))
         with self._lock:
-            if size <= self.max_bytes:
-                while self._kept + size > self.max_bytes and self._forget(size):
-                    pass
+            if self._make_room(size):
                 used.append(block)
                 self._kept += size
         return view
 
+    def _make_room(self, size: int) -> bool:
+        """Whether a block of `size` can be kept, others having been forgotten for it."""
+        most = min(self.max_bytes, sum(self._bounds)) if self._bounds else self.max_bytes
+        while self._kept + size > most and self._forget(size):
+            pass
+        return self._kept + size <= most
+
     def _forget(self, wanted: int) -> bool:
-        """Drop one block, rather of another size than `wanted`. One that is lent lives on with its
+        """Drop one block, rather a spare one, and of another size than `wanted`. One that is lent lives on with its
         views; were it not dropped, blocks lent for ever would fill the pool."""
-        for size in sorted(self._shelves, key=lambda size: size == wanted):
-            shelf = self._shelves[size]
-            for blocks in (shelf.spare, shelf.used):
-                try:
-                    blocks.popleft()
-                except IndexError:
-                    continue
-                self._kept -= size
-                return True
+        shelves = sorted(self._shelves.items(), key=lambda item: item[0] == wanted)
+        for size, blocks in (
+            *((size, shelf.spare) for size, shelf in shelves),
+            *((size, shelf.used) for size, shelf in shelves),
+        ):
+            try:
+                blocks.popleft()
+            except IndexError:
+                continue
+            self._kept -= size
+            return True
         return False
 
     def clear(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 from s3loader.errors import ConfigError, SampleError
 from s3loader.loader import Loader, from_manifest
 from s3loader.loader.position import Position
+from s3loader.store.buffers import shared_pool
 from s3loader.store.open import open_store
 from s3loader.testing.datasets import write_sharded_dataset
 
@@ -59,8 +60,15 @@ def test_iterators_side_by_side_and_in_threads_have_the_whole_epoch_each(dataset
     whole, loader = numbers(Loader(dataset, batch_size=8)), Loader(dataset, batch_size=8)
     pairs = list(zip(loader, loader, strict=True))
     assert numbers(one for one, _ in pairs) == numbers(two for _, two in pairs) == whole
-    loader, got = Loader(dataset, batch_size=8), {}
-    threads = [threading.Thread(target=lambda i=i: got.update({i: numbers(loader)})) for i in range(3)]
+    loader, got, all_begun = Loader(dataset, batch_size=8), {}, threading.Barrier(3)
+
+    def run(i):
+        batches = iter(loader)
+        head = next(batches)
+        all_begun.wait(20)  # who begins behind another's end gets the next epoch
+        got[i] = numbers([head, *batches])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -154,3 +162,13 @@ def test_an_epoch_that_no_state_could_hold_is_refused(dataset, epoch):
 def test_a_rank_has_at_least_one_worker_to_be_explained(dataset):
     with pytest.raises(ConfigError, match="at least one worker"):
         Loader(dataset, batch_size=8).explain(workers=0)
+
+
+def test_buffers_that_wait_for_their_size_to_come_again_count_as_memory(tmp_path):
+    """Ranges of all sizes: what the pool keeps of each must not come on top of the limit, epoch after epoch."""
+    store = open_store(tmp_path.as_uri())
+    write_sharded_dataset(store, ((f"s{i:05d}.bin", bytes(1000 + 2731 * (i % 37))) for i in range(600)), per_shard=150)
+    loader = Loader(from_manifest("manifest.jsonl", store=store), batch_size=8, memory_limit="4MiB", prefetch="4MiB")
+    shared_pool().clear()
+    kept = [shared_pool().kept_bytes for _ in range(3) for _ in loader]
+    assert max(kept) <= 4 << 20

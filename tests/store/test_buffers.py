@@ -140,3 +140,22 @@ def test_a_forked_child_begins_empty_and_keeps_what_was_lent() -> None:
 
 def test_the_shared_pool_is_one() -> None:
     assert shared_pool() is shared_pool()
+
+
+def test_a_reader_with_a_small_budget_bounds_what_is_kept_meanwhile():
+    pool = BufferPool(1 << 20)
+    for size in (200_000, 300_000, 400_000):
+        pool.lease(size)
+    assert pool.kept_bytes > 800_000
+    with pool.bounded(300_000):
+        assert pool.kept_bytes <= 300_000
+        lent = [pool.lease(size) for size in (100_000, 150_000, 250_000, 400_000)]
+        assert [len(view) >= size for view, size in zip(lent, (100_000, 150_000, 250_000, 400_000), strict=True)] == [True] * 4
+        assert pool.kept_bytes <= 300_000
+        with pool.bounded(500_000):  # another reader beside it
+            pool.lease(400_000)
+            assert 400_000 <= pool.kept_bytes <= 800_000
+    del lent
+    for size in (200_000, 300_000, 400_000):
+        pool.lease(size)
+    assert pool.kept_bytes > 800_000
