@@ -9,6 +9,7 @@ from typing import Any
 
 from s3loader.checkpoint import layout, tree
 from s3loader.checkpoint.leaves import NUMPY, Piece, Target
+from s3loader.checkpoint.locating import telling
 from s3loader.checkpoint.merge import unpack_index
 from s3loader.checkpoint.reading import DataFile, read_targets, verify_chunks
 from s3loader.checkpoint.records import Chunk
@@ -34,9 +35,17 @@ class Checkpoint:
         CheckpointError: the root or index is damaged, or files are missing.
     """
 
+    @property
+    def _where(self) -> str:
+        return self._run.store.url
+
     def __init__(self, run: Run, root: Root, share: NodeShare | None = None) -> None:
         if root.state != "committed":
-            raise CheckpointError(root.problem or f"step {root.step} is not committed", url=run.store.url)
+            raise CheckpointError(
+                root.problem or f"step {root.step} is not committed",
+                url=run.store.url,
+                hint="`s3loader ckpt ls` lists what there is",
+            )
         self._run, self._root, self._share = run, root, share
         key = root.keys[layout.INDEX][0]
         found = run.get(key)
@@ -45,7 +54,11 @@ class Checkpoint:
         try:
             index = unpack_index(found[0], root.facts, key)
         except (FormatError, CheckpointError) as error:
-            raise CheckpointError(error.message, url=f"{run.store.url}/{key}") from error
+            raise CheckpointError(
+                error.message,
+                url=f"{run.store.url}/{key}",
+                hint="restore(on_corruption='previous') goes back a step; `s3loader ckpt verify --all` checks each",
+            ) from error
         self._index = index
         self._files = self._structure()
         chunks: dict[str, list[Chunk]] = defaultdict(list)
@@ -66,7 +79,9 @@ class Checkpoint:
                 raise self._gone(key or record.id)
             if not meta.size == size == record.size:
                 raise CheckpointError(
-                    f"{key} has {meta.size} bytes, {record.size} were saved", url=f"{self._run.store.url}/{key}"
+                    f"{key} has {meta.size} bytes, {record.size} were saved",
+                    url=f"{self._run.store.url}/{key}",
+                    hint="restore(on_corruption='previous') goes back a step; `s3loader ckpt verify --all` checks each",
                 )
             files[record.id] = DataFile(key, meta.etag)
         return files
@@ -74,8 +89,16 @@ class Checkpoint:
     def _gone(self, key: str) -> CheckpointError:
         now = self._run.read_root(self.step)
         if now.state in ("absent", "tombstone"):
-            return CheckpointNotFoundError(f"step {self.step} was deleted while it was read", url=self._run.store.url)
-        return CheckpointError(f"step {self.step} is incomplete: {key} is missing", url=f"{self._run.store.url}/{key}")
+            return CheckpointNotFoundError(
+                f"step {self.step} was deleted while it was read",
+                url=self._run.store.url,
+                hint="restore the newest step again; keep=LatestN(2) leaves readers time",
+            )
+        return CheckpointError(
+            f"step {self.step} is incomplete: {key} is missing",
+            url=f"{self._run.store.url}/{key}",
+            hint="files were deleted behind the run's back; restore(on_corruption='previous') goes back a step",
+        )
 
     @property
     def step(self) -> int:
@@ -129,6 +152,7 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._chunks
 
+    @telling("read")
     def chunks(self, name: str) -> Sequence[Chunk]:
         """Where the tensor `name` lies.
 
@@ -136,9 +160,12 @@ class Checkpoint:
             CheckpointError: there is none of that name.
         """
         if name not in self._chunks:
-            raise CheckpointError(f"step {self.step} has no tensor {name!r}", url=self._run.store.url)
+            raise CheckpointError(
+                f"step {self.step} has no tensor {name!r}", url=self._run.store.url, hint="keys() lists what it has"
+            )
         return self._chunks[name]
 
+    @telling("read")
     def tensor(self, name: str) -> Any:
         """The tensor `name` as a numpy array."""
         return self.get_slice(name)[...]
@@ -146,10 +173,12 @@ class Checkpoint:
     def __getitem__(self, name: str) -> Any:
         return self.tensor(name)
 
+    @telling("read")
     def get_slice(self, name: str) -> TensorSlice:
         """A view of the tensor `name` that reads what it is indexed with, as `safetensors` has it."""
         return TensorSlice(self, name)
 
+    @telling("read")
     def read(self, wanted: Iterable[tuple[str, Target]], *, verify: bool = True) -> dict[str, Any]:
         """Read tensors (or boxes of them) into targets, all in one plan; returns their values by name."""
         values: dict[str, Any] = {}
@@ -165,6 +194,7 @@ class Checkpoint:
         except ObjectNotFoundError as error:
             raise self._gone("a file of it") from error
 
+    @telling("restore")
     def restore(
         self,
         target: Any = None,
@@ -195,7 +225,9 @@ class Checkpoint:
         for name in [*(items or ()), *(target or ())]:
             if name not in names:
                 raise CheckpointError(
-                    f"step {self.step} has no item {name!r} (it has {', '.join(names)})", url=self._run.store.url
+                    f"step {self.step} has no item {name!r} (it has {', '.join(names)})",
+                    url=self._run.store.url,
+                    hint="items= takes names that were given to save; `s3loader ckpt inspect` lists them",
                 )
         picked = set(items) if items is not None else set(target) if target is not None else set(names)
         if isinstance(node["of"], dict):
@@ -207,6 +239,7 @@ class Checkpoint:
         result: dict[str, Any] = dict(work.value())
         return result
 
+    @telling("verify")
     def verify(self) -> list[IntegrityError]:
         """Read every tensor and every header and compare checksums; returns what is wrong."""
         headers = [

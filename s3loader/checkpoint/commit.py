@@ -92,7 +92,10 @@ def publish_or_wait(
             complete_since = complete_since or now
             if first or attempt.rank == 0 or now - complete_since > _TAKE_OVER:
                 if abandoned():
-                    raise CheckpointError(f"step {attempt.step} was abandoned before it was committed")
+                    raise CheckpointError(
+                        f"step {attempt.step} was abandoned before it was committed",
+                        hint="finish(seconds) was not long enough for it; the step before is untouched",
+                    )
                 return _publish(attempt, own, expected, listed, join)
         first = False
         failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
@@ -113,6 +116,7 @@ def publish_or_wait(
                 + (f"ranks {missing} have not finished" if missing else "no rank published it"),
                 url=attempt.run.store.url,
                 missing=missing,
+                hint="see what the ranks named raised; CheckpointOptions(deadline=...) where they are only slow",
             )
         time.sleep(pause)
         pause = min(0.5, pause * 1.5)
@@ -180,7 +184,11 @@ def _publish(
             sizes[key] = (meta.size, meta.etag)
         if key not in sizes or sizes[key][0] != file.size:
             there = f"has {sizes[key][0]} bytes" if key in sizes else "is not there"
-            raise CheckpointError(f"{key} {there}, {file.size} bytes were written", url=f"{run.store.url}/{key}")
+            raise CheckpointError(
+                f"{key} {there}, {file.size} bytes were written",
+                url=f"{run.store.url}/{key}",
+                hint="another process deletes or writes in this run while it is saved to; save again",
+            )
     entries = merged.entries(run.id, sizes, expected.history, taken)
     run.put(attempt.prefix + layout.INDEX, merged.packed, content_type="application/zstd")
     attempt.session.check_fence()
@@ -220,5 +228,10 @@ def _part(attempt: Attempt, rank: int) -> Part:
     key = attempt.prefix + layout.part_id(rank)
     found = attempt.run.get(key)
     if found is None:
-        raise IncompleteCheckpointError(f"{key} is missing", url=attempt.run.store.url, missing=[rank])
+        raise IncompleteCheckpointError(
+            f"{key} is missing",
+            url=attempt.run.store.url,
+            missing=[rank],
+            hint="another process deletes in this run while it is saved to; save again",
+        )
     return records.decode(found[0], Part, key)

@@ -208,7 +208,10 @@ def _join(trees: list[Any]) -> Any:
         for key in way:
             inner = branch.children.setdefault(key, _Branch())
             if not isinstance(inner, _Branch):
-                raise CheckpointError(f"{fqn!r} lies inside {key!r}, which is a value")
+                raise CheckpointError(
+                    f"{fqn!r} lies inside {key!r}, which is a value",
+                    hint="ranks disagree on the structure of the state dict; save the same on each",
+                )
             branch = inner
         branch.children[last] = told["node"]
     return _node(top)
@@ -221,7 +224,10 @@ def _node(branch: Any) -> Any:
     if all(isinstance(key, str) for key in inside):
         return {"$": "dict", "of": inside}
     if any(isinstance(key, str) for key in inside) or set(inside) != set(range(len(inside))):
-        raise CheckpointError(f"a list has the places {sorted(map(str, inside))}")
+        raise CheckpointError(
+            f"a list has the places {sorted(map(str, inside))}",
+            hint="ranks disagree on the length of a list in the state dict; save the same structure on each",
+        )
     return [inside[i] for i in range(len(inside))]
 
 

@@ -55,7 +55,9 @@ def itemsize(dtype: str) -> int:
     try:
         return DTYPES[dtype][0]
     except KeyError:
-        raise CheckpointError(f"unknown element type {dtype!r}") from None
+        raise CheckpointError(
+            f"unknown element type {dtype!r}", hint="the checkpoint was written by a newer s3loader; update s3loader"
+        ) from None
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:

@@ -61,7 +61,7 @@ def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCR
     needed = before.referenced()
     alive: set[tuple[int, str]] = set()
     for step, attempts in before.attempts.items():
-        found = before.roots.get(step, Root(step, "absent"))
+        found = before.roots.get(step, Root(step, "absent", generation=run.mark.generation(step)))
         old = {a: metas for a, metas in attempts.items() if _abandoned(found, a, metas, now - grace)}
         alive.update((step, attempt) for attempt in attempts.keys() - old.keys() - {found.attempt})
         old = {a: left for a, metas in old.items() if (left := [meta for meta in metas if meta.key not in needed])}

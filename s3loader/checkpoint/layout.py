@@ -81,7 +81,10 @@ class AttemptKey:
 
 def _checked(step: int) -> int:
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
-        raise CheckpointError(f"a step is an integer from 0 to 10^12 - 1, not {step!r}")
+        raise CheckpointError(
+            f"a step is an integer from 0 to 10^12 - 1, not {step!r}",
+            hint="give the number of the training step, e.g. save(1000, ...)",
+        )
     return step
 
 

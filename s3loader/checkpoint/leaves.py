@@ -159,7 +159,10 @@ class ArrayShard:
     def __post_init__(self) -> None:
         boxes = zip(self.offset, self.array.shape, self.shape, strict=False)
         if not len(self.offset) == len(self.shape) == self.array.ndim or any(o < 0 or o + n > w for o, n, w in boxes):
-            raise CheckpointError(f"a box of {self.array.shape} at {self.offset} does not lie in an array of {self.shape}")
+            raise CheckpointError(
+                f"a box of {self.array.shape} at {self.offset} does not lie in an array of {self.shape}",
+                hint="offset plus shape of the piece must lie inside the shape of the whole array",
+            )
 
 
 class _Shard:
@@ -197,7 +200,10 @@ class _Numpy:
         import numpy as np
 
         if (dtype := name_of(value.dtype)) is None:
-            raise UnsupportedStateError(f"arrays of type {value.dtype} cannot be saved")
+            raise UnsupportedStateError(
+                f"arrays of type {value.dtype} cannot be saved",
+                hint="cast it to numbers or booleans; strings are saved as str, in lists",
+            )
         if isinstance(value, np.ma.MaskedArray):
             raise UnsupportedStateError("a masked array cannot be saved", hint="save its .data and its .mask")
 

@@ -16,6 +16,7 @@ from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.commit import Attempt
 from s3loader.checkpoint.handle import SaveHandle
 from s3loader.checkpoint.incremental import Base, find_base
+from s3loader.checkpoint.locating import locating, telling
 from s3loader.checkpoint.options import CheckpointOptions, OnCorruption, OnExists
 from s3loader.checkpoint.policy import KeepPolicy
 from s3loader.checkpoint.resuming import take_over
@@ -63,7 +64,8 @@ class CheckpointManager:
         self.keep = keep
         self.run = Run(self.store, settle=self.options.settle)
         self._rank, self._world, self._job = rank, world_size, job
-        Identity(rank, world_size, job)
+        with locating("save or restore", self._where):
+            Identity(rank, world_size, job)
         self.pool = BufferPool(self.options.staging_budget, self.options.part_size)
         self._session: Session | None = None
         self._savers: list[Saver] = []
@@ -76,8 +78,13 @@ class CheckpointManager:
         self._lock = threading.RLock()
         self._closed = False
 
+    @property
+    def _where(self) -> str:
+        return self.store.url
+
     # saving
 
+    @telling("save")
     def save(
         self,
         step: int,
@@ -105,7 +112,10 @@ class CheckpointManager:
         """
         self._ready()
         if on_exists not in ("error", "replace", "skip"):
-            raise CheckpointError(f"on_exists is 'error', 'replace' or 'skip', not {on_exists!r}")
+            raise CheckpointError(
+                f"on_exists is 'error', 'replace' or 'skip', not {on_exists!r}",
+                hint="save(..., on_exists='replace') puts a new one in its place, 'skip' leaves it",
+            )
         with self._lock:
             running = [saver for saver in self._savers if not saver.handle.done]
             if running and self.options.overlap == "refuse":
@@ -159,6 +169,7 @@ class CheckpointManager:
                 late.append(saver.handle.step)
         return late
 
+    @telling("begin the session of")
     def session(self) -> Session:
         """This job's incarnation; begun at the first call (by `save`, or by `restore` where there are several ranks)."""
         with self._lock:
@@ -183,6 +194,7 @@ class CheckpointManager:
             self.store.backend.abort_multipart(key, upload_id)
         return self.retire()
 
+    @telling("retire steps of")
     def retire(self) -> list[int]:
         """Delete the steps that `keep` does not keep; done after every save, by rank 0. Returns them."""
         if self.keep is None or self._rank:
@@ -192,18 +204,22 @@ class CheckpointManager:
 
     # finding
 
+    @telling("list")
     def latest(self) -> int | None:
         """The newest committed step, found by listing; None where there is none."""
         return next((root.step for root in self.run.newest_first() if root.state == "committed"), None)
 
+    @telling("list")
     def steps(self) -> list[int]:
         """All committed steps, ascending."""
         return [root.step for root in self.run.scan().committed()]
 
+    @telling("list")
     def roots(self) -> list[Root]:
         """Roots of all committed steps, ascending: facts, metrics, files."""
         return self.run.scan().committed()
 
+    @telling("open")
     def open(self, step: int | None = None) -> Checkpoint:
         """A committed step (the newest where `step` is None), to be read lazily.
 
@@ -217,6 +233,7 @@ class CheckpointManager:
         options = self.options
         return NodeShare(options.node_cache, options.node_cache_size, self._rank) if options.node_cache else None
 
+    @telling("open")
     def find(self, step: int | None = None) -> Root:
         """Root of `step`, or of the newest.
 
@@ -240,6 +257,7 @@ class CheckpointManager:
             "there is no checkpoint", url=self.store.url, hint="save one first, or check the path: it is the folder of the run"
         )
 
+    @telling("restore")
     def restore(
         self,
         step: int | None = None,
@@ -268,13 +286,19 @@ class CheckpointManager:
             IntegrityError: bytes are not what was saved; the target may be half written.
         """
         if self._closed:
-            raise ClosedError("the checkpoint manager was closed", url=self.store.url)
+            raise ClosedError(
+                "the checkpoint manager was closed", url=self.store.url, hint="make another CheckpointManager for the same URL"
+            )
         if on_corruption not in ("raise", "previous"):
             raise CheckpointError(f"on_corruption is 'raise' or 'previous', not {on_corruption!r}")
         if step is None and self._world > 1:
             step = self._newest if self._newest is not None else self.session().resume_step
             if step is None:
-                raise CheckpointNotFoundError("there was no checkpoint when this job began", url=self.store.url)
+                raise CheckpointNotFoundError(
+                    "there was no checkpoint when this job began",
+                    url=self.store.url,
+                    hint="save one first, or check the path: it is the folder of the run",
+                )
         if step is not None:
             return self.open(step).restore(target, items=items, verify=verify, rank=self._rank)
         damage: Exception | None = None
@@ -295,6 +319,7 @@ class CheckpointManager:
 
     # deleting
 
+    @telling("delete")
     def delete(self, step: int) -> None:
         """Delete a committed step: un-publish it, then delete its files (but those other steps refer to).
 
@@ -304,10 +329,15 @@ class CheckpointManager:
         self._ready()
         root = self.run.read_root(step)
         if root.state not in ("committed", "damaged"):
-            raise CheckpointNotFoundError(f"step {step} is not committed", url=self.store.url)
+            raise CheckpointNotFoundError(
+                f"step {step} is not committed", url=self.store.url, hint="`s3loader ckpt ls` lists what there is"
+            )
         if not retention.retire_all(self.run, [root], self._epoch()):
-            raise CheckpointError(f"step {step} was changed by another process", url=self.store.url)
+            raise CheckpointError(
+                f"step {step} was changed by another process", url=self.store.url, hint="look at it again, then delete it again"
+            )
 
+    @telling("collect garbage of")
     def gc(self, *, dry_run: bool = False, grace: float | None = None) -> gc.GCReport:
         """Delete what no committed step needs: abandoned attempts, leftovers of deleted steps, open uploads.
 
@@ -357,7 +387,9 @@ class CheckpointManager:
 
     def _ready(self) -> None:
         if self._closed:
-            raise ClosedError("the checkpoint manager was closed", url=self.store.url)
+            raise ClosedError(
+                "the checkpoint manager was closed", url=self.store.url, hint="make another CheckpointManager for the same URL"
+            )
         self._raise_failures()
 
     def _raise_failures(self) -> None:
@@ -380,6 +412,9 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         text = json.dumps(dict(metadata or {}), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"metadata must be JSON: {error}") from error
+        raise CheckpointError(
+            f"metadata must be JSON: {error}",
+            hint="convert it to numbers, strings, lists and dicts first; arrays belong into items",
+        ) from error
     result: dict[str, Any] = json.loads(text)
     return result

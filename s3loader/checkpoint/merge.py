@@ -41,7 +41,8 @@ class Merged:
             told = (part.step, part.epoch, part.attempt, part.world, part.block)
             if told != (first.step, first.epoch, first.attempt, first.world, first.block):
                 raise CheckpointError(
-                    f"rank {part.rank} saved {told}, rank {first.rank} {(first.step, first.epoch, first.attempt)}"
+                    f"rank {part.rank} saved {told}, rank {first.rank} {(first.step, first.epoch, first.attempt)}",
+                    hint="every rank must save the same steps in the same order, with the same CheckpointOptions",
                 )
         expected = {part.expects for part in parts} - {""}
         if len(expected) > 1:
@@ -51,7 +52,11 @@ class Merged:
             )
         missing = sorted(set(range(first.world)) - {part.rank for part in parts})
         if missing:
-            raise IncompleteCheckpointError(f"step {first.step}: parts of ranks {missing} are missing", missing=missing)
+            raise IncompleteCheckpointError(
+                f"step {first.step}: parts of ranks {missing} are missing",
+                missing=missing,
+                hint="see what these ranks raised; save again",
+            )
         self.first = first
         chunks = [chunk for part in parts for chunk in part.chunks]
         _check_replicas(parts, chunks)
@@ -119,7 +124,10 @@ def unpack_index(data: bytes, facts: Mapping[str, Any], where: str) -> Index:
         CheckpointError: it is not.
     """
     if hashlib.sha256(data).hexdigest() != facts["index"]:
-        raise CheckpointError(f"{where} is not the index that was committed")
+        raise CheckpointError(
+            f"{where} is not the index that was committed",
+            hint="restore(on_corruption='previous') goes back a step; `s3loader ckpt verify --all` checks each",
+        )
     return records.decode(zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_INDEX), Index, where)
 
 
@@ -130,10 +138,16 @@ def _check_tiling(chunks: Sequence[Chunk]) -> None:
     for name, group in by_name.items():
         first = group[0]
         if any((c.dtype, c.shape) != (first.dtype, first.shape) for c in group):
-            raise CheckpointError(f"{name!r} has different types or shapes on different ranks")
+            raise CheckpointError(
+                f"{name!r} has different types or shapes on different ranks",
+                hint="save the same type on every rank; ArrayShard(piece, offset, shape) for parts of one array",
+            )
         problem = boxes.problem_in_tiling(first.shape, [box_of(chunk) for chunk in group])
         if problem:
-            raise CheckpointError(f"{name!r} {first.shape} is not whole: {problem}")
+            raise CheckpointError(
+                f"{name!r} {first.shape} is not whole: {problem}",
+                hint="the pieces of all ranks must tile the array: no gap, no overlap",
+            )
 
 
 def _check_replicas(parts: Sequence[Part], chunks: Sequence[Chunk]) -> None:
@@ -195,4 +209,7 @@ def _check_leaves(index: Index) -> None:
     have = {chunk.name for chunk in index.chunks}
     need = {name for name, _ in tree.leaf_names(index.tree)}
     if have != need:
-        raise CheckpointError(f"the items and the saved tensors differ: {sorted(have ^ need)[:5]}")
+        raise CheckpointError(
+            f"the items and the saved tensors differ: {sorted(have ^ need)[:5]}",
+            hint="every rank must save the same items; wrap what differs between ranks in PerRank(...)",
+        )

@@ -78,11 +78,14 @@ class CheckpointOptions:
     ) -> None:
         part = parse_size(part_size)
         if part < 1:
-            raise ConfigError("part_size must be positive")
+            raise ConfigError("part_size must be positive", hint="e.g. part_size='64MiB'")
         if concurrency < 1:
-            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}")
+            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}", hint="e.g. concurrency=8")
         if overlap not in ("queue", "refuse"):
-            raise ConfigError(f"overlap is 'queue' or 'refuse', not {overlap!r}")
+            raise ConfigError(
+                f"overlap is 'queue' or 'refuse', not {overlap!r}",
+                hint="'queue' saves one after the other, 'refuse' raises while one is under way",
+            )
         part = part if part <= BLOCK else -(-part // BLOCK) * BLOCK
         set_ = object.__setattr__
         set_(self, "staging_budget", parse_size(staging_budget))

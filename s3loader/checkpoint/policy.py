@@ -49,7 +49,7 @@ class LatestN(KeepPolicy):
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ConfigError(f"LatestN({self.n}) would keep nothing")
+            raise ConfigError(f"LatestN({self.n}) would keep nothing", hint="LatestN(1) is the least; keep=None keeps all")
 
     def keep(self, steps: Sequence[StepInfo]) -> set[int]:
         """See `KeepPolicy.keep`."""
@@ -64,7 +64,7 @@ class EveryNSteps(KeepPolicy):
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ConfigError(f"EveryNSteps({self.n}): give a positive number of steps")
+            raise ConfigError(f"EveryNSteps({self.n}): give a positive number of steps", hint="e.g. EveryNSteps(1000)")
 
     def keep(self, steps: Sequence[StepInfo]) -> set[int]:
         """See `KeepPolicy.keep`."""
@@ -84,9 +84,14 @@ class BestN(KeepPolicy):
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ConfigError(f"BestN({self.metric!r}, {self.n}) would keep nothing")
+            raise ConfigError(
+                f"BestN({self.metric!r}, {self.n}) would keep nothing",
+                hint="BestN(metric, 1) is the least; keep=None keeps all",
+            )
         if self.mode not in ("min", "max"):
-            raise ConfigError(f"BestN: mode is 'min' or 'max', not {self.mode!r}")
+            raise ConfigError(
+                f"BestN: mode is 'min' or 'max', not {self.mode!r}", hint="mode='min' for losses, 'max' for accuracies"
+            )
 
     def keep(self, steps: Sequence[StepInfo]) -> set[int]:
         """See `KeepPolicy.keep`."""

@@ -259,7 +259,10 @@ def _plan_target(plan: _Plan, chunks: Sequence[Chunk], target: Target, done: Cal
         for chunk in chunks:
             if chunk.dtype != target.dtype or tuple(chunk.shape) != tuple(target.shape):
                 told = f"{chunk.dtype} {chunk.shape} in the checkpoint, {target.dtype} {list(target.shape)} in the target"
-                raise CheckpointError(f"{chunk.name!r} is {told}")
+                raise CheckpointError(
+                    f"{chunk.name!r} is {told}",
+                    hint="give a target of the shape that was saved; `s3loader ckpt inspect` tells it",
+                )
             if chunk.box is None and piece.shape == target.shape:  # all of it: by far the most frequent case
                 covered += _volume(piece.shape)
                 plan.want(chunk, 0, chunk.end - chunk.begin, memory, 0)
@@ -271,7 +274,8 @@ def _plan_target(plan: _Plan, chunks: Sequence[Chunk], target: Target, done: Cal
         if covered != _volume(piece.shape):
             name = chunks[0].name if chunks else "a tensor"
             raise CheckpointError(
-                f"{name!r}: the checkpoint has {covered} of {_volume(piece.shape)} elements of the box {piece.offset}"
+                f"{name!r}: the checkpoint has {covered} of {_volume(piece.shape)} elements of the box {piece.offset}",
+                hint="the index does not cover the tensor; `s3loader ckpt verify` the step, go back to another one",
             )
         memory.arrived()
     if not target.pieces:

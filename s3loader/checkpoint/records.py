@@ -220,7 +220,10 @@ def decode(data: bytes | memoryview, record: type[Record], where: str) -> Record
     try:
         result = msgspec.json.decode(data, type=record)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise FormatError(f"{where} is not a {record.__name__.lower()} record: {error}") from error
+        raise FormatError(
+            f"{where} is not a {record.__name__.lower()} record: {error}",
+            hint="it is damaged, or no file of s3loader; `s3loader ckpt verify --all` tells which steps are whole",
+        ) from error
     version = getattr(result, "format", FORMAT)
     if version != FORMAT:
         raise FormatError(f"{where} has format {version}, this s3loader reads {FORMAT}", hint="update s3loader")
@@ -238,19 +241,28 @@ def box_of(chunk: Chunk) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _check(files: Sequence[FileRecord], chunks: Sequence[Chunk], block: int, where: str) -> None:
     sizes = {file.id: file.size for file in files}
     if block <= 0:
-        raise FormatError(f"{where}: a block size of {block}")
+        raise FormatError(f"{where}: a block size of {block}", hint="it is damaged; go back to an earlier step")
     for chunk in chunks:
         offset, box = box_of(chunk)
         inside = len(offset) == len(box) == len(chunk.shape) and all(
             low >= 0 and size >= 0 and low + size <= whole for low, size, whole in zip(offset, box, chunk.shape, strict=True)
         )
         if not inside or chunk.dtype not in DTYPES:
-            raise FormatError(f"{where}: {chunk.name!r} is a {chunk.dtype} box {list(offset)}+{list(box)} of {chunk.shape}")
+            raise FormatError(
+                f"{where}: {chunk.name!r} is a {chunk.dtype} box {list(offset)}+{list(box)} of {chunk.shape}",
+                hint="it is damaged; go back to an earlier step",
+            )
         if chunk.file == "" and chunk.begin == 0:
             continue  # a replica: checksums only
         if not 0 <= chunk.begin <= chunk.end <= sizes.get(chunk.file, -1) or chunk.end - chunk.begin != nbytes(
             chunk.dtype, box
         ):
-            raise FormatError(f"{where}: {chunk.name!r} does not lie in its file {chunk.file!r}")
+            raise FormatError(
+                f"{where}: {chunk.name!r} does not lie in its file {chunk.file!r}",
+                hint="it is damaged; go back to an earlier step",
+            )
         if len(chunk.crc) != 4 * segments.count(chunk.begin, chunk.end, block):
-            raise FormatError(f"{where}: {chunk.name!r} has {len(chunk.crc)} bytes of checksums")
+            raise FormatError(
+                f"{where}: {chunk.name!r} has {len(chunk.crc)} bytes of checksums",
+                hint="it is damaged; go back to an earlier step",
+            )

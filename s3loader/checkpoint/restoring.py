@@ -67,7 +67,10 @@ class Restoration:
             return
         if not isinstance(node, dict | list):
             if not owned and target is not _MISSING and adapter_for(target) is not None:
-                raise CheckpointError(f"{name!r} is {node!r} in the checkpoint, an array in the target")
+                raise CheckpointError(
+                    f"{name!r} is {node!r} in the checkpoint, an array in the target",
+                    hint="give None in its place to get what was saved; `s3loader ckpt inspect --values` shows it",
+                )
             return
         inside = self._inside(target, name)
         owned = owned or name in self._states
@@ -79,13 +82,19 @@ class Restoration:
     def _leaf(self, kind: str, target: Any, name: str, owned: bool) -> None:
         chunks = self._chunks.get(name)
         if not chunks:
-            raise CheckpointError(f"{name!r} is in the tree of the checkpoint, but not among its tensors")
+            raise CheckpointError(
+                f"{name!r} is in the tree of the checkpoint, but not among its tensors",
+                hint="it is damaged; go back to an earlier step",
+            )
         dtype, shape = chunks[0].dtype, tuple(chunks[0].shape)
         into = None
         if target is not _MISSING and target is not None:
             adapter = adapter_for(target)
             if adapter is None and not owned:
-                raise CheckpointError(f"{name!r} is an array in the checkpoint, a {type(target).__qualname__} in the target")
+                raise CheckpointError(
+                    f"{name!r} is an array in the checkpoint, a {type(target).__qualname__} in the target",
+                    hint="give an array in its place, or None to get a new one",
+                )
             into = adapter.into(target) if adapter is not None else None
             if into is not None and owned and into.dtype != dtype:
                 into = None  # the object converts it when it gets its state
@@ -111,7 +120,10 @@ class Restoration:
         if name not in self._states:
             state = tree.expand(target)
             if state is None:
-                raise CheckpointError(f"the target at {name!r} is a {type(target).__qualname__}, which has no state to restore")
+                raise CheckpointError(
+                    f"the target at {name!r} is a {type(target).__qualname__}, which has no state to restore",
+                    hint="give an array, a container, an object with load_state_dict(), or None",
+                )
             self._states[name] = state
         return self._states[name]
 
@@ -187,7 +199,10 @@ def _refuse_more(node: Any, target: Any, name: str) -> None:
     else:
         return
     if more:
-        raise CheckpointError(f"the target has {tree.child_name(name, more[0])!r}, which is not in the checkpoint")
+        raise CheckpointError(
+            f"the target has {tree.child_name(name, more[0])!r}, which is not in the checkpoint",
+            hint="leave it out of the target, or restore without a target; `s3loader ckpt inspect` lists what was saved",
+        )
 
 
 def _same_fields(saved: set[Any], target: Any, name: str) -> None:

@@ -102,11 +102,11 @@ def parse(step: int, data: bytes, etag: str, generation: int = 0) -> Root:
         entries = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
         facts = entries[0]["meta"]["s3loader"]
         if facts["format"] != FORMAT:
-            raise FormatError(f"format {facts['format']}, this s3loader reads {FORMAT}")
+            raise FormatError(f"format {facts['format']}, this s3loader reads {FORMAT}", hint="update s3loader")
         if facts["digest"] != _digest(facts, entries) or facts["step"] != step:
-            raise FormatError("its digest does not match")
+            raise FormatError("its digest does not match", hint="it was changed or cut; go back to an earlier step")
         if facts["kind"] not in ("committed", "tombstone"):
-            raise FormatError(f"kind {facts['kind']!r}")
+            raise FormatError(f"kind {facts['kind']!r}", hint="update s3loader")
         keys = {entry["id"]: (entry["key"], int(entry["size_bytes"] or 0)) for entry in entries}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         problem = f"the root of step {step} is damaged: {error or type(error).__name__}"

@@ -299,7 +299,11 @@ class Run:
         """
         found = self.get(seen.key)
         if found is None or found[1] != seen.etag:
-            raise FencedError(f"the root of step {seen.step} changed", url=self.store.url)
+            raise FencedError(
+                f"the root of step {seen.step} changed",
+                url=self.store.url,
+                hint="another process works on this step; do it again",
+            )
         nonce = secrets.token_hex(8)
         entries = root.touched_entries(found[0], nonce)
         return self._write_root(entries, seen, lambda now: now.facts.get("nonce") == nonce)

@@ -15,6 +15,7 @@ from s3loader.checkpoint.copying import Copier
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
 from s3loader.checkpoint.incremental import Base, References, refer
 from s3loader.checkpoint.leaves import LeafAdapter
+from s3loader.checkpoint.locating import tell
 from s3loader.checkpoint.options import CheckpointOptions, OnExists
 from s3loader.checkpoint.records import Chunk, Failure, Intent, Part
 from s3loader.checkpoint.replicas import owned, replica
@@ -64,7 +65,9 @@ def plan_save(
         UnsupportedStateError: something in it cannot be saved.
     """
     if not isinstance(items, Mapping) or not all(isinstance(key, str) and key for key in items):
-        raise UnsupportedStateError("items must be a dict with names as keys", path="")
+        raise UnsupportedStateError(
+            "items must be a dict with names as keys", path="", hint="save(step, {'model': model, ...})"
+        )
     own: list[SavedPiece] = []
     shared: list[SavedPiece] = []
 
@@ -151,7 +154,13 @@ class Saver:
     def abandon(self) -> None:
         """Give the save up: nothing more is uploaded or published."""
         self._abandoned.set()
-        self._upload.fail(CheckpointError(f"step {self._attempt.step} was abandoned before it was committed"), passing=True)
+        self._upload.fail(
+            CheckpointError(
+                f"step {self._attempt.step} was abandoned before it was committed",
+                hint="finish(seconds) was not long enough for it; the step before is untouched",
+            ),
+            passing=True,
+        )
 
     @property
     def left_open(self) -> list[tuple[str, str]]:
@@ -170,6 +179,7 @@ class Saver:
             self._upload.fail(error)
             handle._error = self._ended(error)
             self._tell_others(handle._error)
+            tell(handle._error, "save", self._attempt.run.store.url)
         finally:
             self._after = None
             handle._finished.set()

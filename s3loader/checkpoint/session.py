@@ -36,9 +36,14 @@ class Identity:
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:
-            raise ConfigError(f"rank {self.rank} of {self.world} ranks")
+            raise ConfigError(
+                f"rank {self.rank} of {self.world} ranks", hint="rank= counts from 0, world_size= is the number of ranks"
+            )
         if self.world > 99_999:
-            raise ConfigError(f"{self.world} ranks are more than the key layout has room for")
+            raise ConfigError(
+                f"{self.world} ranks are more than the key layout has room for",
+                hint="at most 99,999 ranks save one checkpoint; let one rank of several save for them",
+            )
 
 
 def identify(environ: Mapping[str, str]) -> str:
@@ -151,11 +156,17 @@ def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
             seen.add(epoch)
             if record.job == identity.job:
                 if record.world != identity.world:
-                    raise ConfigError(f"rank {identity.rank} counts {identity.world} ranks, rank 0 {record.world}")
+                    raise ConfigError(
+                        f"rank {identity.rank} counts {identity.world} ranks, rank 0 {record.world}",
+                        hint="give every rank the same world_size=",
+                    )
                 return record
         if time.monotonic() > end:
             raise IncompleteCheckpointError(
-                f"rank 0 of job {identity.job!r} did not begin within {deadline:.0f} s", url=run.store.url, missing=[0]
+                f"rank 0 of job {identity.job!r} did not begin within {deadline:.0f} s",
+                url=run.store.url,
+                missing=[0],
+                hint="rank 0 must save or restore too, with the same job=; CheckpointOptions(deadline=...) if it is slow",
             )
         time.sleep(pause)
         pause = min(1.0, pause * 1.5)

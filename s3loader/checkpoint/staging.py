@@ -343,7 +343,10 @@ def _from_piece(saved: SavedPiece, copies: Copier) -> _Copying:
         return lambda target, start: copies.later(begin(target, start))
     view = saved.piece.open()
     if len(view) != saved.end - saved.begin:
-        raise CheckpointError(f"{saved.name!r} gave {len(view)} bytes, its type and shape need {saved.end - saved.begin}")
+        raise CheckpointError(
+            f"{saved.name!r} gave {len(view)} bytes, its type and shape need {saved.end - saved.begin}",
+            hint="it was resized while it was saved; let save() return before the state is changed",
+        )
     return _from_memory(view, copies)
 
 
@@ -356,4 +359,4 @@ def _choose_memory(plan: FilePlan, pool: BufferPool) -> None:
 
 
 def _staged_already() -> memoryview:
-    raise CheckpointError("a piece is staged once")
+    raise CheckpointError("a piece is staged once", hint="make a new plan for a second save")

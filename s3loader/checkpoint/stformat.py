@@ -50,7 +50,10 @@ def encode_header(
     at = 0
     for name, dtype, shape in tensors:
         if name in header or name == "__metadata__":
-            raise FormatError(f"a safetensors file cannot hold the name {name!r} {'twice' if name in header else ''}".rstrip())
+            raise FormatError(
+                f"a safetensors file cannot hold the name {name!r} {'twice' if name in header else ''}".rstrip(),
+                hint="'__metadata__' is reserved, and every tensor needs a name of its own",
+            )
         stated, stated_shape = in_safetensors(dtype, shape)
         size = nbytes(dtype, shape)
         header[name] = {"dtype": stated, "shape": stated_shape, "data_offsets": [at, at + size]}
@@ -59,7 +62,10 @@ def encode_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > _MAX_HEADER:
-        raise FormatError(f"a safetensors header of {len(text)} bytes is larger than readers accept")
+        raise FormatError(
+            f"a safetensors header of {len(text)} bytes is larger than readers accept",
+            hint="save fewer tensors per file: CheckpointOptions(file_size=...)",
+        )
     start = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, [(start + begin, start + end) for begin, end in spans]
 
@@ -71,10 +77,10 @@ def header_size(first8: bytes | memoryview) -> int:
         FormatError: this is no safetensors file.
     """
     if len(first8) < 8:
-        raise FormatError("not a safetensors file: shorter than 8 bytes")
+        raise FormatError("not a safetensors file: shorter than 8 bytes", hint="it is cut short, or another kind of file")
     size: int = struct.unpack_from("<Q", first8)[0]
     if not 2 <= size <= _MAX_HEADER:
-        raise FormatError(f"not a safetensors file: a header of {size} bytes")
+        raise FormatError(f"not a safetensors file: a header of {size} bytes", hint="it is another kind of file, or damaged")
     return 8 + size
 
 
@@ -86,7 +92,7 @@ def parse_header(data: bytes | memoryview) -> tuple[list[HeaderEntry], dict[str,
     """
     start = header_size(data)
     if len(data) < start:
-        raise FormatError("the safetensors header is cut short")
+        raise FormatError("the safetensors header is cut short", hint="the file is not whole; copy it again")
     try:
         header = json.loads(bytes(data[8:start]))
         metadata = header.pop("__metadata__", {})
@@ -97,5 +103,5 @@ def parse_header(data: bytes | memoryview) -> tuple[list[HeaderEntry], dict[str,
             for name, info in header.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FormatError(f"not a safetensors header: {error}") from error
+        raise FormatError(f"not a safetensors header: {error}", hint="it is another kind of file, or damaged") from error
     return sorted(entries, key=lambda entry: (entry.begin, entry.end)), metadata

@@ -156,12 +156,16 @@ class _Encoder:
         if kind is complex:
             return {"$": "complex", "of": [repr(value.real), repr(value.imag)]}
         if id(value) in self._open:
-            raise UnsupportedStateError(f"{name or 'the state'} contains itself", path=name)
+            raise UnsupportedStateError(
+                f"{name or 'the state'} contains itself", path=name, hint="break the cycle: save the parts by name"
+            )
         self._open.add(id(value))
         try:
             return self._container(value, name)
         except RecursionError:
-            raise UnsupportedStateError(f"{name[:80]}... is nested too deeply", path=name) from None
+            raise UnsupportedStateError(
+                f"{name[:80]}... is nested too deeply", path=name, hint="flatten it, or give it a state_dict() that is flat"
+            ) from None
         finally:
             self._open.discard(id(value))
 
@@ -211,13 +215,17 @@ class _Encoder:
         pairs = []
         for key, item in value.items():
             if not _plain(key):
-                raise UnsupportedStateError(f"{name!r} has a key of type {type(key).__qualname__}", path=name)
+                raise UnsupportedStateError(
+                    f"{name!r} has a key of type {type(key).__qualname__}",
+                    path=name,
+                    hint="keys are strings, numbers, booleans, None or tuples of these; convert them first",
+                )
             pairs.append([self.node(key, child_name(name, key)), self.node(item, child_name(name, key))])
         return {"$": tag, "of": pairs}
 
     def _leaf(self, adapter: LeafAdapter, value: Any, name: str) -> Any:
         if not name:
-            raise UnsupportedStateError("a checkpoint holds a dict of items, not one array")
+            raise UnsupportedStateError("a checkpoint holds a dict of items, not one array", hint="save(step, {'name': array})")
         if name in self._names or name == "__metadata__":
             raise UnsupportedStateError(
                 f"two keys of the state have the name {name!r}", path=name, hint="1 and '1' are one name"
@@ -239,7 +247,9 @@ def _text(value: str, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UnsupportedStateError(f"{name!r}: the string {value!r} is not valid Unicode", path=name) from None
+        raise UnsupportedStateError(
+            f"{name!r}: the string {value!r} is not valid Unicode", path=name, hint="save it as bytes"
+        ) from None
     return value
 
 
@@ -278,7 +288,7 @@ def leaf_names(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _no_leaf(name: str) -> Any:
-    raise FormatError(f"{name!r}: a leaf where a key is expected")
+    raise FormatError(f"{name!r}: a leaf where a key is expected", hint="the index is damaged; go back to an earlier step")
 
 
 def decode(node: Any, leaf: Callable[[str], Any], name: str = "", rank: int = 0) -> Any:
@@ -296,7 +306,10 @@ def decode(node: Any, leaf: Callable[[str], Any], name: str = "", rank: int = 0)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"the tree of the checkpoint is damaged at {name!r}: {error}") from error
+        raise FormatError(
+            f"the tree of the checkpoint is damaged at {name!r}: {error}",
+            hint="the index is damaged; go back to an earlier step",
+        ) from error
 
 
 def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str, rank: int) -> Any:

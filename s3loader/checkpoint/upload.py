@@ -210,7 +210,10 @@ class Upload:
             result = self._store.backend.complete_multipart(file.key, file.upload_id, parts)
             file.upload_id = None
         if result.size not in (file.plan.size, 0):
-            raise CheckpointError(f"{file.key} has {result.size} bytes after its upload, not {file.plan.size}")
+            raise CheckpointError(
+                f"{file.key} has {result.size} bytes after its upload, not {file.plan.size}",
+                hint="the store or a proxy changed it; save again",
+            )
         return False
 
     def _resume(self, file: _File, kept: Kept, part: StagedPart) -> None:
@@ -249,7 +252,12 @@ class Upload:
             return False
         if result.size in (file.plan.size, 0) and _is_joined(result.etag, parts):
             return True
-        file.lost = StoreError(f"it became another object, {result.etag}", op="complete upload", url=kept.key)
+        file.lost = StoreError(
+            f"it became another object, {result.etag}",
+            op="complete upload",
+            url=kept.key,
+            hint="another process writes to this run; give each job a run of its own",
+        )
         return False
 
     def _anew(self, file: _File, kept: Kept) -> None:

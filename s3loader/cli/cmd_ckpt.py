@@ -155,7 +155,11 @@ def verify(url: str, step: int | None, every: bool, as_json: bool) -> None:
                 click.echo(f"  {line}")
     bad = [number for number, wrong in results.items() if wrong]
     if bad:
-        raise IntegrityError(f"{len(bad)} of {len(results)} steps are damaged: {', '.join(map(str, bad))}", url=url)
+        raise IntegrityError(
+            f"{len(bad)} of {len(results)} steps are damaged: {', '.join(map(str, bad))}",
+            url=url,
+            hint="restore(on_corruption='previous') goes back to a good step; `s3loader ckpt delete` removes a bad one",
+        )
 
 
 @ckpt.command()

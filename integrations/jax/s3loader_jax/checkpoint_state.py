@@ -31,7 +31,9 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Box:
 def _name_of(dtype: Any) -> str:
     name = numpy_name(np.dtype(dtype).name)
     if name is None:
-        raise UnsupportedStateError(f"arrays of {dtype} cannot be saved")
+        raise UnsupportedStateError(
+            f"arrays of {dtype} cannot be saved", hint="cast it to a type that safetensors knows, e.g. float32 or bfloat16"
+        )
     return name
 
 
@@ -45,7 +47,10 @@ class _Array:
 
     def source(self, value: Any) -> Source:
         if isinstance(value, jax.ShapeDtypeStruct):
-            raise UnsupportedStateError("an abstract array has no data to save")
+            raise UnsupportedStateError(
+                "an abstract array has no data to save",
+                hint="save arrays that were computed; jax.eval_shape gives targets for restore, nothing to save",
+            )
         if value.is_deleted():
             raise UnsupportedStateError("the array was donated or deleted", hint="save before the step that donates it")
         shape = tuple(value.shape)

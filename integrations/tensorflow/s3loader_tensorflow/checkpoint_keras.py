@@ -49,7 +49,10 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
     ) -> None:
         super().__init__()
         if save_freq != "epoch" and (not isinstance(save_freq, int) or save_freq < 1):
-            raise ConfigError(f"save_freq is 'epoch' or a number of batches, not {save_freq!r}")
+            raise ConfigError(
+                f"save_freq is 'epoch' or a number of batches, not {save_freq!r}",
+                hint="save_freq='epoch', or e.g. save_freq=1000",
+            )
         self._own = not isinstance(backup_dir, CheckpointManager)
         self.manager = (
             backup_dir

@@ -25,10 +25,15 @@ class _Tensor:
 
     def source(self, value: Any) -> Source:
         if isinstance(value, tf.Tensor) and not hasattr(value, "numpy"):
-            raise UnsupportedStateError("a tensor inside a tf.function has no value yet")
+            raise UnsupportedStateError(
+                "a tensor inside a tf.function has no value yet",
+                hint="save outside of the tf.function, where tensors are eager",
+            )
         array = _numpy(value)
         if numpy_name(array.dtype.name) is None:
-            raise UnsupportedStateError(f"tensors of {value.dtype} cannot be saved")
+            raise UnsupportedStateError(
+                f"tensors of {value.dtype} cannot be saved", hint="cast it to a number type, or keep strings as Python strings"
+            )
         inner = NUMPY.source(array)
         return Source(self.kind, inner.dtype, inner.shape, inner.pieces)
 

@@ -38,6 +38,7 @@ from torch.futures import Future
 from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp
 from s3loader.checkpoint.dcp import PartWriter, Ticket, Writing
 from s3loader.checkpoint.leaves import LeafAdapter, Target
+from s3loader.checkpoint.locating import telling
 from s3loader.checkpoint.meeting import Box
 from s3loader.checkpoint.records import box_of
 from s3loader.checkpoint.session import Identity, identify
@@ -98,12 +99,17 @@ class S3StorageWriter(StorageWriter):
         self._writing: Writing | None = None
         self._coordinator = False
 
+    @property
+    def _where(self) -> str:
+        return str(self.checkpoint_id or "")
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See `StorageWriter.reset`."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self._close()
 
+    @telling("save")
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageWriter.set_up_storage_writer`.
 
@@ -118,6 +124,7 @@ class S3StorageWriter(StorageWriter):
         manager = CheckpointManager(self.checkpoint_id, keep=keep, options=self._options, **self._store_options)
         self._writing = Writing(manager, self._step)
 
+    @telling("plan")
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """See `StorageWriter.prepare_local_plan`; without collectives, the ranks meet here."""
         if self._meets is None:
@@ -131,6 +138,7 @@ class S3StorageWriter(StorageWriter):
         ticket, own = self._need().meet(self._meets, [_box(item) for item in plan.items])
         return replace(plan, items=[plan.items[place] for place in own], storage_data=ticket)
 
+    @telling("plan")
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin the attempt, and tell every rank of it."""
         if self._meets is not None:
@@ -138,6 +146,7 @@ class S3StorageWriter(StorageWriter):
         tickets = self._need().begin(len(plans))
         return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
 
+    @telling("save")
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Upload this rank's tensors, then its part manifest."""
         ticket: Ticket = plan.storage_data
@@ -167,6 +176,7 @@ class S3StorageWriter(StorageWriter):
                 box = item.tensor_data.chunk
                 part.add_box(fqn, path, TORCH.source(tensor.detach()), tuple(item.tensor_data.size), tuple(box.offsets))
 
+    @telling("save")
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Publish; called by the coordinator when every rank has written."""
         written = {(r.index.fqn, r.index.offset) for rank in results for r in rank}
@@ -271,12 +281,17 @@ class S3StorageReader(StorageReader):
         self._names: dict[str, str] = {}
         self._values: dict[str, Any] = {}
 
+    @property
+    def _where(self) -> str:
+        return str(self.checkpoint_id or "")
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See `StorageReader.reset`."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self._close()
 
+    @telling("load")
     def read_metadata(self) -> Metadata:
         """The checkpoint's index, as DCP wants it.
 
@@ -306,10 +321,12 @@ class S3StorageReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageReader.set_up_storage_reader`."""
 
+    @telling("plan")
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note which checkpoint this rank has opened."""
         return replace(plan, storage_data=(self._need().step, self._need().info["attempt"]))
 
+    @telling("plan")
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Make sure that every rank reads the same checkpoint."""
         seen = {plan.storage_data for plan in plans}
@@ -319,6 +336,7 @@ class S3StorageReader(StorageReader):
             )
         return plans
 
+    @telling("load")
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
         """Read everything the plan wants."""
         wanted: list[tuple[str, Target]] = []
@@ -366,7 +384,7 @@ class S3StorageReader(StorageReader):
 
     def _need(self) -> Checkpoint:
         if self._found is None:
-            raise CheckpointError("read_metadata was not called")
+            raise CheckpointError("read_metadata was not called", hint="pass it to dcp.load(storage_reader=...)")
         return self._found
 
     def _close(self) -> None:

@@ -121,6 +121,8 @@ class S3Checkpoint:
         url = ObjectURL.parse(uri)
         folder, _, key = url.key.rpartition("/")
         if not key:
-            raise ConfigError(f"{uri!r} names no object")
+            raise ConfigError(
+                f"{uri!r} names no object", hint="give the whole URL of an object, e.g. s3://bucket/run/model.ckpt"
+            )
         where = ObjectURL(url.scheme, url.bucket, folder or ("/" if url.scheme == "file" else ""))
         return open_store(str(where), **self._options), key

@@ -51,7 +51,10 @@ class S3CheckpointIO(CheckpointIO):  # type: ignore[misc]  # Lightning is not in
         if map_location is None or str(map_location) == "cpu":
             return items
         if not isinstance(map_location, str | torch.device):
-            raise CheckpointError(f"map_location is a device or its name here, not {type(map_location).__name__}")
+            raise CheckpointError(
+                f"map_location is a device or its name here, not {type(map_location).__name__}",
+                hint="map_location='cpu', or a torch.device",
+            )
         moved: dict[str, Any] = _move(items, torch.device(map_location))
         return moved
 

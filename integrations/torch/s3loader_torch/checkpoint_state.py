@@ -105,7 +105,9 @@ class _Tensor:
                 f"{'nested tensors' if value.is_nested else what} cannot be saved", hint="convert it to a dense tensor first"
             )
         if value.device.type == "meta":
-            raise UnsupportedStateError("a tensor on the meta device has no data to save")
+            raise UnsupportedStateError(
+                "a tensor on the meta device has no data to save", hint="materialise it first: module.to_empty(device=...)"
+            )
         shape = tuple(value.shape)
         return Source(self.kind, _NAMES[value.dtype], shape, [_piece((0,) * len(shape), shape, value)])
 
@@ -160,7 +162,10 @@ class _Sharded:
         boxes, mine = _local_boxes(value)
         pieces = [_piece(*box) for box in boxes] if mine else []
         if value.dtype not in _NAMES:
-            raise UnsupportedStateError(f"tensors of {value.dtype} cannot be saved")
+            raise UnsupportedStateError(
+                f"tensors of {value.dtype} cannot be saved",
+                hint="cast it to a type that safetensors knows, e.g. float32 or bfloat16",
+            )
         return Source(self.kind, _NAMES[value.dtype], tuple(value.size()), pieces, sharded=True)
 
     def into(self, value: Any) -> Target | None:
