@@ -147,6 +147,49 @@ def test_a_root_that_comes_after_its_tombstone_was_compacted_counts_for_nothing(
         assert later.restore(5)["a"].tolist() == [5] * 3
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_stalled_save_of_a_deleted_step_is_fenced_where_it_writes(tmp_path: Path, compacted: bool) -> None:
+    store = open_store(tmp_path)
+    slow = Paused(store.backend)
+    backend: Any = slow
+    with manager_at(tmp_path) as other, CheckpointManager(ObjectStore(store.url, backend), options=PLAIN) as stalled:
+        save(other, 1)
+        save(other, 5)
+        other.delete(5)
+        if compacted:
+            other.gc(grace=0)
+        handle = stalled.save(5, {"a": np.zeros(3)})  # as generation 1
+        assert slow.reached.wait(30)
+        report = other.gc(grace=0)
+        assert (report.fenced, report.skipped) == ([5], {})
+        slow.go_on.set()
+        with pytest.raises((FencedError, CommitUnknownError)):
+            handle.result(30)  # its files are gone
+        assert manager_at(tmp_path).steps() == [1]
+
+
+def test_a_stalled_save_of_a_compacted_step_is_fenced(tmp_path: Path) -> None:
+    """The tombstone must be of the generation that the writer is in."""
+    with manager_at(tmp_path) as other:
+        save(other, 5)
+        other.delete(5)
+        other.gc(grace=0)
+    store = open_store(tmp_path)
+    slow = Paused(store.backend)
+    backend: Any = slow
+    with manager_at(tmp_path) as other, CheckpointManager(ObjectStore(store.url, backend), options=PLAIN) as stalled:
+        handle = stalled.save(5, {"a": np.zeros(3)})
+        assert slow.reached.wait(30)
+        assert other.gc(grace=0).fenced == [5]
+        slow.go_on.set()
+        with pytest.raises(FencedError, match="was retired"):
+            handle.result(30)
+        assert other.steps() == []
+        assert other.latest() is None
+        other.gc(grace=0)
+        assert keys(tmp_path) == [layout.COMPACTED]
+
+
 def test_a_compaction_can_be_cut_off_before_every_write(tmp_path: Path) -> None:
     class Dies:
         def __init__(self, inner: Any, after: int) -> None:
