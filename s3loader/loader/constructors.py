@@ -30,6 +30,7 @@ class SourceKeywords(StoreKeywords, total=False):
 
     store: ObjectStore | None
     group: Group
+    members: str | Iterable[str] | None
     where: Filter | None
     index_dir: str | None
 

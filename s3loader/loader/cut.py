@@ -46,11 +46,19 @@ class Cut(NamedTuple):
 class Groups:
     """Samples of several members each, built as dicts when they are handed out."""
 
-    __slots__ = ("_bounds", "_ends", "_names", "_source", "_starts", "_url")
+    __slots__ = ("_bounds", "_ends", "_names", "_source", "_starts", "_url", "_wanted")
 
     def __init__(
-        self, bounds: list[int], names: list[str], source: list[Any], starts: list[int], ends: list[int], url: str
+        self,
+        bounds: list[int],
+        names: list[str],
+        source: list[Any],
+        starts: list[int],
+        ends: list[int],
+        url: str,
+        wanted: frozenset[str] | None,
     ) -> None:
+        self._wanted = wanted
         self._bounds = bounds
         self._names = names
         self._source = source
@@ -69,6 +77,8 @@ class Groups:
             if type(source) is not memoryview:
                 return source
             extension = name[at:]
+            if self._wanted is not None and extension not in self._wanted:
+                continue  # it stands for a sample that has none of them
             if extension in sample:
                 return Failed(FormatError(f"two members of sample {key!r} are called {name!r}", url=self._url), name)
             sample[extension] = source[self._starts[member] : self._ends[member]]
@@ -108,8 +118,10 @@ def cut(piece: Piece, bodies: Sequence[memoryview | Failed], *, grouped: bool, v
     layout = piece.layout
     assert layout is not None
     members = piece.members()
-    if not layout.loose and bodies and isinstance(bodies[0], Failed):
-        return Cut.failed(bodies[0].error, len(piece.numbers))
+    if not layout.loose:
+        for body in bodies:
+            if isinstance(body, Failed):
+                return Cut.failed(body.error, len(piece.numbers))
     try:
         source, starts, ends = _loose(layout, members, bodies) if layout.loose else _slices(layout, piece, members, bodies)
     except S3LoaderError as error:
@@ -124,7 +136,8 @@ def cut(piece: Piece, bodies: Sequence[memoryview | Failed], *, grouped: bool, v
         return Cut(source, starts, ends, bool(bad))
     lengths = layout.first[piece.numbers + 1] - layout.first[piece.numbers]
     bounds = [0, *np.cumsum(lengths).tolist()]
-    groups = Groups(bounds, [layout.name(i) for i in members.tolist()], source, starts, ends, layout.key(int(members[0])))
+    names = [layout.name(i) for i in members.tolist()]
+    groups = Groups(bounds, names, source, starts, ends, layout.key(int(members[0])), layout.wanted)
     count = len(piece.numbers)
     sums = np.concatenate([[0], np.cumsum(np.array(ends, dtype=np.int64) - starts)])
     return Cut([groups] * count, list(range(count)), np.diff(sums[bounds]).tolist(), bool(bad))
@@ -135,33 +148,45 @@ _Places: TypeAlias = tuple[list[Any], list[int], list[int]]
 
 def _slices(layout: Layout, piece: Piece, members: Int64Array, bodies: Sequence[Any]) -> _Places:
     assert layout.index is not None
-    base, data = piece.start, bodies[0] if bodies else memoryview(b"")
-    if layout.index.compression is not None and bodies:
-        base, data = _inflate(layout, piece, data)
-    if len(data) < piece.end - base:
-        raise TruncatedError(
-            f"{piece.end - base} bytes were expected at {base}, {len(data)} came", op="read", url=layout.key(0)
-        )
-    starts = layout.offsets[members] - base
-    return [data] * len(members), starts.tolist(), (starts + layout.sizes[members]).tolist()
+    if piece.ranges is None:
+        base, data = _range(layout, piece.start, piece.end, bodies[0] if bodies else memoryview(b""))
+        starts = layout.offsets[members] - base
+        return [data] * len(members), starts.tolist(), (starts + layout.sizes[members]).tolist()
+    pairs = zip(piece.ranges, bodies, strict=True)
+    parts = [_range(layout, start, end, body) for (start, end), body in pairs] or [(0, memoryview(b""))]
+    which = np.searchsorted([start for start, _ in piece.ranges], layout.offsets[members], side="right") - 1
+    which = np.maximum(which, 0)  # a member without bytes may lie before all of them
+    starts = layout.offsets[members] - np.array([base for base, _ in parts], dtype=np.int64)[which]
+    starts[layout.sizes[members] == 0] = 0
+    return [parts[k][1] for k in which.tolist()], starts.tolist(), (starts + layout.sizes[members]).tolist()
 
 
-def _inflate(layout: Layout, piece: Piece, packed: memoryview) -> tuple[int, memoryview]:
-    """(tar offset, plain bytes) of the frames of `piece`."""
+def _range(layout: Layout, start: int, end: int, data: memoryview) -> tuple[int, memoryview]:
+    """(tar offset of its first byte, plain bytes) of what came for bytes ``[start, end)`` of the tar stream."""
+    base = start
+    if layout.index is not None and layout.index.compression is not None and start < end:
+        base, data = _inflate(layout, start, end, data)
+    if len(data) < end - base:
+        raise TruncatedError(f"{end - base} bytes were expected at {base}, {len(data)} came", op="read", url=layout.key(0))
+    return base, data
+
+
+def _inflate(layout: Layout, start: int, end: int, packed: memoryview) -> tuple[int, memoryview]:
+    """(tar offset, plain bytes) of the frames around bytes ``[start, end)`` of the tar stream."""
     import zstandard
 
     index = layout.index
     assert index is not None
     if index.frames is None or index.frames_tar is None:
         raise ShardReadError(f"{index.compression} shards cannot be read at random", op="read", url=layout.key(0))
-    first = int(np.searchsorted(index.frames_tar, piece.start, side="right")) - 1
-    last = int(np.searchsorted(index.frames_tar, piece.end, side="left"))
+    first = int(np.searchsorted(index.frames_tar, start, side="right")) - 1
+    last = int(np.searchsorted(index.frames_tar, end, side="left"))
     inflater = zstandard.ZstdDecompressor()
     out = bytearray()
     cuts = (index.frames[first : last + 1].astype(np.int64) - int(index.frames[first])).tolist()
     try:
-        for start, end in itertools.pairwise(cuts):
-            out += inflater.decompress(packed[start:end], max_output_size=1 << 30)
+        for low, high in itertools.pairwise(cuts):
+            out += inflater.decompress(packed[low:high], max_output_size=1 << 30)
     except zstandard.ZstdError as error:
         raise IntegrityError(f"a zstd frame does not decompress: {error}", op="read", url=layout.key(0)) from error
     return int(index.frames_tar[first]), memoryview(out).toreadonly()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -9,11 +10,20 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from s3loader.errors import IntegrityError, ObjectNotFoundError, PlanError, S3LoaderError, ShardReadError, StateMismatchError
+from s3loader.errors import (
+    ConfigError,
+    IntegrityError,
+    ObjectNotFoundError,
+    PlanError,
+    S3LoaderError,
+    ShardReadError,
+    StateMismatchError,
+)
 from s3loader.loader.indexes import find_index
 from s3loader.loader.layout import Layout, LayoutCache, LooseRun, Shard
 from s3loader.loader.mds_format import MdsShard
 from s3loader.loader.options import LoaderOptions
+from s3loader.loader.shares import Shares
 from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
 from s3loader.plan.permutation import Int64Array
 from s3loader.shard.index import ShardIndex, index_key, is_foreign, sample_key
@@ -29,6 +39,8 @@ Group: TypeAlias = Literal["webdataset"] | None
 first dot of the base name are one sample, a dict by extension."""
 
 _LAYOUT_BYTES: Final = 64 * MIB
+_LOOKED_AT: Final = 4
+"""Parts whose layouts say what leaving members out saves."""
 
 
 class Dataset:
@@ -59,10 +71,43 @@ class Dataset:
         self.selected = selected
         self.name = name or store.url
         self.index_dir = index_dir
+        self.members: frozenset[str] | None = None
+        self._shares: Shares | None = None
         counts = [part.samples for part in parts] if selected is None else [len(kept) for kept in selected]
         self.catalog = Catalog(np.array(counts, dtype=np.int64), self._total_bytes(), self._digest())
         self.starts = np.cumsum(self.catalog.counts) - self.catalog.counts
         self._drop_layouts()
+
+    def only(self, members: str | Iterable[str] | None) -> Dataset:
+        """The same samples in the same order, with only the members of these extensions (what follows the first dot of the
+        base name: ``"jpg"``, ``"seg.png"``); the bytes of the others are not fetched where that saves any. None: all.
+
+        Raises:
+            ConfigError: there are none, or samples are not grouped.
+        """
+        if members is None:
+            return self
+        wanted = frozenset(name.removeprefix(".") for name in ([members] if isinstance(members, str) else members))
+        if self.group is None or not wanted:
+            raise ConfigError(
+                "members= leaves out members of grouped samples" if wanted else "members= names no extension",
+                hint='give group="webdataset" and the extensions that are wanted, such as members=["jpg", "cls"]',
+            )
+        twin = copy.copy(self)
+        twin.members, twin._shares = wanted, None
+        twin._drop_layouts()
+        return twin
+
+    @property
+    def shares(self) -> Shares:
+        """What of its bytes is used and fetched; where members are left out, as a few of its parts have it (read for this)."""
+        if self.members is None or not len(self):
+            return Shares(1.0, 1.0, 0.0)
+        if self._shares is None:
+            some = range(0, len(self.parts), max(1, len(self.parts) // _LOOKED_AT))
+            layouts = [layout for layout in self.layouts(some).values() if not isinstance(layout, S3LoaderError)]
+            self._shares = Shares.of(layouts)
+        return self._shares
 
     def _drop_layouts(self) -> None:
         self._pid = os.getpid()
@@ -118,7 +163,7 @@ class Dataset:
             if layout is not None:
                 found[number] = layout
             elif isinstance(part := self.parts[number], LooseRun):
-                found[number] = self._keep(number, self._select(number, Layout.of_loose(part)))
+                found[number] = self._of_loose(number, part)
             else:
                 missing.append(number)
         if missing:
@@ -137,12 +182,20 @@ class Dataset:
             raise layout
         return layout
 
+    def _of_loose(self, number: int, part: LooseRun) -> Layout | S3LoaderError:
+        try:
+            return self._keep(number, self._select(number, Layout.of_loose(part)))
+        except ShardReadError as error:
+            return error
+
     def _keep(self, number: int, layout: Layout) -> Layout:
         self._layouts.put(number, layout)
         return layout
 
     def _select(self, number: int, layout: Layout) -> Layout:
-        return layout if self.selected is None else layout.select(self.selected[number])
+        if self.selected is not None:
+            layout = layout.select(self.selected[number])
+        return layout if self.members is None else layout.only(self.members)
 
     def _load(self, missing: Sequence[int]) -> dict[int, Layout | S3LoaderError]:
         found: dict[int, Layout | S3LoaderError] = {}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from s3loader.errors import ShardReadError
 from s3loader.plan.permutation import Int64Array
-from s3loader.shard.index import ShardIndex
+from s3loader.shard.index import ShardIndex, sample_key
 
 __all__ = ["Layout", "LayoutCache", "LooseRun", "Shard", "group_starts"]
 
@@ -61,19 +62,38 @@ class Layout:
     index: ShardIndex | None = None
     nbytes: int = field(default=0)
     """Memory held, roughly."""
+    wanted: frozenset[str] | None = None
+    """Extensions of the members that samples have; None: all."""
     largest_gap: int = field(init=False, default=0)
     """Most bytes between a sample and the next, in a shard."""
+    inner_gap: int = field(init=False, default=0)
+    """Most bytes between two members of a sample, where some are left out."""
 
     def __post_init__(self) -> None:
         if self.index is not None and self.samples > 1:
             first, last = self.first[:-1], self.first[1:] - 1
             gaps = self.offsets[first[1:]] - (self.offsets[last[:-1]] + self.sizes[last[:-1]])
             object.__setattr__(self, "largest_gap", int(gaps.max()))
+        if self.index is not None and self.wanted is not None and len(self.offsets) > 1:
+            gaps = self.offsets[1:] - (self.offsets[:-1] + self.sizes[:-1])
+            gaps[self.first[1:-1] - 1] = 0
+            object.__setattr__(self, "inner_gap", int(gaps.max()))
 
     @property
     def samples(self) -> int:
         """How many samples there are."""
         return len(self.first) - 1
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the whole part, not compressed; those of a filtered one in proportion to its samples."""
+        if self.index is None:
+            assert isinstance(self.source, LooseRun)
+            whole, of = int(np.maximum(self.source.sizes, 0).sum()), self.source.samples
+        else:
+            tar = self.index.frames_tar
+            whole, of = self.index.archive_size if tar is None else int(tar[-1]), self.index.samples
+        return whole * self.samples // max(1, of)
 
     def span(self, low: int, high: int) -> tuple[int, int]:
         """(first byte, end) of samples `low` to `high` (included) of a shard."""
@@ -121,6 +141,30 @@ class Layout:
         members += np.repeat(self.first[samples] - (ends - lengths), lengths)
         return _Selected.build(self, members, np.concatenate([[0], ends]).astype(np.int64))
 
+    def only(self, wanted: frozenset[str]) -> Layout:
+        """The same samples with only the members that have one of these extensions.
+
+        A sample that has none of them keeps its first member, without a byte, for its name.
+
+        Raises:
+            ShardReadError: no member at all has one of them.
+        """
+        names = [self.name(member) for member in range(int(self.first[-1]))]
+        extensions = [name[len(sample_key(name)) + 1 :] for name in names]
+        kept = np.array([extension in wanted for extension in extensions], dtype=bool)
+        if len(kept) and not kept.any():
+            there = ", ".join(sorted(set(extensions))[:8])
+            raise ShardReadError(
+                f"no member is one of members={sorted(wanted)}; there are {there}",
+                hint="members= takes what follows the first dot of a member's name",
+            )
+        counts = np.add.reduceat(kept, self.first[:-1], dtype=np.int64) if self.samples else np.zeros(0, dtype=np.int64)
+        bare = self.first[:-1][counts == 0]
+        kept[bare] = True
+        members = np.flatnonzero(kept).astype(np.int64)
+        first = np.concatenate([[0], np.cumsum(np.maximum(counts, 1))]).astype(np.int64)
+        return _Selected.build(self, members, first, wanted, np.searchsorted(members, bare))
+
     @classmethod
     def of_loose(cls, run: LooseRun) -> Layout:
         """The layout of loose objects."""
@@ -132,18 +176,30 @@ class _Selected(Layout):
     members: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
-    def build(cls, whole: Layout, members: Int64Array, first: Int64Array) -> _Selected:
-        crc = None if whole.crc32c is None else whole.crc32c[members]
+    def build(
+        cls,
+        whole: Layout,
+        members: Int64Array,
+        first: Int64Array,
+        wanted: frozenset[str] | None = None,
+        bare: Int64Array | Sequence[int] = (),
+    ) -> _Selected:
+        """`members` of a layout; those at `bare` without their bytes."""
+        crc, sizes, at = None if whole.crc32c is None else whole.crc32c[members], whole.sizes[members], np.array(bare, np.int64)
+        sizes[at] = 0
+        if crc is not None:
+            crc[at] = 0  # the CRC32C of nothing
         return cls(
             first,
             whole.offsets[members],
-            whole.sizes[members],
+            sizes,
             crc,
             whole.source,
             whole.etag,
             whole.index,
             whole.nbytes + members.nbytes,
-            members,
+            whole.wanted if wanted is None else wanted,
+            members=whole.members[members] if isinstance(whole, _Selected) else members,
         )
 
     def key(self, member: int) -> str:

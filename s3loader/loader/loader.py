@@ -381,7 +381,8 @@ class Loader:
     def explain(
         self, *, workers: int | None = None, price_per_1000_gets: float = 0.0004, price_per_gb: float = 0.0
     ) -> Explanation:
-        """What an epoch costs over all ranks: requests, bytes, memory, price; nothing is read for it.
+        """What an epoch costs over all ranks: requests, bytes, memory, price; nothing is read for it, but a few indexes where
+        members are left out.
 
         Args:
             workers: Processes per rank; default: as the loader was told.
@@ -404,4 +405,5 @@ class Loader:
             prefetch=parse_size(options.prefetch),
             price_per_1000_gets=price_per_1000_gets,
             price_per_gb=price_per_gb,
+            shares=self.dataset.shares,
         )

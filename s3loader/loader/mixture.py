@@ -42,7 +42,10 @@ class Mixture(Dataset):
         if any(dataset.selected is not None for dataset in datasets):
             selected = [kept for dataset in datasets for kept in _selection(dataset)]
         name = " + ".join(dataset.name for dataset in datasets)
+        if len({dataset.members for dataset in datasets}) > 1:
+            raise PlanError("the datasets of a mixture must have the same members", hint="open them with the same members=")
         super().__init__(store, parts, group=datasets[0].group, selected=selected, name=name, index_dir=datasets[0].index_dir)
+        self.members = datasets[0].members
 
     def choose(self, options: LoaderOptions, world_size: int) -> Mapping[str, Any]:
         """See `Dataset.choose`: an order for each dataset, with a seed of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -11,9 +12,12 @@ from s3loader.errors import S3LoaderError
 from s3loader.loader.layout import Layout
 from s3loader.plan.permutation import Int64Array
 from s3loader.types import ReadRequest
+from s3loader.units import KIB
 
-__all__ = ["Block", "Piece", "cut_into_pieces"]
+__all__ = ["MEMBER_GAP", "Block", "Piece", "cut_into_pieces"]
 
+MEMBER_GAP: Final = 256 * KIB
+"""Members that are left out cost less to read than another request, up to so many bytes."""
 
 _LOOSE_TOGETHER: Final = 16
 """Loose samples in one piece: what is done once per piece costs as much as a small sample."""
@@ -71,16 +75,19 @@ class Block(Slots):
 class Piece:
     """Some samples of one part of a dataset that are cut from one range (or, loose, from one object each member).
 
+    Where members are left out there may be several ranges.
+
     Attributes:
         numbers: Their numbers in the part, rising.
         target: Where they go.
         at: Slot of the first of them.
         start: First byte of the range, in the (uncompressed) tar stream.
         end: Its end.
+        ranges: The ranges, where there are several.
         error: Set where nothing can be fetched: every sample fails with it.
     """
 
-    __slots__ = ("at", "end", "error", "layout", "numbers", "start", "target")
+    __slots__ = ("at", "end", "error", "layout", "numbers", "ranges", "start", "target")
 
     def __init__(
         self,
@@ -99,6 +106,19 @@ class Piece:
         self.start = start
         self.end = end
         self.error = error
+        self.ranges: list[tuple[int, int]] | None = None
+        if layout is not None and layout.inner_gap > MEMBER_GAP:
+            self.ranges = self._split(layout)
+
+    def _split(self, layout: Layout) -> list[tuple[int, int]]:
+        """Ranges of the members, joined over gaps up to `MEMBER_GAP`."""
+        members = self.members()
+        members = members[layout.sizes[members] > 0]
+        starts = layout.offsets[members]
+        ends = starts + layout.sizes[members]
+        breaks = np.flatnonzero(starts[1:] - ends[:-1] > MEMBER_GAP) + 1
+        bounds = [0, *breaks.tolist(), len(members)]
+        return [(int(starts[low]), int(ends[high - 1])) for low, high in itertools.pairwise(bounds) if low < high]
 
     def requests(self) -> list[ReadRequest]:
         """What to read; nothing for empty members."""
@@ -114,8 +134,8 @@ class Piece:
             ]
         if self.start == self.end:
             return []
-        start, end = layout.index.fetch_range(self.start, self.end)
-        return [ReadRequest(layout.key(0), start, end, layout.etag or None)]
+        ranges = [(self.start, self.end)] if self.ranges is None else self.ranges
+        return [ReadRequest(layout.key(0), *layout.index.fetch_range(*one), layout.etag or None) for one in ranges]
 
     def members(self) -> Int64Array:
         """Members of all samples, in order."""
@@ -152,14 +172,17 @@ def cut_into_pieces(
             i = j
         return
     low, high = int(numbers[0]), int(numbers[-1])
-    if high - low + 1 == len(numbers) and layout.largest_gap <= max_gap:  # neighbours: the usual case, mostly one piece
+    gap = max_gap if layout.wanted is None else max(max_gap, MEMBER_GAP)
+    if high - low + 1 == len(numbers) and layout.largest_gap <= gap:  # neighbours: the usual case, mostly one piece
         start, end = layout.span(low, high)
         if end - start <= max_size or low == high:
             yield Piece(layout, numbers, target, at, start, end)
             return
     first, last = layout.first[numbers], layout.first[numbers + 1] - 1
     starts, ends = layout.offsets[first], layout.offsets[last] + layout.sizes[last]
-    breaks = np.flatnonzero(starts[1:] - ends[:-1] > max_gap) + 1
+    # Between neighbours lie only members that nobody wants; else other samples, which others may want.
+    limits = max_gap if gap == max_gap else np.where(np.diff(numbers) == 1, gap, max_gap)
+    breaks = np.flatnonzero(starts[1:] - ends[:-1] > limits) + 1
     i = 0
     for stop in (*breaks.tolist(), len(numbers)):
         while i < stop:

@@ -125,9 +125,10 @@ class Run:
         steps = schedule.worker_steps(topology)
         self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
         self._stats = stats
-        self._average = max(1, plan.total_bytes // max(1, plan.samples))
+        total_bytes = round(plan.total_bytes * dataset.shares.fetched)
+        self._average = max(1, total_bytes // max(1, plan.samples))
         self._memory_limit = memory_limit
-        self.budget = Budget.divide(memory_limit, prefetch, open_bytes=self._open_bytes(), total_bytes=plan.total_bytes)
+        self.budget = Budget.divide(memory_limit, prefetch, open_bytes=self._open_bytes(), total_bytes=total_bytes)
         self._fetcher = Fetcher(
             dataset.store,
             grouped=dataset.group is not None,

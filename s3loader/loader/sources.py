@@ -174,6 +174,7 @@ def from_manifest(
     *,
     store: ObjectStore | None = None,
     group: Group = None,
+    members: str | Iterable[str] | None = None,
     where: Filter | None = None,
     index_dir: str | None = None,
     **store_options: Unpack[StoreKeywords],
@@ -185,6 +186,7 @@ def from_manifest(
         store: The store whose keys the manifest lists. Without it: the folder or bucket above the manifest, as far up as is
             needed for the first key to exist.
         group: See `Group`.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
         where: Keep only samples whose entry passes; see `Filter`.
         index_dir: Where indexes of shards that have none are kept, if the store may not be written to.
         store_options: For `open_store`, where no store is given.
@@ -201,7 +203,8 @@ def from_manifest(
         key = manifest
     parts = _counted(store, _parts_of(iter_manifest(store, key), group), group, index_dir)
     dataset = Dataset(store, parts, group=group, name=f"{store.url}/{key}", index_dir=index_dir)
-    return dataset if where is None else filtered(dataset, where, iter_manifest(store, key))
+    dataset = dataset if where is None else filtered(dataset, where, iter_manifest(store, key))
+    return dataset.only(members)
 
 
 def _rooted(store: ObjectStore, root: str, key: str, options: StoreKeywords) -> tuple[ObjectStore, str]:
@@ -228,7 +231,12 @@ def _rooted(store: ObjectStore, root: str, key: str, options: StoreKeywords) -> 
 
 
 def from_prefix(
-    url: str, *, store: ObjectStore | None = None, group: Group = None, **store_options: Unpack[StoreKeywords]
+    url: str,
+    *,
+    store: ObjectStore | None = None,
+    group: Group = None,
+    members: str | Iterable[str] | None = None,
+    **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """Every object whose key starts with the prefix, one sample each (or grouped), in order of their keys.
 
@@ -238,6 +246,7 @@ def from_prefix(
         url: ``s3://bucket/prefix``; with `store`, a prefix of its keys. A file URL is a folder.
         store: An open store.
         group: See `Group`.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
         store_options: For `open_store`.
     """
     prefix = url
@@ -249,11 +258,16 @@ def from_prefix(
     for meta in store.list(prefix):
         if isinstance(meta, ObjectMeta) and not is_sidecar_key(meta.key) and not (meta.size == 0 and meta.key.endswith("/")):
             parts.add_object(meta.key, meta.size, meta.etag)
-    return Dataset(store, parts.finish(), group=group, name=url)
+    return Dataset(store, parts.finish(), group=group, name=url).only(members)
 
 
 def from_objects(
-    urls: str | Iterable[str], *, store: ObjectStore | None = None, group: Group = None, **store_options: Unpack[StoreKeywords]
+    urls: str | Iterable[str],
+    *,
+    store: ObjectStore | None = None,
+    group: Group = None,
+    members: str | Iterable[str] | None = None,
+    **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """These objects, one sample each (or grouped), in this order; one that is listed twice is two samples.
 
@@ -261,6 +275,7 @@ def from_objects(
         urls: Their URLs, all of one bucket; with `store`, their keys.
         store: An open store.
         group: See `Group`.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
         store_options: For `open_store`.
     """
     names = [urls] if isinstance(urls, str) else [str(url) for url in urls]
@@ -268,7 +283,7 @@ def from_objects(
     parts = _Parts(group)
     for key in keys:
         parts.add_object(key, None, "")
-    return Dataset(store, parts.finish(), group=group, name=names[0] if names else "")
+    return Dataset(store, parts.finish(), group=group, name=names[0] if names else "").only(members)
 
 
 def _one_store(urls: Sequence[str], store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, list[str]]:
@@ -287,6 +302,7 @@ def from_webdataset(
     *,
     store: ObjectStore | None = None,
     group: Group = "webdataset",
+    members: str | Iterable[str] | None = None,
     index_dir: str | None = None,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
@@ -298,6 +314,7 @@ def from_webdataset(
         urls: One pattern or several, all of one bucket; with `store`, patterns of its keys.
         store: An open store.
         group: ``"webdataset"``: dicts by extension; None: each member is a sample.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
         index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
         store_options: For `open_store`.
 
@@ -310,7 +327,8 @@ def from_webdataset(
     store, keys = _one_store(names, store, store_options)
     parts: list[Shard | LooseRun] = [Shard(key, -1) for key in keys]
     parts = _counted(store, parts, group, index_dir)
-    return Dataset(store, parts, group=group, name=patterns[0] if patterns else "", index_dir=index_dir)
+    name = patterns[0] if patterns else ""
+    return Dataset(store, parts, group=group, name=name, index_dir=index_dir).only(members)
 
 
 def open_dataset(
@@ -318,6 +336,7 @@ def open_dataset(
     *,
     store: ObjectStore | None = None,
     group: Group = None,
+    members: str | Iterable[str] | None = None,
     where: Filter | None = None,
     index_dir: str | None = None,
     **store_options: Unpack[StoreKeywords],
@@ -329,6 +348,7 @@ def open_dataset(
         url: Of the dataset; with `store`, keys of it.
         store: An open store.
         group: See `Group`.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
         where: Keep only samples whose manifest entry passes (manifests only).
         index_dir: See `from_webdataset`.
         store_options: For `open_store`, where no store is given.
@@ -337,7 +357,7 @@ def open_dataset(
         ConfigError: the URL or an option is unusable.
         S3LoaderError: see the function for each kind, `from_manifest` and so on.
     """
-    options: dict[str, Any] = {"store": store, "group": group, **store_options}
+    options: dict[str, Any] = {"store": store, "group": group, "members": members, **store_options}
     if isinstance(url, str) and is_manifest_key(url):
         return from_manifest(url, where=where, index_dir=index_dir, **options)
     if where is not None:
@@ -348,6 +368,8 @@ def open_dataset(
         return from_objects(url, **options)
     if not holds_mds(url, store=store, **store_options):
         return from_prefix(url, **options)
-    if group is not None:
-        raise ConfigError(f"group={group!r} means nothing to MDS shards, whose samples are whole", hint="leave it out")
+    if group is not None or members is not None:
+        raise ConfigError(
+            f"group={group!r} and members={members!r} mean nothing to MDS shards, whose samples are whole", hint="leave it out"
+        )
     return from_mds(url, store=store, **store_options)

@@ -122,6 +122,7 @@ def explain_plan(
     prefetch: int,
     price_per_1000_gets: float = 0.0004,
     price_per_gb: float = 0.0,
+    shares: tuple[float, float, float] = (1.0, 1.0, 0.0),
 ) -> Explanation:
     """Estimate an epoch's requests, bytes, memory and price from average sample sizes.
 
@@ -135,12 +136,15 @@ def explain_plan(
         prefetch: Bytes fetched ahead.
         price_per_1000_gets: Of the store (the default is S3 Standard's in us-east-1, in dollars).
         price_per_gb: Of traffic.
+        shares: Of a dataset's bytes: those used, those fetched with them; and further ranges per sample.
     """
+    used_share, fetched_share, splits = shares
     schedule = plan.schedule(0, batch_size, world_size=world_size, tail=tail)
-    average = plan.total_bytes / max(1, plan.samples)
+    whole_average = plan.total_bytes / max(1, plan.samples)
+    average, total = whole_average * fetched_share, round(plan.total_bytes * fetched_share)
     notes: list[str] = []
     resident, readers = _resident(plan.order, average, batch_size, world_size, workers)
-    budget = Budget.divide(memory_limit, prefetch, open_bytes=resident, total_bytes=plan.total_bytes)
+    budget = Budget.divide(memory_limit, prefetch, open_bytes=resident, total_bytes=total)
     whole = budget.whole_blocks
     ahead = budget.look_ahead / max(1.0, average)
     if whole:
@@ -151,14 +155,15 @@ def explain_plan(
                 f"open blocks would fill {format_size(resident)}: samples are fetched one by one; give a larger"
                 " memory_limit, more workers, or fewer lanes"
             )
-        readers, resident = 1.0, min(budget.resident, plan.total_bytes)
+        readers, resident = 1.0, min(budget.resident, total)
         shuffled = plan.spec.get("shuffle", "block") in ("full", "block")
         if shuffled:
-            requests, fetched = _random_reads(plan.size, ahead, average, plan.total_bytes)
+            requests, fetched = _random_reads(plan.size, ahead, average, total)
         else:
-            runs = plan.size / batch_size if world_size * workers > 1 else plan.total_bytes / (8 << 20) + len(plan.counts)
+            runs = plan.size / batch_size if world_size * workers > 1 else total / (8 << 20) + len(plan.counts)
             requests, fetched = runs, plan.size * average
-    used = round(plan.size * average)
+    requests += splits * plan.size * (readers if whole else 1.0)
+    used = round(plan.size * whole_average * used_share)
     if whole and readers > 1.05:
         notes.append(
             f"each block is read by {readers:.1f} processes: they do not keep to whole lanes. A number of workers that"
