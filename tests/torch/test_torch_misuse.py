@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
+from torch.utils.data import DataLoader
 from torch_helpers import numbered, numbers, sequence
 
-from s3loader.errors import SampleError, WorkerError
+from s3loader.errors import ConfigError, SampleError, WorkerError
 from s3loader.torch import S3DataLoader, S3IterableDataset
 
 SAMPLES = 140
@@ -92,3 +93,21 @@ def test_an_epoch_chosen_in_the_middle_is_the_next_one(url):
     assert (loader.state_dict()["epoch"], loader.state_dict()["consumed"]) == (5, 0)
     list(batches)
     assert numbers(loader) == sequence(url, epoch=5, batch_size=8)
+
+
+def sizes(batch):
+    return [len(sample) for sample in batch]
+
+
+def names(batch):
+    return list(batch[0].keys())
+
+
+@pytest.mark.parametrize("function", [sizes, names])
+def test_a_collate_fn_that_would_see_packed_batches_is_told_where_it_belongs(url, function):
+    dataset = S3IterableDataset(url, batch_size=8, shuffle="none", group="webdataset")
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, collate_fn=function)
+    with pytest.raises(ConfigError, match=r"to the dataset, as collate="):
+        next(iter(loader))
+    theirs = S3IterableDataset(url, batch_size=8, shuffle="none", group="webdataset", collate=function)
+    assert len(next(iter(DataLoader(theirs, batch_size=None, num_workers=1)))) in (8, 2)

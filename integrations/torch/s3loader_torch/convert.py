@@ -170,6 +170,19 @@ class Packed:
     def __reduce__(self) -> tuple[Any, ...]:
         return self._call
 
+    def _refuse(self, *_: Any) -> Any:
+        raise ConfigError(
+            "the collate_fn of the DataLoader gets batches that are packed to leave the worker",
+            hint="give the function to the dataset, as collate=",
+        )
+
+    __len__ = __iter__ = __getitem__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle ask for hooks
+            raise AttributeError(name)
+        return self._refuse()
+
 
 class _Hole:
     """Stands for one packed leaf."""
