@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from s3loader.checkpoint import layout, records, tree
 from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.commit import Attempt, expect_free, publish, publish_or_wait
-from s3loader.checkpoint.leaves import LeafAdapter, Source
+from s3loader.checkpoint.leaves import BYTES, LeafAdapter, Source
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.meeting import Box, meet
 from s3loader.checkpoint.records import EpochRecord, Failure, Part
@@ -256,13 +256,17 @@ def flat_entries(checkpoint: Checkpoint, tensor: Callable[[str], Any]) -> list[F
 
 def _flatten(node: Any, path: tuple[str | int, ...], name: str, entries: list[FlatEntry], tensor: Callable[[str], Any]) -> None:
     fqn = ".".join(map(str, path))
-    if _is(node, "leaf"):
+    if _is_tensor(node):
         entries.append(FlatEntry(fqn, path, name, True, None))
     elif _is_mapping(node) or (isinstance(node, list) and _opens(node)):
         for key, inner, child in tree.children(node, name):
             _flatten(child, (*path, key if isinstance(node, list) else str(key)), inner, entries, tensor)
     else:
         entries.append(FlatEntry(fqn, path, name, False, tree.decode(node, tensor, name)))
+
+
+def _is_tensor(node: Any) -> bool:
+    return _is(node, "leaf") and node.get("of") != BYTES.kind  # to DCP, bytes are a value
 
 
 def _is(node: Any, *tags: str) -> bool:
@@ -274,4 +278,4 @@ def _is_mapping(node: Any) -> bool:
 
 
 def _opens(node: list[Any]) -> bool:
-    return any(_is_mapping(item) or _is(item, "leaf") or (isinstance(item, list) and _opens(item)) for item in node)
+    return any(_is_mapping(item) or _is_tensor(item) or (isinstance(item, list) and _opens(item)) for item in node)

@@ -19,7 +19,7 @@ from s3loader.checkpoint.compaction import dead_keys
 from s3loader.checkpoint.retention import delete_keys, in_use
 from s3loader.checkpoint.root import Root
 from s3loader.checkpoint.run import Run, Scan
-from s3loader.errors import FencedError, StepExistsError, UnsupportedOperationError
+from s3loader.errors import AccessDeniedError, FencedError, ObjectNotFoundError, StepExistsError, UnsupportedOperationError
 from s3loader.types import ObjectMeta
 
 __all__ = ["GCReport", "collect"]
@@ -164,8 +164,8 @@ def _abort_uploads(run: Run, report: GCReport, before: float, alive: set[tuple[i
     try:
         uploads = [u for u in run.store.backend.list_multipart(layout.STEPS) if (u[2] or 0.0) <= before]
         uploads = [u for u in uploads if (at := layout.parse_key(u[0])) is None or (at.step, at.attempt) not in alive]
-    except UnsupportedOperationError as error:
-        _log.info("open uploads cannot be listed: %s", error)
+    except (UnsupportedOperationError, AccessDeniedError, ObjectNotFoundError) as error:  # rclone answers 404
+        _log.warning("open uploads cannot be listed, so none was aborted: %s", error)
         return
     for key, upload_id, _ in uploads:
         report.uploads.append(key)

@@ -14,6 +14,7 @@ from typing import Any
 from s3loader.checkpoint import gc, retention
 from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.commit import Attempt
+from s3loader.checkpoint.finding import expect_none, newest_committed
 from s3loader.checkpoint.handle import SaveHandle
 from s3loader.checkpoint.incremental import Base, find_base
 from s3loader.checkpoint.locating import locating, telling
@@ -206,8 +207,13 @@ class CheckpointManager:
 
     @telling("list")
     def latest(self) -> int | None:
-        """The newest committed step, found by listing; None where there is none."""
-        return next((root.step for root in self.run.newest_first() if root.state == "committed"), None)
+        """The newest committed step, found by listing; None where there is none.
+
+        Raises:
+            CheckpointError: there are steps, and all of them are damaged.
+        """
+        root = newest_committed(self.run)
+        return root.step if root is not None else None
 
     @telling("list")
     def steps(self) -> list[int]:
@@ -253,6 +259,7 @@ class CheckpointManager:
         raise self._no_checkpoint()
 
     def _no_checkpoint(self) -> CheckpointNotFoundError:
+        expect_none(self.run)
         return CheckpointNotFoundError(
             "there is no checkpoint", url=self.store.url, hint="save one first, or check the path: it is the folder of the run"
         )

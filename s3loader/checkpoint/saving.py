@@ -264,6 +264,7 @@ class Saver:
         try:
             return self._committed() if self._committed is not None else [], None
         except Exception as error:  # noqa: BLE001 - the step is committed; what retention met is part of the result
+            _log.warning("step %d is saved, but old steps could not be deleted: %s", self._attempt.step, error)
             return [], error
 
     def _part(self, expected: Root | None) -> Part:

@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp
+from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp, tree
 from s3loader.checkpoint.dcp import PartWriter, Ticket, Writing
-from s3loader.checkpoint.leaves import LeafAdapter, Target
+from s3loader.checkpoint.leaves import LeafAdapter, Target, adapter_of_kind
 from s3loader.checkpoint.locating import telling
 from s3loader.checkpoint.meeting import Box
 from s3loader.checkpoint.records import box_of
@@ -353,7 +353,8 @@ class S3StorageReader(StorageReader):
 
     def _tensor(self, name: str) -> Any:
         first = self._need().chunks(name)[0]
-        return self._need().read([(name, TORCH.fresh(first.dtype, tuple(first.shape)))])[name]
+        adapter = adapter_of_kind(dict(tree.leaf_names(self._need().tree))[name])
+        return self._need().read([(name, adapter.fresh(first.dtype, tuple(first.shape)))])[name]
 
     def _target(self, item: ReadItem, planner: LoadPlanner) -> Target:
         place = planner.resolve_tensor(item).detach()
