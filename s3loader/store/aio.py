@@ -237,6 +237,7 @@ class AsyncObjectStore(_Twin):
     delete_many = _twin(ObjectStore.delete_many)
     copy = _twin(ObjectStore.copy)
     capabilities = _twin(ObjectStore.capabilities)
+    conditional_writes = _twin(ObjectStore.conditional_writes)
     close = _twin(ObjectStore.close)
 
     list = _twins(ObjectStore.list)

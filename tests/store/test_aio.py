@@ -52,6 +52,7 @@ def test_verbs(store: ObjectStore) -> None:
         with pytest.raises(ObjectExistsError):
             await aio.put("k", b"", mode="create")
         assert (await aio.capabilities()).conditional_writes
+        assert await aio.conditional_writes()
         results = [r async for r in aio.put_many(PutRequest(f"m/{i}", b"%d" % i) for i in range(5))]
         assert [r.key for r in results] == [f"m/{i}" for i in range(5)]
         mixed = [r async for r in aio.get_many(["m/1", "none", "m/2"], errors="return")]
