@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
@@ -301,11 +302,12 @@ class Dataset:
         found: dict[str, int | None] = dict.fromkeys(keys)
         in_archive: dict[str, list[str]] = {}
         for key in found:
-            in_archive.setdefault(key.partition("#")[0], []).append(key)
+            for mark in re.finditer("#", key):  # the archive's own name may have one
+                in_archive.setdefault(key[: mark.start()], []).append(key)
         for number, part in enumerate(self.parts):
-            loose = isinstance(part, LooseRun)
             candidates: Iterable[str] = found if isinstance(part, LooseRun) else in_archive.get(part.key, ())
-            names = {key if loose else key.partition("#")[2]: key for key in candidates if found[key] is None}
+            start = 0 if isinstance(part, LooseRun) else len(part.key) + 1
+            names = {key[start:]: key for key in candidates if found[key] is None}
             if any(names):
                 found |= {names[name]: at for name, at in self._numbers(number, names).items()}
         return found

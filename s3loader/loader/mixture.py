@@ -33,6 +33,11 @@ class Mixture(Dataset):
             raise PlanError("a mixture cannot hold a mixture", hint="give all datasets to one, with their weights multiplied")
         if weights is not None and len(weights) != len(datasets):
             raise PlanError(f"{len(weights)} weights for {len(datasets)} datasets", hint="one weight for each dataset")
+        empty = [dataset.name for dataset in datasets if not len(dataset)]
+        if empty:
+            raise PlanError(
+                f"there is nothing in {', '.join(empty)}, so it cannot be mixed in", hint="leave it out, or check where="
+            )
         self.datasets = tuple(datasets)
         self.weights = tuple(weights) if weights is not None else tuple(float(len(dataset)) for dataset in datasets)
         self.period = period

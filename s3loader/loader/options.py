@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, SupportsIndex, TypeAlias, TypedDict, get_args
 
 from s3loader.errors import ConfigError
 from s3loader.loader.collate import Collate, make_collate
@@ -87,6 +87,13 @@ class LoaderOptions:
             raise ConfigError(
                 f"batch_size must be a whole number from 1, not {self.batch_size!r}", hint="samples per batch and rank"
             )
+        if not isinstance(self.seed, SupportsIndex):
+            raise ConfigError(
+                f"seed must be a whole number, not {self.seed!r}", hint="any whole number; it is taken modulo 2**64"
+            )
+        for first, end in self.skip_steps:
+            if not 0 <= first <= end:
+                raise ConfigError(f"skip_steps: there are no steps ({first}, {end})", hint="write (first, end), counted from 0")
         for name, allowed in (
             ("shuffle", Shuffle),
             ("tail", Tail),

@@ -64,8 +64,8 @@ def batch_error(
     first, last = int(positions[0]), int(positions[-1])
     facts: dict[str, Any] = {"position": first, "epoch": epoch, "sample": int(samples[0]), "positions": positions.tolist()}
     key = dataset.keys(samples[:1])[0] or f"sample {int(samples[0])}"
-    archive, mark, name = key.partition("#")
-    facts |= {"key": key, "shard": archive, "member": name if mark else key}
+    shard = getattr(dataset.parts[dataset.locate(int(samples[0]))[0]], "key", key)
+    facts |= {"key": key, "shard": shard, "member": key.removeprefix(f"{shard}#")}
     where = f" [positions {first} to {last} of epoch {epoch}, the first is {key}]"
     if isinstance(error, S3LoaderError):
         placed = copy.copy(error)
@@ -209,7 +209,7 @@ class SampleWork:
             facts["shard"] = getattr(source, "key", "")
         if failed.member:
             facts["member"] = failed.member
-        facts.setdefault("member", key.partition("#")[2] or key)
+        facts.setdefault("member", key.removeprefix(f"{facts['shard']}#"))
         error.details = {**facts, **error.details}
         where = f", position {position} of epoch {self._epoch}" if position >= 0 else ""
         error.message = f"{error.message} [{key}{where}]"

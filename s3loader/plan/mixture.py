@@ -104,6 +104,8 @@ class MixtureOrder:
             self._rank[slots] = np.arange(len(slots))
         self._base = np.cumsum([0, *(order.size for order in orders)])
         ends = [int(self._position(d, order.size - 1)) + 1 for d, order in enumerate(orders)]
+        if length not in ("all", "first") and (isinstance(length, bool) or not isinstance(length, int)):
+            raise PlanError(f"a mixture of {length!r} samples", hint='its length is "all", "first" or a whole number from 1')
         self.size = max(ends) if length == "all" else min(ends) if length == "first" else int(length)
         if self.size < 1:
             raise PlanError(f"a mixture of {length!r} samples", hint="its length is a whole number from 1")

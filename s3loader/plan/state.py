@@ -80,6 +80,8 @@ class PlanState:
 
 def _natural(value: Any) -> int:
     number = int(value)
+    if number != value:
+        raise ValueError(f"{value!r} is not a whole number")
     if number < 0:
         raise ValueError(f"{value} is negative")
     return number

@@ -5,12 +5,13 @@ import threading
 
 import pytest
 
-from s3loader.errors import ConfigError, SampleError
-from s3loader.loader import Loader, from_manifest
+from s3loader.errors import ConfigError, PlanError, SampleError, StateMismatchError
+from s3loader.exchange.commit import publish_manifest
+from s3loader.loader import Loader, from_manifest, mix_datasets
 from s3loader.loader.position import Position
 from s3loader.store.buffers import shared_pool
 from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.testing.datasets import write_shard, write_sharded_dataset
 
 SAMPLES = 120
 
@@ -172,3 +173,41 @@ def test_buffers_that_wait_for_their_size_to_come_again_count_as_memory(tmp_path
     shared_pool().clear()
     kept = [shared_pool().kept_bytes for _ in range(3) for _ in loader]
     assert max(kept) <= 4 << 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": "x"}, {"seed": None}, {"seed": 1.5}, {"skip_steps": [(-3, 2)]}, {"skip_steps": [(5, 2)]}],
+)
+def test_numbers_that_make_no_order_or_a_state_nobody_can_load_are_refused(dataset, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Loader(dataset, batch_size=8, **options)
+
+
+def test_mixtures_say_what_is_wrong_with_them(dataset):
+    empty = from_manifest("manifest.jsonl", store=dataset.store, where=lambda _entry: False)
+    with pytest.raises(PlanError, match=r"there is nothing in .*manifest\.jsonl"):
+        mix_datasets([dataset, empty])
+    for length in ("some", 1.5, True):
+        with pytest.raises(PlanError, match="a mixture of"):
+            len(Loader(mix_datasets([dataset, dataset], weights=[1, 1], length=length), batch_size=8))
+
+
+def test_a_state_of_half_a_position_is_refused(dataset):
+    state = Loader(dataset, batch_size=8).state_dict()
+    with pytest.raises(StateMismatchError, match="not a whole number"):
+        Loader(dataset, batch_size=8).load_state_dict({**state, "consumed": 1.5})
+
+
+def test_archives_and_members_with_marks_in_their_names_are_found_and_named(tmp_path):
+    store = open_store(tmp_path.as_uri())
+    members = [("a#b.bin", b"0"), ("#", b"1"), ("##x", b"2"), ("plain.bin", b"3"), ("ünï/日本.bin", b"4")]
+    publish_manifest(store, "m.jsonl", [write_shard(store, key, members) for key in ("sh#ard.tar", "sh", "ü x.tar")])
+    dataset = from_manifest("m.jsonl", store=store)
+    loader = Loader(dataset, batch_size=4)
+    places = [place for batch in loader.iter_batches() for place in batch.places()]
+    assert len(places) == 15
+    assert [dataset.find(place.key) for place in places] == [place.sample for place in places]
+    with pytest.raises(SampleError) as caught:
+        list(Loader(dataset, batch_size=1, shuffle="none", transform=fails))
+    assert (caught.value.shard, caught.value.member) == ("sh#ard.tar", "a#b.bin")
