@@ -66,7 +66,7 @@ def parse_duration(value: float | str) -> float:
     text = value.strip() if isinstance(value, str) else ""
     pieces = _DURATION.findall(text)
     if not pieces or "".join(number + unit for number, unit in pieces) != text:
-        raise ConfigError(f"not a duration: {value!r}", hint='write seconds, or e.g. "1m30s"')
+        raise ConfigError(f"not a duration: {value!r}", hint='write it with a unit, e.g. "30s" or "1m30s"')
     return float(sum(float(number) * _SECONDS[unit] for number, unit in pieces))
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 import keras
 from pathlib import Path
 from s3loader.checkpoint import CheckpointManager, LatestN, load
-from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader.errors import CheckpointError, ConfigError, UnsupportedStateError
 from s3loader.tensorflow import S3BackupAndRestore
 
 folder = Path(sys.argv[1])
@@ -55,6 +55,11 @@ except Stop:
 second = begin()
 backup = S3BackupAndRestore(folder / "keras", save_freq=3)
 assert backup.restore(second)
+try:
+    backup.restore(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+    raise AssertionError
+except ConfigError as error:
+    assert "compile" in error.hint
 assert (backup.epoch, backup.batch, backup.step) == (1, 3, 9), (backup.epoch, backup.batch, backup.step)
 rest = data.skip(backup.batch)
 second.fit(rest, initial_epoch=backup.epoch, epochs=backup.epoch + 1, verbose=0, shuffle=False, callbacks=[backup])

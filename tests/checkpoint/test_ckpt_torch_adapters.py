@@ -214,6 +214,7 @@ def test_shards_of_several_processes(tmp_path: Path) -> None:
 
 LIGHTNING = """
 import sys, logging, warnings
+from pathlib import Path
 warnings.simplefilter("ignore")
 import torch, lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -249,6 +250,7 @@ assert all(a.equal(b) for a, b in zip(straight.state_dict().values(), resumed.st
 io = S3CheckpointIO()
 assert io.load_checkpoint(path)["hyper_parameters"]["lr"] == 0.1
 io.remove_checkpoint(path)
+assert len(list(Path(path).parent.iterdir())) == 0, "only one was to be kept, and it is deleted"
 try:
     io.load_checkpoint(path)
 except FileNotFoundError:

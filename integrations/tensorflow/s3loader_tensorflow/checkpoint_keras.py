@@ -81,6 +81,8 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
         latest = self.manager.latest()
         if latest is None:
             return False
+        if getattr(model, "optimizer", None) is None:
+            raise ConfigError("the model has no optimizer to restore", hint="model.compile(...) before restore(model)")
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.manager.restore(latest, {"model": model, "optimizer": model.optimizer})

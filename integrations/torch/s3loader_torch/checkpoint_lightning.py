@@ -5,6 +5,7 @@ Needs ``lightning`` (or ``pytorch_lightning``); `s3loader.torch` does not import
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from s3loader.checkpoint import load, save
 from s3loader.errors import CheckpointError
 from s3loader.store import open_store
+from s3loader.types import ObjectURL
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -62,10 +64,14 @@ class S3CheckpointIO(CheckpointIO):  # type: ignore[misc]  # Lightning is not in
         """Delete the whole folder: its roots first, so that nobody finds half of it."""
         with open_store(path, **self._options) as store:
             keys = [entry.key for entry in store.list()]
-            for batch in ([key for key in keys if key.endswith("root.jsonl")], keys):
+            for batch in ([key for key in keys if "/root" in key], keys):
                 failures = store.delete_many(batch)
                 if failures:
                     raise failures[0].error
+        where = ObjectURL.parse(os.fspath(path))
+        if where.scheme == "file":  # a folder that is left looks like a checkpoint to Lightning
+            with contextlib.suppress(OSError):
+                os.rmdir(where.key)
 
 
 def _move(value: Any, device: torch.device) -> Any:
