@@ -59,7 +59,9 @@ def _plain(tensor: torch.Tensor) -> bool:
 def _memoryless(tensor: torch.Tensor) -> bool:
     """Whether it is a lazy module's parameter that is not made yet, or of a class that only poses as a tensor (a fake
     tensor, a wrapper around others)."""
-    return is_lazy(tensor) or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    own: Any = type(tensor)  # typed as what cannot be bound
+    plain: Any = torch.Tensor
+    return is_lazy(tensor) or own.__torch_dispatch__ is not plain.__torch_dispatch__
 
 
 _OF_STATE: Final = (
