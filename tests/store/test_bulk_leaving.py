@@ -82,13 +82,13 @@ def test_a_thread_that_waits_to_retry_is_called_out_of_it() -> None:
 @pytest.mark.parametrize("driver", ["threads", "pump"])
 def test_ctrl_c_ends_a_call_within_a_second(driver: str) -> None:
     code = """
-        import sys, time, uuid
+        import os, sys, time
         from s3loader.store import ObjectStore
         from s3loader.store.fault import FaultBackend
         from s3loader.store.memory import MemoryBackend
         def hold(seen, moment):
             if seen.op == "get":
-                print("stuck", flush=True)
+                os.write(1, b"stuck\n")  # print writes the newline by itself: threads mixed them
                 time.sleep(60)
         store = ObjectStore("memory://", FaultBackend(MemoryBackend("x"), hook=hold))
         store.put("k", b"x")
