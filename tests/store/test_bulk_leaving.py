@@ -88,7 +88,7 @@ def test_ctrl_c_ends_a_call_within_a_second(driver: str) -> None:
         from s3loader.store.memory import MemoryBackend
         def hold(seen, moment):
             if seen.op == "get":
-                os.write(1, b"stuck\n")  # print writes the newline by itself: threads mixed them
+                os.write(1, b"stuck\\n")  # print writes the newline by itself: threads mixed them
                 time.sleep(60)
         store = ObjectStore("memory://", FaultBackend(MemoryBackend("x"), hook=hold))
         store.put("k", b"x")
