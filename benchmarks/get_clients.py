@@ -75,7 +75,7 @@ class S3Loader(Client):
 
     def engine(self) -> Any:
         """The engine below all wrappers, called as the public calls do it."""
-        from s3loader.store.wrapper import innermost
+        from s3loader.store.wrappers.wrapper import innermost
 
         return innermost(self.store.backend)
 

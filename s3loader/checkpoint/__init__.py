@@ -5,15 +5,15 @@ one conditional write. The protocol is described in docs/commit-protocol.md.
 """
 
 from s3loader.checkpoint.checkpoint import Checkpoint, TensorSlice
-from s3loader.checkpoint.gc import GCReport
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
-from s3loader.checkpoint.leaves import ArrayShard
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.options import CheckpointOptions
-from s3loader.checkpoint.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
 from s3loader.checkpoint.preemption import Preemption
+from s3loader.checkpoint.protocol.gc import GCReport
+from s3loader.checkpoint.protocol.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
 from s3loader.checkpoint.simple import OpenCheckpoint, load, open_checkpoint, save
-from s3loader.checkpoint.tree import PerRank
+from s3loader.checkpoint.state.leaves import ArrayShard
+from s3loader.checkpoint.state.tree import PerRank
 
 __all__ = [
     "ArrayShard",

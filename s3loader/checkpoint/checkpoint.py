@@ -7,16 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from s3loader.checkpoint import layout, tree
-from s3loader.checkpoint.leaves import NUMPY, Piece, Target
+from s3loader.checkpoint.format import layout
+from s3loader.checkpoint.format.records import Chunk
 from s3loader.checkpoint.locating import telling
-from s3loader.checkpoint.merge import unpack_index
-from s3loader.checkpoint.reading import DataFile, read_targets, verify_chunks
-from s3loader.checkpoint.records import Chunk
-from s3loader.checkpoint.restoring import Restoration
-from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.run import Run
-from s3loader.checkpoint.share import NodeShare
+from s3loader.checkpoint.protocol.merge import unpack_index
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.run import Run
+from s3loader.checkpoint.reading.restoring import Restoration
+from s3loader.checkpoint.reading.share import NodeShare
+from s3loader.checkpoint.reading.targets import DataFile, read_targets, verify_chunks
+from s3loader.checkpoint.state import tree
+from s3loader.checkpoint.state.leaves import NUMPY, Piece, Target
 from s3loader.errors import CheckpointError, CheckpointNotFoundError, FormatError, IntegrityError, ObjectNotFoundError
 from s3loader.types import ObjectMeta
 
@@ -127,7 +128,7 @@ class Checkpoint:
 
     @property
     def tree(self) -> Any:
-        """The items as JSON, see `s3loader.checkpoint.tree`."""
+        """The items as JSON, see `s3loader.checkpoint.state.tree`."""
         return self._index.tree
 
     @property

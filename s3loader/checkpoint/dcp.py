@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from s3loader.checkpoint import layout, records, tree
 from s3loader.checkpoint.checkpoint import Checkpoint
-from s3loader.checkpoint.commit import Attempt, expect_free, publish, publish_or_wait
-from s3loader.checkpoint.leaves import BYTES, LeafAdapter, Source
+from s3loader.checkpoint.format import layout, records
+from s3loader.checkpoint.format.records import EpochRecord, Failure, Part
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.meeting import Box, meet
-from s3loader.checkpoint.records import EpochRecord, Failure, Part
-from s3loader.checkpoint.resuming import take_over
-from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.saving import SavePlan, Saver
-from s3loader.checkpoint.session import Identity, Session
-from s3loader.checkpoint.staging import SavedPiece, plan_files
+from s3loader.checkpoint.protocol.commit import Attempt, expect_free, publish, publish_or_wait
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.session import Identity, Session
+from s3loader.checkpoint.state import tree
+from s3loader.checkpoint.state.leaves import BYTES, LeafAdapter, Source
+from s3loader.checkpoint.writing.resuming import take_over
+from s3loader.checkpoint.writing.saver import SavePlan, Saver
+from s3loader.checkpoint.writing.staging import SavedPiece, plan_files
 from s3loader.errors import CheckpointError, ConfigError, S3LoaderError
 from s3loader.types import ObjectURL
 

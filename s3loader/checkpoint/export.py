@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from s3loader.checkpoint import segments, tree
 from s3loader.checkpoint.checkpoint import Checkpoint
-from s3loader.checkpoint.dtypes import nbytes
-from s3loader.checkpoint.records import Chunk, box_of
-from s3loader.checkpoint.stformat import encode_header
+from s3loader.checkpoint.format import segments
+from s3loader.checkpoint.format.dtypes import nbytes
+from s3loader.checkpoint.format.records import Chunk, box_of
+from s3loader.checkpoint.format.stformat import encode_header
+from s3loader.checkpoint.state import tree
 from s3loader.errors import CheckpointError
 from s3loader.store import open_store
 from s3loader.types import ObjectURL

@@ -11,22 +11,22 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from s3loader.checkpoint import gc, retention
 from s3loader.checkpoint.checkpoint import Checkpoint
-from s3loader.checkpoint.commit import Attempt
-from s3loader.checkpoint.finding import expect_none, newest_committed
 from s3loader.checkpoint.handle import SaveHandle
-from s3loader.checkpoint.incremental import Base, find_base
 from s3loader.checkpoint.locating import locating, telling
 from s3loader.checkpoint.options import CheckpointOptions, OnCorruption, OnExists
-from s3loader.checkpoint.policy import KeepPolicy
-from s3loader.checkpoint.resuming import take_over
-from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.run import Run
-from s3loader.checkpoint.saving import Saver, plan_save
-from s3loader.checkpoint.session import Identity, Session, identify, open_session
-from s3loader.checkpoint.share import NodeShare
-from s3loader.checkpoint.staging import BufferPool
+from s3loader.checkpoint.protocol import gc, retention
+from s3loader.checkpoint.protocol.commit import Attempt
+from s3loader.checkpoint.protocol.finding import expect_none, newest_committed
+from s3loader.checkpoint.protocol.policy import KeepPolicy
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.run import Run
+from s3loader.checkpoint.protocol.session import Identity, Session, identify, open_session
+from s3loader.checkpoint.reading.share import NodeShare
+from s3loader.checkpoint.writing.incremental import Base, find_base
+from s3loader.checkpoint.writing.resuming import take_over
+from s3loader.checkpoint.writing.saver import Saver, plan_save
+from s3loader.checkpoint.writing.staging import BufferPool
 from s3loader.errors import CheckpointError, CheckpointNotFoundError, ClosedError, FormatError, IntegrityError
 from s3loader.store import ObjectStore, open_store
 

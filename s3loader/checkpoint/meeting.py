@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from s3loader.checkpoint import layout, records
-from s3loader.checkpoint.commit import Attempt, expect_free, failure, files_of
+from s3loader.checkpoint.format import layout, records
+from s3loader.checkpoint.format.records import BeginRecord, EpochRecord, Failure, PlanRecord, SharesRecord
 from s3loader.checkpoint.manager import CheckpointManager
-from s3loader.checkpoint.records import BeginRecord, EpochRecord, Failure, PlanRecord, SharesRecord
-from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.session import Identity, Session, open_session
+from s3loader.checkpoint.protocol.commit import Attempt, expect_free, failure, files_of
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.session import Identity, Session, open_session
 from s3loader.errors import CheckpointError, IncompleteCheckpointError, S3LoaderError
 
 __all__ = ["Box", "Meeting", "meet", "shares"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from s3loader.checkpoint.segments import BLOCK
+from s3loader.checkpoint.format.segments import BLOCK
 from s3loader.errors import ConfigError
 from s3loader.units import GIB, parse_duration, parse_size
 

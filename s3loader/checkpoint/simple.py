@@ -9,7 +9,7 @@ from typing import Any
 from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.handle import SaveResult
 from s3loader.checkpoint.manager import CheckpointManager
-from s3loader.checkpoint.policy import LatestN
+from s3loader.checkpoint.protocol.policy import LatestN
 
 __all__ = ["OpenCheckpoint", "load", "open_checkpoint", "save"]
 

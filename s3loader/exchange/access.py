@@ -17,7 +17,7 @@ from s3loader.shard.source import CHUNK, read_chunks, rest_of
 from s3loader.store.arguments import checked_key
 from s3loader.store.base import Backend, ReadResult
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.wrapper import Wrapper
+from s3loader.store.wrappers.wrapper import Wrapper
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
 __all__ = ["ObjectAccess"]

@@ -8,7 +8,7 @@ from typing import Any
 from s3loader.errors import ConfigError
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import open_store
-from s3loader.store.prefix import PrefixBackend
+from s3loader.store.wrappers.prefix import PrefixBackend
 from s3loader.types import ObjectURL
 
 __all__ = ["open_root"]

@@ -18,12 +18,12 @@ from s3loader.errors import ConfigError, ObjectChangedError, RangeError, S3Loade
 from s3loader.store.arguments import checked_key, checked_mode, readable, writable
 from s3loader.store.base import Backend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
-from s3loader.store.limit import pace_of
 from s3loader.store.ordered import Budget, Slot, run_ordered
-from s3loader.store.prefix import prefix_of
-from s3loader.store.retry import may_retry
 from s3loader.store.threads import after_failure
-from s3loader.store.wrapper import Wrapper
+from s3loader.store.wrappers.limit import pace_of
+from s3loader.store.wrappers.prefix import prefix_of
+from s3loader.store.wrappers.retry import may_retry
+from s3loader.store.wrappers.wrapper import Wrapper
 from s3loader.types import ObjectMeta, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB
 

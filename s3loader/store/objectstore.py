@@ -26,7 +26,7 @@ from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
 from s3loader.store.multipart import MultipartWriter
 from s3loader.store.options import StoreOptions
-from s3loader.store.wrapper import innermost
+from s3loader.store.wrappers.wrapper import innermost
 from s3loader.types import (
     Buffer,
     ByteRange,

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from s3loader.errors import ConfigError
 from s3loader.store.base import Backend
-from s3loader.store.limit import LimitBackend
-from s3loader.store.local import LocalBackend
+from s3loader.store.local.backend import LocalBackend
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.observed import ObservedBackend
 from s3loader.store.options import StoreOptions
-from s3loader.store.prefix import PrefixBackend
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.limit import LimitBackend
+from s3loader.store.wrappers.observed import ObservedBackend
+from s3loader.store.wrappers.prefix import PrefixBackend
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import ObjectURL
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store.base import Backend
-from s3loader.store.prefix import prefix_of
-from s3loader.store.wrapper import innermost
+from s3loader.store.wrappers.prefix import prefix_of
+from s3loader.store.wrappers.wrapper import innermost
 from s3loader.types import Buffer, Capabilities, PutMode, PutResult, Update
 
 __all__ = ["ChecksummedPut", "capabilities", "conditional_writes", "probe"]

@@ -11,16 +11,16 @@ from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError
-from s3loader.store import obstore_runtime
 from s3loader.store.base import Backend
-from s3loader.store.boto3_engine import Boto3Backend
+from s3loader.store.boto3.engine import Boto3Backend
 from s3loader.store.direct import DirectBackend
-from s3loader.store.observed import ObservedBackend
-from s3loader.store.obstore_client import ObstoreClient, open_azure, open_gcs
-from s3loader.store.obstore_engine import ObstoreBackend
-from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store.obstore import runtime as obstore_runtime
+from s3loader.store.obstore.client import ObstoreClient, open_azure, open_gcs
+from s3loader.store.obstore.engine import ObstoreBackend
+from s3loader.store.obstore.s3 import ObstoreS3Backend
 from s3loader.store.options import StoreOptions
-from s3loader.store.wrapper import innermost
+from s3loader.store.wrappers.observed import ObservedBackend
+from s3loader.store.wrappers.wrapper import innermost
 from s3loader.types import ObjectURL
 
 __all__ = ["explain_engine", "open_backend"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from s3loader.store.fault import Fault, FaultBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend
 from s3loader.testing.faults import FaultAction, Request, Rule
 from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.proxy import FaultProxy

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.store.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.store.open import assemble
-from s3loader.store.wrapper import innermost
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
+from s3loader.store.wrappers.wrapper import innermost
 from s3loader.types import ObjectURL
 
 __all__ = ["open_faulty_store"]

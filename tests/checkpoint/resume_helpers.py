@@ -18,11 +18,11 @@ import pytest
 
 from s3loader import events
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, SaveResult
-from s3loader.checkpoint.stformat import parse_header
+from s3loader.checkpoint.format.stformat import parse_header
 from s3loader.errors import UnavailableError
 from s3loader.events import OpEvent
 from s3loader.store import ObjectStore, StoreOptions
-from s3loader.store.fault import FaultBackend, Moment, Seen
+from s3loader.store.wrappers.fault import FaultBackend, Moment, Seen
 from s3loader.testing.faulty import open_faulty_store
 from s3loader.types import ObjectMeta
 

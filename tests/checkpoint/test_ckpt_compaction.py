@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, layout, records
-from s3loader.checkpoint.compaction import pack, unpack
-from s3loader.checkpoint.merge import Merged
-from s3loader.checkpoint.records import Part
-from s3loader.checkpoint.run import Run
+from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN
+from s3loader.checkpoint.format import layout, records
+from s3loader.checkpoint.format.records import Part
+from s3loader.checkpoint.protocol.compaction import pack, unpack
+from s3loader.checkpoint.protocol.merge import Merged
+from s3loader.checkpoint.protocol.run import Run
 from s3loader.errors import CheckpointNotFoundError, CommitUnknownError, FencedError, StepExistsError
 from s3loader.store import ObjectStore, open_store
 

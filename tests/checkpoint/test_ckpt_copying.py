@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN, copying, reading, segments
-from s3loader.checkpoint.copying import Copier
-from s3loader.checkpoint.leaves import Piece
-from s3loader.checkpoint.reading import DataFile
-from s3loader.checkpoint.staging import BufferPool, SavedPiece, StagedPart, plan_files, stage
+from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN
+from s3loader.checkpoint.format import segments
+from s3loader.checkpoint.reading import targets as reading
+from s3loader.checkpoint.reading.targets import DataFile
+from s3loader.checkpoint.state.leaves import Piece
+from s3loader.checkpoint.writing import copying
+from s3loader.checkpoint.writing.copying import Copier
+from s3loader.checkpoint.writing.staging import BufferPool, SavedPiece, StagedPart, plan_files, stage
 from s3loader.errors import CheckpointError
 from s3loader.store.direct.connection import Connection
 from s3loader.store.memory import MemoryBackend

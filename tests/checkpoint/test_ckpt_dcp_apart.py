@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, load, open_checkpoint
 from s3loader.checkpoint.meeting import Box, meet, shares
-from s3loader.checkpoint.session import Identity
+from s3loader.checkpoint.protocol.session import Identity
 from s3loader.errors import ConfigError, IncompleteCheckpointError, S3LoaderError, StepExistsError
 from s3loader.torch import S3StorageReader, S3StorageWriter
 

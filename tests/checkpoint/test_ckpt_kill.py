@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from forking import start_child
 
-from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, LatestN, PerRank, layout
+from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, LatestN, PerRank
+from s3loader.checkpoint.format import layout
 from s3loader.errors import FencedError, IncompleteCheckpointError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.base import Backend

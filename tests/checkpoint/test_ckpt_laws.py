@@ -16,21 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3loader.checkpoint import (
-    ArrayShard,
-    BestN,
-    CheckpointManager,
-    CheckpointOptions,
-    EveryNSteps,
-    LatestN,
-    StepInfo,
-    boxes,
-    segments,
-)
-from s3loader.checkpoint.hashing import content_hash, joined_hash
-from s3loader.checkpoint.replicas import owned
-from s3loader.checkpoint.staging import SavedPiece
-from s3loader.checkpoint.stformat import encode_header, parse_header
+from s3loader.checkpoint import ArrayShard, BestN, CheckpointManager, CheckpointOptions, EveryNSteps, LatestN, StepInfo
+from s3loader.checkpoint.format import boxes, segments
+from s3loader.checkpoint.format.hashing import content_hash, joined_hash
+from s3loader.checkpoint.format.stformat import encode_header, parse_header
+from s3loader.checkpoint.writing.replicas import owned
+from s3loader.checkpoint.writing.staging import SavedPiece
 from s3loader.checksum import crc32c
 from s3loader.errors import (
     CheckpointError,
@@ -273,7 +264,7 @@ def test_headers(tensors: list[tuple[str, tuple[int, ...]]]) -> None:
 @given(st.lists(st.binary(max_size=40), max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_hashes_join(pieces: list[bytes]) -> None:
-    from s3loader.checkpoint.hashing import crc64
+    from s3loader.checkpoint.format.hashing import crc64
 
     told = [(crc32c(p), crc64(memoryview(p)), len(p)) for p in pieces]
     assert joined_hash(told) == content_hash(memoryview(b"".join(pieces)))
@@ -282,7 +273,7 @@ def test_hashes_join(pieces: list[bytes]) -> None:
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_every_shared_tensor_has_one_owner(sizes: list[int], world: int) -> None:
-    from s3loader.checkpoint.leaves import Piece
+    from s3loader.checkpoint.state.leaves import Piece
 
     def pieces() -> list[SavedPiece]:
         return [SavedPiece(f"t{i}", "U8", (n,), Piece((0,), (n,), lambda: memoryview(b""))) for i, n in enumerate(sizes)]

@@ -18,11 +18,11 @@ from s3loader.checkpoint import (
     EveryNSteps,
     LatestN,
     PerRank,
-    layout,
     load,
     open_checkpoint,
     save,
 )
+from s3loader.checkpoint.format import layout
 from s3loader.errors import S3LoaderError
 from s3loader.torch import S3StorageReader, S3StorageWriter
 

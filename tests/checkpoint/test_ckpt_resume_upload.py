@@ -37,7 +37,7 @@ from s3loader.checkpoint.dcp import Writing
 from s3loader.errors import UnavailableError, UnsupportedOperationError
 from s3loader.events import OpEvent
 from s3loader.store import ObjectStore, open_store
-from s3loader.store.fault import Moment, Seen
+from s3loader.store.wrappers.fault import Moment, Seen
 from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.servers import Server, server
 from s3loader.types import ObjectMeta, PartResult

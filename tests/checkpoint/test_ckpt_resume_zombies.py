@@ -12,12 +12,12 @@ import pytest
 from resume_helpers import OPTIONS, check, holdings, outage, quick_folder, sent, state
 
 from s3loader.checkpoint import CheckpointManager
-from s3loader.checkpoint.root import Root
-from s3loader.checkpoint.run import Run
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.run import Run
 from s3loader.errors import FencedError, S3LoaderError
 from s3loader.store import open_store
 from s3loader.store.base import Backend
-from s3loader.store.fault import Moment, Seen
+from s3loader.store.wrappers.fault import Moment, Seen
 
 
 @pytest.fixture

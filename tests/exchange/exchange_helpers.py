@@ -11,7 +11,7 @@ from s3loader.exchange.store import S3ExchangeStore
 from s3loader.exchange.types import ShardSizePolicy
 from s3loader.store.base import Backend
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.wrapper import Wrapper
+from s3loader.store.wrappers.wrapper import Wrapper
 from s3loader.types import Buffer, ObjectMeta, PutMode, PutResult
 
 

@@ -18,7 +18,7 @@ from s3loader.shard.foreign import parse_energon, parse_wds2idx, wds2idx_key
 from s3loader.shard.index import load_index
 from s3loader.shard.reader import ShardReader
 from s3loader.store.open import open_store
-from s3loader.store.wrapper import Wrapper
+from s3loader.store.wrappers.wrapper import Wrapper
 
 
 def write_webdataset(folder: Path, shards: int = 3, samples: int = 5) -> None:

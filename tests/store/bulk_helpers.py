@@ -13,10 +13,10 @@ from s3loader.errors import (
 )
 from s3loader.store import ObjectStore
 from s3loader.store.base import ReadResult
-from s3loader.store.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.store.memory import MemoryBackend
-from s3loader.store.prefix import PrefixBackend
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
+from s3loader.store.wrappers.prefix import PrefixBackend
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import PutRequest, PutResult, ReadRequest
 
 DRIVERS = ("pump", "threads", "auto")

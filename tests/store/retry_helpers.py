@@ -12,9 +12,9 @@ from s3loader.errors import (
     S3LoaderError,
 )
 from s3loader.store import ObjectStore
-from s3loader.store.fault import Fault, FaultBackend, Seen
 from s3loader.store.memory import MemoryBackend
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Seen
+from s3loader.store.wrappers.retry import RetryBackend
 
 
 class Clock:

@@ -17,8 +17,8 @@ from s3loader.errors import ClosedError, ObjectExistsError, ObjectNotFoundError
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.aio import AsyncObjectStore
 from s3loader.store.bulk import ReadFailure
-from s3loader.store.fault import FaultBackend, Moment, Seen
 from s3loader.store.memory import MemoryBackend
+from s3loader.store.wrappers.fault import FaultBackend, Moment, Seen
 from s3loader.types import PutRequest, ReadRequest, Update
 
 

@@ -27,8 +27,8 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import open_store
-from s3loader.store.boto3_copy import copy_parts
-from s3loader.store.boto3_engine import Boto3Backend
+from s3loader.store.boto3.copy import copy_parts
+from s3loader.store.boto3.engine import Boto3Backend
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind
 from s3loader.types import CommonPrefix, ObjectMeta
 
@@ -282,8 +282,8 @@ def test_a_large_copy_that_fails_leaves_no_upload(
     behind_proxy: tuple[Boto3Backend, FaultProxy], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, proxy = behind_proxy
-    monkeypatch.setattr("s3loader.store.boto3_engine._ONE_COPY", 0)
-    monkeypatch.setattr("s3loader.store.boto3_engine._THROUGH", 0)
+    monkeypatch.setattr("s3loader.store.boto3.engine._ONE_COPY", 0)
+    monkeypatch.setattr("s3loader.store.boto3.engine._THROUGH", 0)
     backend.put(key, b"x" * 100, content_type="a/b", metadata={"m": "1"})
     proxy.plan.rules.append(Rule("error", method="PUT", path="partNumber", status=403, code="AccessDenied", times=1))
     with pytest.raises(StoreError):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from s3loader.config import S3Settings
 from s3loader.errors import AccessDeniedError, StoreError, UnavailableError
-from s3loader.store.boto3_engine import Boto3Backend
-from s3loader.store.boto3_listing import entries_of, parse_page, read_pages_ourselves
+from s3loader.store.boto3.engine import Boto3Backend
+from s3loader.store.boto3.listing import entries_of, parse_page, read_pages_ourselves
 from s3loader.types import CommonPrefix, ObjectMeta
 
 LOCAL = S3Settings(endpoint_url="http://127.0.0.1:9", aws_access_key_id="K", aws_secret_access_key="S")

@@ -25,9 +25,9 @@ from s3loader.errors import (
 from s3loader.store import ObjectStore
 from s3loader.store.base import ReadResult
 from s3loader.store.bulk import PutFailure, ReadFailure
-from s3loader.store.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.ordered import run_ordered
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.types import Buffer, ObjectMeta, PutRequest, ReadRequest
 
 

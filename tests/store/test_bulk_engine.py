@@ -19,9 +19,9 @@ from s3loader.errors import (
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.base import ReadResult
 from s3loader.store.bulk import PutFailure, ReadFailure
-from s3loader.store.fault import Fault, FaultBackend
-from s3loader.store.limit import LimitBackend
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend
+from s3loader.store.wrappers.limit import LimitBackend
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import PutRequest, PutResult, ReadRequest
 
 

@@ -19,9 +19,9 @@ from s3loader.errors import (
     ClosedError,
 )
 from s3loader.store import ObjectStore
-from s3loader.store.fault import Fault, Moment, Seen
-from s3loader.store.retry import RetryBackend
 from s3loader.store.threads import pause
+from s3loader.store.wrappers.fault import Fault, Moment, Seen
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import ReadRequest
 
 
@@ -84,7 +84,7 @@ def test_ctrl_c_ends_a_call_within_a_second(driver: str) -> None:
     code = """
         import os, sys, time
         from s3loader.store import ObjectStore
-        from s3loader.store.fault import FaultBackend
+        from s3loader.store.wrappers.fault import FaultBackend
         from s3loader.store.memory import MemoryBackend
         def hold(seen, moment):
             if seen.op == "get":

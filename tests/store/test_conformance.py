@@ -83,7 +83,7 @@ class Faulty(StoreSuite):
 
     @pytest.fixture(autouse=True)
     def _seed(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("s3loader.store.retry._BASE", 0.01)
+        monkeypatch.setattr("s3loader.store.wrappers.retry._BASE", 0.01)
         self.seed = zlib.crc32(request.node.name.encode())  # each test has faults of its own, every time the same
 
     def open(self, url: str) -> ObjectStore:
@@ -256,7 +256,7 @@ class TestDirectThroughABadNetwork(ReadTests, WriteTests, MultipartTests, BulkTe
     def proxy(
         self, request: pytest.FixtureRequest, servers: Callable[[ServerKind], Server], monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[FaultProxy]:
-        monkeypatch.setattr("s3loader.store.retry._BASE", 0.01)
+        monkeypatch.setattr("s3loader.store.wrappers.retry._BASE", 0.01)
         rules = [Rule(action, probability=0.01) for action in NETWORK]
         rules += [Rule("error", status=status, code=code, probability=0.01) for status, code in ANSWERS.items()]
         with FaultProxy(servers("moto").endpoint_url, rules, seed=zlib.crc32(request.node.name.encode())) as proxy:

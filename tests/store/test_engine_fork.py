@@ -16,9 +16,10 @@ import pytest
 from forking import in_child
 
 from s3loader.errors import UnsupportedOperationError
-from s3loader.store import obstore_runtime, open_store
-from s3loader.store.boto3_engine import Boto3Backend
-from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store import open_store
+from s3loader.store.boto3.engine import Boto3Backend
+from s3loader.store.obstore import runtime as obstore_runtime
+from s3loader.store.obstore.s3 import ObstoreS3Backend
 from s3loader.store.s3 import explain_engine
 from s3loader.testing import FaultProxy, Server, ServerKind
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from s3loader import errors as e
 from s3loader.config import S3Settings
-from s3loader.store.boto3_engine import Boto3Backend
+from s3loader.store.boto3.engine import Boto3Backend
 from s3loader.store.client_errors import from_botocore, from_obstore
-from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store.obstore.s3 import ObstoreS3Backend
 from s3loader.store.options import StoreOptions
 from s3loader.store.s3errors import Condition, Where, from_response, from_status, parse_error
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind

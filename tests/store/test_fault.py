@@ -20,8 +20,8 @@ from s3loader.errors import (
     TruncatedError,
     UnavailableError,
 )
-from s3loader.store.fault import Fault, FaultBackend, Seen
 from s3loader.store.memory import MemoryBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Seen
 
 
 def make(*faults: Fault, **options: Any) -> FaultBackend:
@@ -136,7 +136,7 @@ def test_the_hook_sees_before_and_after() -> None:
 def test_killed_at_a_request(tmp_path: Any, number: int) -> None:
     """The hook as tests of commits use it: a process dies at its request n, before or after it is done."""
     from s3loader.store import ObjectStore
-    from s3loader.store.local import LocalBackend
+    from s3loader.store.local.backend import LocalBackend
 
     def die(seen: Seen, moment: str) -> None:
         if (2 * seen.number - (moment == "before")) == number:

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from s3loader.errors import NoSpaceError, ObjectChangedError, ObjectExistsError, S3LoaderError
-from s3loader.store import _files, open_store
-from s3loader.store._files import TempFile
-from s3loader.store.local import LocalBackend
+from s3loader.store import open_store
+from s3loader.store.local import files as _files
+from s3loader.store.local.backend import LocalBackend
+from s3loader.store.local.files import TempFile
 from s3loader.types import Update
 
 
@@ -42,8 +43,8 @@ def test_a_killed_writer_leaves_the_old_object(tmp_path: Path, named: bool) -> N
     child = run_child(
         """
         import os, sys, time
-        from s3loader.store import _files
-        from s3loader.store.local import LocalBackend
+        from s3loader.store.local import files as _files
+        from s3loader.store.local.backend import LocalBackend
         if sys.argv[2] == "True" and hasattr(os, "O_TMPFILE"):
             del os.O_TMPFILE
         write = _files.TempFile.write
@@ -77,7 +78,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
     """A writer killed before any one of its system calls: the old object or the new one, whole."""
     code = """
         import os, signal, sys
-        from s3loader.store.local import LocalBackend
+        from s3loader.store.local.backend import LocalBackend
         backend, left = LocalBackend(sys.argv[1]), int(sys.argv[2])
         def deadly(call):
             def wrapped(*args, **kwargs):

@@ -19,7 +19,8 @@ from s3loader.errors import (
     S3LoaderError,
     UnsupportedOperationError,
 )
-from s3loader.store import ObjectStore, _files, open_store
+from s3loader.store import ObjectStore, open_store
+from s3loader.store.local import files as _files
 from s3loader.types import CommonPrefix, ObjectMeta
 
 BAD_KEYS = (

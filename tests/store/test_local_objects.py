@@ -18,7 +18,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import open_store
-from s3loader.store.local import LocalBackend
+from s3loader.store.local.backend import LocalBackend
 from s3loader.store.memory import MemoryBackend
 
 

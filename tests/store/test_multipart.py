@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from s3loader.errors import ClosedError, ConfigError, ObjectExistsError, S3LoaderError, UnavailableError
 from s3loader.store import ObjectStore
-from s3loader.store.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.multipart import MultipartWriter, part_size_for, part_size_of
 from s3loader.store.options import MAX_PARTS
+from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
 from s3loader.types import Buffer, PartResult, Update
 
 TIB = 1 << 40

@@ -27,10 +27,11 @@ from s3loader.errors import (
     StoreError,
     UnsupportedOperationError,
 )
-from s3loader.store import ObjectStore, StoreOptions, obstore_runtime, open_store
-from s3loader.store.obstore_client import ObstoreClient, from_identifier, to_identifier
-from s3loader.store.obstore_engine import ObstoreBackend
-from s3loader.store.obstore_s3 import ObstoreS3Backend
+from s3loader.store import ObjectStore, StoreOptions, open_store
+from s3loader.store.obstore import runtime as obstore_runtime
+from s3loader.store.obstore.client import ObstoreClient, from_identifier, to_identifier
+from s3loader.store.obstore.engine import ObstoreBackend
+from s3loader.store.obstore.s3 import ObstoreS3Backend
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind, StoreSuite
 from s3loader.testing.suite import HARD_KEYS
 from s3loader.types import Capabilities
@@ -284,7 +285,7 @@ def test_ctrl_c_ends_a_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         code = (
             "from s3loader.config import S3Settings\nfrom s3loader.store import StoreOptions\n"
-            "from s3loader.store.obstore_s3 import ObstoreS3Backend\n"
+            "from s3loader.store.obstore.s3 import ObstoreS3Backend\n"
             f"s = S3Settings(endpoint_url='http://127.0.0.1:{silent.getsockname()[1]}', aws_access_key_id='K',"
             " aws_secret_access_key='S')\n"
             "b = ObstoreS3Backend('bucket', s, options=StoreOptions(read_timeout=300))\n"

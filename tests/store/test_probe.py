@@ -13,11 +13,11 @@ import pytest
 from s3loader import events
 from s3loader.errors import AccessDeniedError, ObjectChangedError, ObjectNotFoundError, UnsupportedOperationError
 from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.store.fault import Fault, FaultBackend
 from s3loader.store.memory import MemoryBackend
-from s3loader.store.observed import ObservedBackend
 from s3loader.store.probe import conditional_writes, probe
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.fault import Fault, FaultBackend
+from s3loader.store.wrappers.observed import ObservedBackend
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import Buffer, Capabilities, DeleteFailure, ObjectMeta, PartResult, PutMode, PutRequest, PutResult, Update
 
 FULL = Capabilities(

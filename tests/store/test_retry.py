@@ -23,9 +23,9 @@ from s3loader.errors import (
     UnavailableError,
 )
 from s3loader.store import ObjectStore
-from s3loader.store.fault import Fault
 from s3loader.store.memory import MemoryBackend
-from s3loader.store.retry import RetryBackend
+from s3loader.store.wrappers.fault import Fault
+from s3loader.store.wrappers.retry import RetryBackend
 from s3loader.types import DeleteFailure
 
 

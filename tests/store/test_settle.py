@@ -19,9 +19,9 @@ from s3loader.errors import (
     S3LoaderError,
     StoreConnectionError,
 )
-from s3loader.store.fault import Fault, Seen
 from s3loader.store.memory import MemoryBackend
 from s3loader.store.settle import WRITE_ID
+from s3loader.store.wrappers.fault import Fault, Seen
 from s3loader.types import Update
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from s3loader.checkpoint.dtypes import numpy_dtype, numpy_name
-from s3loader.checkpoint.leaves import NUMPY, LeafAdapter, Piece, Source, Target
+from s3loader.checkpoint.format.dtypes import numpy_dtype, numpy_name
+from s3loader.checkpoint.state.leaves import NUMPY, LeafAdapter, Piece, Source, Target
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
 __all__ = ["FRAMEWORK", "JAX"]

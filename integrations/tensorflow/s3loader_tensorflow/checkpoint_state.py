@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from s3loader.checkpoint.dtypes import DTYPES, numpy_name
-from s3loader.checkpoint.leaves import NUMPY, LeafAdapter, Source, Target
+from s3loader.checkpoint.format.dtypes import DTYPES, numpy_name
+from s3loader.checkpoint.state.leaves import NUMPY, LeafAdapter, Source, Target
 from s3loader.errors import CheckpointError, UnsupportedStateError
 
 __all__ = ["FRAMEWORK", "TENSORFLOW"]

@@ -35,13 +35,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp, tree
+from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp
 from s3loader.checkpoint.dcp import PartWriter, Ticket, Writing
-from s3loader.checkpoint.leaves import LeafAdapter, Target, adapter_of_kind
+from s3loader.checkpoint.format.records import box_of
 from s3loader.checkpoint.locating import telling
 from s3loader.checkpoint.meeting import Box
-from s3loader.checkpoint.records import box_of
-from s3loader.checkpoint.session import Identity, identify
+from s3loader.checkpoint.protocol.session import Identity, identify
+from s3loader.checkpoint.state import tree
+from s3loader.checkpoint.state.leaves import LeafAdapter, Target, adapter_of_kind
 from s3loader.errors import CheckpointError, ConfigError
 from s3loader_torch.checkpoint_state import TORCH, torch_dtype
 

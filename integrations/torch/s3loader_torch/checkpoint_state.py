@@ -11,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch.nn.parameter import is_lazy
 
-from s3loader.checkpoint.dtypes import nbytes
-from s3loader.checkpoint.leaves import LeafAdapter, Piece, Source, Target
-from s3loader.checkpoint.memory import LARGE, fresh_memory
+from s3loader.checkpoint.format.dtypes import nbytes
+from s3loader.checkpoint.state.leaves import LeafAdapter, Piece, Source, Target
+from s3loader.checkpoint.state.memory import LARGE, fresh_memory
 from s3loader.errors import CheckpointError, UnsupportedStateError
 from s3loader_torch.checkpoint_device import device_of
 

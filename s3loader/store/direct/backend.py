@@ -21,7 +21,7 @@ from s3loader.store.direct.signer import Signer
 from s3loader.store.direct.threads import Threads
 from s3loader.store.direct.writes import PartJob, PutJob
 from s3loader.store.options import StoreOptions
-from s3loader.store.wrapper import innermost
+from s3loader.store.wrappers.wrapper import innermost
 from s3loader.types import (
     Buffer,
     CommonPrefix,

@@ -1,0 +1,1 @@
+"""The commit protocol: roots, attempts, publishing, retention, garbage collection, compaction."""

@@ -1,0 +1,237 @@
+"""Commit of an attempt: from durable data to a published root, on one rank or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s3loader.checkpoint.format import layout, records
+from s3loader.checkpoint.format.records import Failure, Part
+from s3loader.checkpoint.protocol.merge import Merged
+from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.run import Run, lost
+from s3loader.checkpoint.protocol.session import Session
+from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
+from s3loader.types import ObjectMeta
+
+__all__ = ["Attempt", "expect_free", "failure", "files_of", "publish", "publish_or_wait"]
+
+_TAKE_OVER = 5.0  # seconds after which another rank publishes what the last arriver has not
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One save on one rank."""
+
+    run: Run
+    session: Session
+    step: int
+    id: str
+    deadline: float
+    """Seconds to wait for other ranks."""
+
+    @property
+    def prefix(self) -> str:
+        """Folder of its files, with the slash."""
+        return f"{layout.step_prefix(self.step)}{self.id}/"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.session.identity.rank
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.session.identity.world
+
+
+def expect_free(attempt: Attempt, *, replace: bool) -> Root:
+    """The step's root as it is before this attempt.
+
+    Raises:
+        StepExistsError: the step is committed, and `replace` was not asked for.
+    """
+    found = attempt.run.read_root(attempt.step)
+    while found.state == "tombstone":  # nobody writes over it: the step goes on in its next generation
+        attempt.run.mark.add({attempt.step: found.generation})
+        found = attempt.run.read_root(attempt.step)
+    if found.state in ("committed", "damaged") and not replace:
+        raise StepExistsError(
+            f"step {attempt.step} is committed already, by attempt {found.attempt or '(damaged)'}",
+            url=f"{attempt.run.store.url}/{found.key}",
+            hint="save(..., on_exists='replace') puts a new one in its place in one atomic write; 'skip' leaves it",
+        )
+    return found
+
+
+def publish_or_wait(
+    attempt: Attempt,
+    own: Part,
+    expected: Root,
+    abandoned: Callable[[], bool],
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Root:
+    """Publish the root, or wait until another rank has.
+
+    Raises:
+        IncompleteCheckpointError: ranks did not finish their parts in time; `missing` names them.
+        StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
+    """
+    end = time.monotonic() + attempt.deadline
+    complete_since: float | None = None
+    pause = 0.02
+    first = True
+    while True:
+        listed = _listing(attempt.run, attempt.prefix)
+        missing = [r for r in range(attempt.world) if attempt.prefix + layout.part_id(r) not in listed]
+        if not missing:
+            now = time.monotonic()
+            complete_since = complete_since or now
+            if first or attempt.rank == 0 or now - complete_since > _TAKE_OVER:
+                if abandoned():
+                    raise CheckpointError(
+                        f"step {attempt.step} was abandoned before it was committed",
+                        hint="finish(seconds) was not long enough for it; the step before is untouched",
+                    )
+                return _publish(attempt, own, expected, listed, join)
+        first = False
+        failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
+        if failed:
+            raise failure(attempt, failed)
+        found = attempt.run.root_at(attempt.step, expected.generation)
+        if attempt.id in found.history:
+            attempt.run.expect_alive(found)
+            return found
+        if (found.state, found.etag) != (expected.state, expected.etag):
+            attempt.run.expect_alive(found)
+            raise lost(found, attempt.run.store.url)
+        if time.monotonic() > end or abandoned():
+            attempt.run.expect_alive(found)
+            attempt.session.check_fence()
+            raise IncompleteCheckpointError(
+                f"step {attempt.step} was not committed within {attempt.deadline:.0f} s: "
+                + (f"ranks {missing} have not finished" if missing else "no rank published it"),
+                url=attempt.run.store.url,
+                missing=missing,
+                hint="see what the ranks named raised; CheckpointOptions(deadline=...) where they are only slow",
+            )
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
+
+
+def failure(attempt: Attempt, ranks: Sequence[int]) -> IncompleteCheckpointError:
+    """The error of an attempt that `ranks` have said they cannot finish."""
+    key = attempt.prefix + layout.failure_id(ranks[0])
+    found = attempt.run.get(key)
+    why = records.decode(found[0], Failure, key).error if found is not None else "it failed"
+    return IncompleteCheckpointError(
+        f"step {attempt.step} cannot be committed: rank {ranks[0]} failed: {why}",
+        url=f"{attempt.run.store.url}/{key}",
+        missing=list(ranks),
+        hint=f"see what rank {ranks[0]} raised; the step before is untouched, save again",
+    )
+
+
+def files_of(attempt: Attempt) -> dict[str, tuple[int, str]]:
+    """Size and ETag of every file of `attempt`, by its key."""
+    return _listing(attempt.run, attempt.prefix)
+
+
+def _listing(run: Run, folder: str) -> dict[str, tuple[int, str]]:
+    entries = run.store.list(folder)
+    return {entry.key: (entry.size, entry.etag) for entry in entries if isinstance(entry, ObjectMeta)}
+
+
+def publish(attempt: Attempt, own: Part, expected: Root, join: Callable[[list[Any]], Any] | None = None) -> Root:
+    """Publish an attempt whose parts are all there.
+
+    Args:
+        attempt: Which.
+        own: This rank's part.
+        expected: The root before, see `expect_free`.
+        join: See `Merged`.
+
+    Raises:
+        IncompleteCheckpointError: they are not.
+        StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
+    """
+    return _publish(attempt, own, expected, _listing(attempt.run, attempt.prefix), join)
+
+
+def _publish(
+    attempt: Attempt,
+    own: Part,
+    expected: Root,
+    listed: Mapping[str, tuple[int, str]],
+    join: Callable[[list[Any]], Any] | None = None,
+) -> Root:
+    run = attempt.run
+    parts = [own if rank == own.rank else _part(attempt, rank) for rank in range(attempt.world)]
+    merged = Merged(parts, join)
+    taken = _taken_over(attempt, merged, expected)
+    sizes = dict(listed)
+    for folder in sorted({key.rpartition("/")[0] + "/" for key in taken}):
+        sizes.update(_listing(run, folder))
+    if taken - sizes.keys():
+        raise _collected(attempt)
+    for file in merged.index.files:
+        key = file.id if "/" in file.id else attempt.prefix + file.id
+        if "/" in file.id and key not in sizes:
+            meta = run.store.head(key)
+            sizes[key] = (meta.size, meta.etag)
+        if key not in sizes or sizes[key][0] != file.size:
+            there = f"has {sizes[key][0]} bytes" if key in sizes else "is not there"
+            raise CheckpointError(
+                f"{key} {there}, {file.size} bytes were written",
+                url=f"{run.store.url}/{key}",
+                hint="another process deletes or writes in this run while it is saved to; save again",
+            )
+    entries = merged.entries(run.id, sizes, expected.history, taken)
+    run.put(attempt.prefix + layout.INDEX, merged.packed, content_type="application/zstd")
+    attempt.session.check_fence()
+    done = run.publish(attempt.step, entries, attempt.id, expected)
+    try:
+        attempt.session.check_fence()
+    except FencedError as error:
+        raise FencedError(
+            f"step {attempt.step} is committed and whole, but {error.message}", url=error.url, committed=True, hint=error.hint
+        ) from None
+    return done
+
+
+def _taken_over(attempt: Attempt, merged: Merged, expected: Root) -> set[str]:
+    """Files that earlier attempts at this step have left, and that the merged parts go on with.
+
+    Raises:
+        FencedError: the step has had a root since they were looked at, so they may be deleted at any time: whoever
+            deletes writes a root first, and only where there never was one is it certain that nobody has.
+    """
+    own, listed = layout.step_prefix(attempt.step), {key for key, _ in expected.keys.values()}
+    taken = {file.id for file in merged.index.files if file.id.startswith(own)} - listed
+    if taken and not expected.never_written:
+        raise _collected(attempt)
+    return taken
+
+
+def _collected(attempt: Attempt) -> FencedError:
+    return FencedError(
+        f"garbage collection has taken what the save of step {attempt.step} went on with",
+        url=attempt.run.store.url,
+        hint="save it again",
+    )
+
+
+def _part(attempt: Attempt, rank: int) -> Part:
+    key = attempt.prefix + layout.part_id(rank)
+    found = attempt.run.get(key)
+    if found is None:
+        raise IncompleteCheckpointError(
+            f"{key} is missing",
+            url=attempt.run.store.url,
+            missing=[rank],
+            hint="another process deletes in this run while it is saved to; save again",
+        )
+    return records.decode(found[0], Part, key)

@@ -1,0 +1,1 @@
+"""A state taken apart into named tensors and put together again."""

@@ -1,0 +1,1 @@
+"""A save: staging, uploading, taking over what an interrupted one has left."""

@@ -1,0 +1,362 @@
+"""Staging: state is copied once, into reused part-sized buffers, and goes to the store from there.
+
+The caller's thread only copies, with others beside it (`copying`). Upload threads take the full buffers, compute
+the checksums of the segments in them and send them, so `save` returns after one copy of the state,
+or, where the state is larger than the budget, when the last part of it was copied.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+from s3loader.checkpoint.format import segments
+from s3loader.checkpoint.format.dtypes import itemsize, nbytes
+from s3loader.checkpoint.format.hashing import crc64, joined_hash
+from s3loader.checkpoint.format.layout import data_id
+from s3loader.checkpoint.format.records import Chunk, FileRecord
+from s3loader.checkpoint.format.stformat import encode_header
+from s3loader.checkpoint.state.leaves import Piece
+from s3loader.checkpoint.state.memory import fresh_memory
+from s3loader.checkpoint.writing.copying import Copier
+from s3loader.checksum import crc32c
+from s3loader.errors import CheckpointError
+from s3loader.types import PartResult
+
+__all__ = ["BufferPool", "FilePlan", "Kept", "Piece", "SavedPiece", "StagedPart", "plan_files", "stage"]
+
+
+class BufferPool:
+    """Buffers of one size, at most `budget` bytes of them, kept for the next save."""
+
+    def __init__(self, budget: int, size: int) -> None:
+        self.size = size
+        self.limit = max(2, budget // size)
+        self.memory: Callable[[int], memoryview] = fresh_memory
+        """Makes new buffers."""
+        self._free: list[memoryview] = []
+        self._made = 0
+        self._changed = threading.Condition()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes held, whether in use or not."""
+        return self._made * self.size
+
+    def take(self) -> memoryview | None:
+        """A buffer, None where all are in use and the budget is used up."""
+        with self._changed:
+            if self._free:
+                return self._free.pop()
+            if self._made >= self.limit:
+                return None
+            self._made += 1
+        return self.memory(self.size)
+
+    def acquire(self, stopped: Callable[[], bool], exhausted: Callable[[], None]) -> memoryview | None:
+        """A buffer; where the budget is used up, calls `exhausted` and waits for one. None as soon as `stopped()`."""
+        while not stopped():
+            buffer = self.take()
+            if buffer is not None:
+                return buffer
+            exhausted()
+            with self._changed:
+                if not self._free:
+                    self._changed.wait(0.2)
+        return None
+
+    def release(self, buffer: memoryview) -> None:
+        """Give a buffer back."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Let those who wait look at their `stopped()` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Let go of the buffers that are not in use."""
+        with self._changed:
+            self._made -= len(self._free)
+            self._free.clear()
+
+
+@dataclass(slots=True)
+class SavedPiece:
+    """One piece of a leaf, in the place it gets in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    piece: Piece
+    begin: int = 0
+    end: int = 0
+    crcs: list[int] = field(default_factory=list)
+    crcs64: list[int] = field(default_factory=list)
+    """CRC64NVME of each segment, where the content is to be recognised again."""
+
+    def chunk(self, file: str, block: int) -> Chunk:
+        """The record of it, once its checksums are there."""
+        whole = self.piece.shape == self.shape
+        return Chunk(
+            name=self.name,
+            dtype=self.dtype,
+            shape=list(self.shape),
+            file=file,
+            begin=self.begin,
+            end=self.end,
+            crc=struct.pack(f"<{len(self.crcs)}I", *self.crcs),
+            offset=None if whole else list(self.piece.offset),
+            box=None if whole else list(self.piece.shape),
+            hash=self._hash(block),
+        )
+
+    def _hash(self, block: int) -> bytes:
+        if not self.crcs64:
+            return b""
+        sizes = [high - low for low, high in segments.cut(self.begin, self.end, block)]
+        return joined_hash(zip(self.crcs, self.crcs64, sizes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What an earlier attempt has left of a file."""
+
+    attempt: str
+    key: str
+    etag: str = ""
+    """Of the finished file."""
+    upload_id: str = ""
+    """Of the open upload; empty: the file is finished."""
+    parts: Mapping[int, PartResult] = field(default_factory=dict)
+    """What the open upload has, by number."""
+
+
+@dataclass(slots=True)
+class FilePlan:
+    """A file to be written: header, then pieces."""
+
+    id: str
+    header: bytes
+    """As it is written: where the file is taken over it has the id of the attempt that began it."""
+    pieces: list[SavedPiece]
+    size: int
+    block: int
+    header_crcs: list[int]
+    own_header: bytes
+    kept: Kept | None = None
+    """What is taken over of it, see `resuming`."""
+
+    @property
+    def name(self) -> str:
+        """How parts and index name it: its id, or the key it has with the attempt that it was taken over from."""
+        return self.kept.key if self.kept is not None else self.id
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to write."""
+        return self.kept is not None and not self.kept.upload_id
+
+    def adopt(self, kept: Kept | None, own_attempt: str = "") -> None:
+        """Go on with what another attempt has left (None: with nothing). The header stays as long as it was."""
+        self.kept = kept
+        self.header = self.own_header
+        if kept is not None:  # the metadata comes first, so the first match is it
+            self.header = self.own_header.replace(own_attempt.encode(), kept.attempt.encode(), 1)
+
+    def let_go(self) -> None:
+        """Let go of the caller's arrays."""
+        for saved in self.pieces:
+            saved.piece = saved.piece._replace(open=_staged_already, device=None)
+
+    def record(self) -> FileRecord:
+        """The record of it, once its checksums are there."""
+        crc = struct.pack(f"<{len(self.header_crcs)}I", *self.header_crcs)
+        return FileRecord(id=self.name, size=self.size, header=len(self.header), crc=crc)
+
+
+def plan_files(
+    pieces: Sequence[SavedPiece], rank: int, file_size: int, block: int, metadata: dict[str, str], *, hashed: bool
+) -> list[FilePlan]:
+    """Lay `pieces` out in files of about `file_size` bytes (a larger piece has a file of its own).
+
+    Wider element types come first, so that every tensor in a file is aligned to its element.
+    """
+    ordered = sorted(pieces, key=lambda p: -itemsize(p.dtype))
+    groups: list[list[SavedPiece]] = []
+    filled = 0
+    names: set[str] = set()
+    for piece in ordered:
+        size = nbytes(piece.dtype, piece.piece.shape)
+        if not groups or (filled and filled + size > file_size) or piece.name in names:
+            groups.append([])
+            filled, names = 0, set()
+        groups[-1].append(piece)
+        names.add(piece.name)
+        filled += size
+    plans = []
+    for number, group in enumerate(groups):
+        header, spans = encode_header(((p.name, p.dtype, p.piece.shape) for p in group), _with_boxes(group, metadata))
+        for piece, (begin, end) in zip(group, spans, strict=True):
+            piece.begin, piece.end = begin, end
+            piece.crcs = [0] * segments.count(begin, end, block)
+            piece.crcs64 = [0] * len(piece.crcs) if hashed else []
+        end = spans[-1][1]
+        crcs = [0] * segments.count(0, len(header), block)
+        plans.append(FilePlan(data_id(rank, number), header, group, end, block, crcs, header))
+    return plans
+
+
+def _with_boxes(group: Sequence[SavedPiece], metadata: dict[str, str]) -> dict[str, str]:
+    """Metadata of a file; where it holds parts of larger tensors, torch's `DCP_SHARDING_INFO` says which."""
+    import json
+
+    boxes = {p.name: {"saved_offsets": list(p.piece.offset)} for p in group if p.piece.shape != p.shape}
+    return {**metadata, "DCP_SHARDING_INFO": json.dumps(boxes, separators=(",", ":"))} if boxes else metadata
+
+
+@dataclass(slots=True)
+class StagedPart:
+    """A part of a file in a staging buffer."""
+
+    file: FilePlan
+    number: int
+    """1-based."""
+    buffer: memoryview
+    data: memoryview
+    """The filled beginning of `buffer`."""
+    checks: list[tuple[list[int], list[int], int, int, int]]
+    """``(crcs, crcs64, index, low, high)``: where to put the checksums of ``data[low:high]``."""
+
+    @property
+    def begin(self) -> int:
+        """Where it begins in the file."""
+        return (self.number - 1) * len(self.buffer)
+
+    def head(self) -> None:
+        """Write the file's header, as it is now, over the one in it."""
+        have = self.file.header[self.begin : self.begin + len(self.data)]
+        self.data[: len(have)] = have
+
+    def checksum(self) -> None:
+        """Compute the checksums of the segments in it."""
+        for crcs, crcs64, index, low, high in self.checks:
+            crcs[index] = crc32c(self.data[low:high])
+            if crcs64:
+                crcs64[index] = crc64(self.data[low:high])
+
+
+def stage(
+    plan: FilePlan,
+    pool: BufferPool,
+    stopped: Callable[[], bool],
+    exhausted: Callable[[], None],
+    *,
+    again: bool = False,
+    copier: Copier | None = None,
+) -> Iterator[StagedPart]:
+    """Copy a file's bytes into buffers of the pool, part after part; ends early once `stopped()`.
+
+    Calls `exhausted` when it has to wait for a buffer. Lets go of the caller's arrays, unless they will be staged `again`.
+    With a `copier` the copies go on beside each other, and parts are given out only when all buffers are in use, and at the
+    end; without, each as soon as it is full.
+
+    Raises:
+        CheckpointError: a leaf gave another number of bytes than its type and shape say.
+    """
+    _choose_memory(plan, pool)
+    copies = copier or Copier(1)
+    part: StagedPart | None = None
+    full: list[StagedPart] = []
+    try:
+        for source, begin, end, crcs, crcs64 in _sources(plan, again):
+            copy = source(copies)
+            for number, (first, last) in enumerate(segments.cut(begin, end, plan.block)):
+                at = first % pool.size
+                if part is None or at == 0:
+                    if part is not None:
+                        full.append(part)
+                        part = None
+                    if stopped():
+                        return
+                    buffer = pool.take() if copier is not None else None
+                    if buffer is None:
+                        yield from _settled(full, copies)
+                        buffer = pool.acquire(stopped, exhausted)
+                    if buffer is None:
+                        return
+                    part = StagedPart(plan, first // pool.size + 1, buffer, buffer[:0], [])
+                copy(part.buffer[at : at + last - first], first - begin)
+                part.checks.append((crcs, crcs64, number, at, at + last - first))
+                part.data = part.buffer[: at + last - first]
+            del copy, source
+        if part is not None:
+            full.append(part)
+            part = None
+        yield from _settled(full, copies)
+    finally:
+        left = [*full, part] if part is not None else full
+        if left:
+            try:
+                copies.settle()  # until then they are written to
+            finally:
+                for unused in left:
+                    pool.release(unused.buffer)
+
+
+def _settled(full: list[StagedPart], copies: Copier) -> Iterator[StagedPart]:
+    """Give out the parts that are full, as soon as they are."""
+    copies.settle()
+    full.reverse()
+    while full:
+        yield full.pop()
+
+
+_Copying: TypeAlias = Callable[[memoryview, int], None]
+"""Begins to copy the bytes of a source from an offset on."""
+
+
+def _sources(plan: FilePlan, again: bool) -> Iterator[tuple[Callable[[Copier], _Copying], int, int, list[int], list[int]]]:
+    """What the file is made of: how to copy it, begin and end in the file, where its checksums go."""
+    header = memoryview(plan.header)
+    yield (lambda copies: _from_memory(header, copies)), 0, len(header), plan.header_crcs, []
+    for saved in plan.pieces:
+        yield partial(_from_piece, saved), saved.begin, saved.end, saved.crcs, saved.crcs64
+        if not again:
+            saved.piece = saved.piece._replace(open=_staged_already, device=None)  # let go of the caller's array
+
+
+def _from_memory(view: memoryview, copies: Copier) -> _Copying:
+    return lambda target, start: copies.copy(target, view[start : start + len(target)])
+
+
+def _from_piece(saved: SavedPiece, copies: Copier) -> _Copying:
+    if saved.piece.device is not None:
+        begin = saved.piece.device.fetch()
+        return lambda target, start: copies.later(begin(target, start))
+    view = saved.piece.open()
+    if len(view) != saved.end - saved.begin:
+        raise CheckpointError(
+            f"{saved.name!r} gave {len(view)} bytes, its type and shape need {saved.end - saved.begin}",
+            hint="it was resized while it was saved; let save() return before the state is changed",
+        )
+    return _from_memory(view, copies)
+
+
+def _choose_memory(plan: FilePlan, pool: BufferPool) -> None:
+    """Buffers that are made from now on are what a device copies to best, if one takes part."""
+    for saved in plan.pieces:
+        if saved.piece.device is not None:
+            pool.memory = saved.piece.device.memory
+            return
+
+
+def _staged_already() -> memoryview:
+    raise CheckpointError("a piece is staged once", hint="make a new plan for a second save")

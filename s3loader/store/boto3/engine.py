@@ -1,0 +1,399 @@
+"""The boto3 engine: every verb of S3, on any server, after fork, and over a user's own client.
+
+It is the slow one (0.5-2 CPU-s per GB) and the one that can do everything: what the direct and
+obstore engines lack (versions, multipart control, reports of deletes, odd keys) ends here.
+Uploads carry their CRC32C as a signed header (a Content-MD5 where the server refuses that), so that
+damaged bytes are not stored and the ETag of a single put stays the MD5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from s3loader.checksum import crc32c_base64
+from s3loader.config import S3Settings
+from s3loader.credentials import CredentialsSource
+from s3loader.errors import (
+    BucketNotFoundError,
+    ObjectNotFoundError,
+    RangeError,
+    StoreError,
+)
+from s3loader.store.boto3.client import BotoClient
+from s3loader.store.boto3.copy import copy_parts
+from s3loader.store.boto3.delete import delete_many
+from s3loader.store.boto3.listing import entries_of
+from s3loader.store.boto3.shapes import (
+    body,
+    body_range,
+    conditions,
+    described,
+    md5_base64,
+    meta_of,
+    read_body,
+    refuses_checksums,
+    version,
+)
+from s3loader.store.options import StoreOptions
+from s3loader.store.s3errors import Condition, Where, condition_of, from_status
+from s3loader.store.s3reads import bare_etag, check_etag, read_nothing
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+)
+from s3loader.units import MIB
+
+__all__ = ["Boto3Backend"]
+
+_ONE_COPY: Final = 5 << 30
+"""The most bytes of one CopyObject."""
+_THROUGH: Final = 64 * MIB
+"""A conditional copy up to this size goes through this process."""
+
+
+class Boto3Backend:
+    """One bucket over boto3.
+
+    Args:
+        bucket: Its name.
+        settings: Endpoint, region, CA bundle, addressing.
+        credentials: Shared with the other engines.
+        options: Timeouts.
+        s3_client: A boto3 client to use in place of our own.
+    """
+
+    PUT_LIMIT: Final = 5 << 30
+    """Most bytes of one put."""
+
+    def __init__(
+        self,
+        bucket: str,
+        settings: S3Settings,
+        *,
+        credentials: CredentialsSource | None = None,
+        options: StoreOptions | None = None,
+        s3_client: Any = None,
+    ) -> None:
+        self.bucket = bucket
+        self.url = f"s3://{bucket}"
+        self._options = options or StoreOptions()
+        self._settings = settings
+        self._credentials = credentials or CredentialsSource(settings, unsigned=self._options.unsigned)
+        self._client = BotoClient(bucket, settings, self._credentials, self._options, s3_client)
+        self._bucket_seen = False
+        self._etag_told = False
+        # False once the server refused one; a user's client that asks for none knows its server
+        config = getattr(getattr(s3_client, "meta", None), "config", None)
+        self.checksums: bool = s3_client is None or getattr(config, "request_checksum_calculation", None) != "when_required"
+
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "boto3"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.bucket, self._settings, self._credentials, self._options, self._client.given)
+
+    # reading
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        where = Where("get", self._client.at(key), "read")
+        if end is not None and end <= start:
+            return read_nothing(self, key, start, if_match, version_id, where), b""
+        try:
+            answer = self._open("get", key, start, end, if_match, version_id)
+        except RangeError:
+            if end is not None:
+                raise
+            return read_nothing(self, key, start, if_match, version_id, where), b""  # from the very end on there is nothing
+        stream = answer["Body"]
+        try:
+            length, size = body_range(answer, start, end, where)
+            check_etag(answer.get("ETag"), if_match, where)
+            data = bytearray(length)
+            read_body(stream, memoryview(data), where)
+        except Exception as error:  # noqa: BLE001 - anything that breaks a body: the connection is of no use any more
+            stream.close()
+            self._client.fail(error, where)
+        return meta_of(key, answer, size), data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        where = Where("read", self._client.at(key), "read")
+        if not len(buffer):
+            return read_nothing(self, key, start, if_match, None, where)
+        end = start + len(buffer)
+        answer = self._open("read", key, start, end, if_match, None)
+        stream = answer["Body"]
+        try:
+            length, size = body_range(answer, start, end, where)
+            check_etag(answer.get("ETag"), if_match, where)
+            if length < len(buffer):
+                raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="read", url=where.url)
+            read_body(stream, buffer, where)
+        except Exception as error:  # noqa: BLE001 - as in get
+            stream.close()
+            self._client.fail(error, where)
+        return meta_of(key, answer, size)
+
+    def _open(
+        self, verb: str, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
+    ) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"Key": key}
+        if start or end is not None:
+            parameters["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
+        if if_match is not None:
+            parameters["IfMatch"] = f'"{bare_etag(if_match)}"'
+        if version_id is not None:
+            parameters["VersionId"] = version_id
+        return self._client.call(verb, "get_object", key, parameters, "read")
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        parameters = {"VersionId": version_id} if version_id is not None else {}
+        try:
+            answer = self._client.call("head", "head_object", key, {"Key": key, **parameters})
+        except ObjectNotFoundError:
+            self.check_bucket(key)
+            raise
+        return meta_of(key, answer)
+
+    def check_bucket(self, key: str) -> None:
+        """Raise `BucketNotFoundError` where, after a 404 to HEAD, it is the bucket that is missing: the
+        answer has no body that would tell. Asks until it was seen once."""
+        if self._bucket_seen:
+            return
+        try:
+            self._client.call("head", "head_bucket", "", {})
+        except ObjectNotFoundError:
+            raise from_status(404, "NoSuchBucket", "there is no such bucket", Where("head", self._client.at(key))) from None
+        except StoreError:
+            return  # not allowed to ask, or not answered: then the object's error stands
+        self._bucket_seen = True
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`."""
+        parameters: dict[str, Any] = {"Key": key, "Body": body(data), **described(content_type, metadata), **conditions(mode)}
+        answer = self._upload("put", "put_object", key, data, condition_of(mode), parameters)
+        size = len(parameters["Body"])
+        return PutResult(key, bare_etag(answer.get("ETag")), size, version(answer))
+
+    def _upload(
+        self, verb: str, operation: str, key: str, data: Buffer, condition: Condition, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
+        if self.checksums:
+            checked = {**parameters, "ChecksumCRC32C": crc32c_base64(data)}
+            try:
+                return self._client.call(verb, operation, key, checked, condition)
+            except StoreError as error:
+                if not refuses_checksums(error):
+                    raise
+        if self._client.given is None:  # a user's client adds the checksum of its own choice
+            parameters = {**parameters, "ContentMD5": md5_base64(data)}
+        answer = self._client.call(verb, operation, key, parameters, condition)
+        self.checksums = False  # it was the checksum, then
+        return answer
+
+    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
+        """Put, telling the server that the CRC32C of `data` is `checksum` (base64), right or wrong.
+
+        Where it refuses CRC32C, a Content-MD5 that is right or wrong takes its place, as in `put`.
+        """
+        Boto3Backend.put(self, key, data)  # finds out which
+        wrong = checksum != crc32c_base64(data)
+        parameters: dict[str, Any] = {"Key": key, "Body": body(data)}
+        if self.checksums:
+            parameters["ChecksumCRC32C"] = checksum
+        else:
+            parameters["ContentMD5"] = md5_base64(checksum.encode() if wrong else data)
+        answer = self._client.call("put", "put_object", key, parameters)
+        return PutResult(key, bare_etag(answer.get("ETag")), len(parameters["Body"]), version(answer))
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        try:
+            self._client.call("delete", "delete_object", key, {"Key": key})
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """See `Backend.delete_many`: 1000 keys a request; one by one where the server has no DeleteObjects."""
+        return delete_many(self._client, keys, self.delete)
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`. Over 5 GiB it goes part by part.
+
+        Few servers know conditions on a copy and those that do not ignore them silently. So a
+        conditional copy ends in the write that most of them honour: a put, through this process,
+        up to 64 MiB; the completion of a multipart upload above.
+        """
+        meta = self.head(source)
+        if condition_of(mode) is None and meta.size <= _ONE_COPY:
+            return self._copy_whole(meta, target)
+        if meta.size <= _THROUGH:
+            meta, data = self.get(source, if_match=meta.etag)
+            return self.put(target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata)
+        return self._copy_parts(meta, target, mode)
+
+    def _copy_whole(self, source: ObjectMeta, target: str) -> PutResult:
+        parameters = {
+            "Key": target,
+            "CopySource": {"Bucket": self.bucket, "Key": source.key},
+            "CopySourceIfMatch": f'"{source.etag}"',
+        }
+        answer = self._client.call("copy", "copy_object", source.key, parameters, "read")
+        etag = bare_etag((answer.get("CopyObjectResult") or {}).get("ETag"))
+        return PutResult(target, etag or self.head(target).etag, source.size, version(answer))
+
+    def _copy_parts(self, source: ObjectMeta, target: str, mode: PutMode) -> PutResult:
+        upload_id = self.create_multipart(target, content_type=source.content_type, metadata=source.metadata)
+        try:
+            parts = copy_parts(self._client, source, target, upload_id)
+            return self.complete_multipart(target, upload_id, parts, mode=mode)
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self.abort_multipart(target, upload_id)
+            raise
+
+    # listing
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`: one page of 1000 at a time."""
+        parameters: dict[str, Any] = {"Prefix": prefix}
+        if delimiter:
+            parameters["Delimiter"] = delimiter
+        if start_after:
+            parameters["StartAfter"] = start_after
+        while True:
+            page = self._client.call("list", "list_objects_v2", prefix, parameters)
+            self._bucket_seen = True
+            yield from entries_of(page)
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated"):
+                return
+            if not token or token == parameters.get("ContinuationToken"):
+                raise StoreError("the server's listing does not go on", op="list", url=self._client.at(prefix))
+            parameters["ContinuationToken"] = token
+
+    # multipart
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`. The upload is declared to carry CRC32C part by part."""
+        parameters: dict[str, Any] = {"Key": key, **described(content_type, metadata)}
+        declared = {**parameters, "ChecksumAlgorithm": "CRC32C"} if self.checksums else parameters
+        try:
+            answer = self._client.call("create upload", "create_multipart_upload", key, declared)
+        except StoreError as error:
+            if not self.checksums or not refuses_checksums(error):
+                raise
+            answer = self._client.call("create upload", "create_multipart_upload", key, parameters)
+            self.checksums = False
+        return str(answer["UploadId"])
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        parameters: dict[str, Any] = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": body(data)}
+        answer = self._upload("upload part", "upload_part", key, data, None, parameters)
+        checksum = crc32c_base64(data) if self.checksums else None
+        return PartResult(number, bare_etag(answer.get("ETag")), len(parameters["Body"]), checksum)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`. An upload without parts becomes an empty object."""
+        uploaded = [*parts] or [self.upload_part(key, upload_id, 1, b"")]
+        wanted = [
+            {
+                "PartNumber": part.number,
+                "ETag": f'"{part.etag}"',
+                **({"ChecksumCRC32C": part.checksum} if part.checksum else {}),
+            }
+            for part in uploaded
+        ]
+        parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": wanted}, **conditions(mode)}
+        answer = self._client.call("complete upload", "complete_multipart_upload", key, parameters, condition_of(mode))
+        size = sum(part.size for part in uploaded)
+        return PutResult(key, self._etag_made(key, bare_etag(answer.get("ETag")), size), size, version(answer))
+
+    def _etag_made(self, key: str, told: str, size: int) -> str:
+        """The ETag that reads will show: Ceph tells none here and rclone another one, so the first
+        completion is compared with the object, and where they differ every one is."""
+        if self._etag_told and told:
+            return told
+        try:
+            meta = self.head(key)
+        except StoreError:
+            return told  # the upload is complete; not being able to look at it is no failure of it
+        self._etag_told = meta.etag == told
+        return meta.etag if meta.size == size else told
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        try:
+            self._client.call("abort upload", "abort_multipart_upload", key, {"Key": key, "UploadId": upload_id})
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        markers: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list uploads", "list_multipart_uploads", prefix, {"Prefix": prefix, **markers})
+            for upload in page.get("Uploads") or ():
+                begun = upload.get("Initiated")
+                yield upload["Key"], upload["UploadId"], begun.timestamp() if begun is not None else None
+            after = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            after = {name: value for name, value in after.items() if value}
+            if not page.get("IsTruncated"):
+                return
+            if not after or after == markers:
+                raise StoreError("the server's listing does not go on", op="list uploads", url=self._client.at(prefix))
+            markers = after
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`: one page of 1000 at a time."""
+        marker: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list parts", "list_parts", key, {"Key": key, "UploadId": upload_id, **marker})
+            for part in page.get("Parts") or ():
+                yield PartResult(part["PartNumber"], bare_etag(part.get("ETag")), part["Size"], part.get("ChecksumCRC32C"))
+            if not page.get("IsTruncated"):
+                return
+            after = {"PartNumberMarker": page.get("NextPartNumberMarker")}
+            if not after["PartNumberMarker"] or after == marker:
+                raise StoreError("the server's listing does not go on", op="list parts", url=self._client.at(key))
+            marker = after
+
+    def close(self) -> None:
+        """See `Backend.close`. A client given by the user stays open."""
+        self._client.close()
+
+
+def _rebuild(
+    bucket: str, settings: S3Settings, credentials: CredentialsSource, options: StoreOptions, client: Any
+) -> Boto3Backend:
+    return Boto3Backend(bucket, settings, credentials=credentials, options=options, s3_client=client)

@@ -1,0 +1,395 @@
+"""``file://``: objects as files of one folder, with an object store's guarantees.
+
+Writes go to a temporary file beside the target, are synced and then renamed or linked, so a
+reader, a full disk or a kill never meets half an object. Conditional updates look and replace
+under a lock. See docs/design/002-local-store.md.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+from s3loader.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RangeError,
+    S3LoaderError,
+    StoreError,
+    TruncatedError,
+    UnsupportedOperationError,
+)
+from s3loader.store.arguments import check_crc32c
+from s3loader.store.buffers import shared_pool
+from s3loader.store.listing import key_bytes, roll_up
+from s3loader.store.local import files as _files
+from s3loader.store.local.files import Guard, TempFile
+from s3loader.store.local.uploads import Uploads
+from s3loader.store.local.walk import walk
+from s3loader.store.settle import WRITE_ID
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+    Update,
+)
+from s3loader.units import KIB
+
+__all__ = ["LocalBackend"]
+
+_PLACE_TRIES: Final = 16
+_POOLED: Final = 64 * KIB
+"""Bytes from which fresh memory would cost more than reading into some that was used before."""
+
+
+class LocalBackend:
+    """The backend of one folder.
+
+    Args:
+        path: The folder; made at the first write where it is missing.
+    """
+
+    PUT_LIMIT: Final = sys.maxsize
+    """Bytes up to which one put is the best way to write a buffer."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.url = "file://" + (self.path if self.path != "/" else "")
+        self._root = os.path.realpath(os.fsencode(self.path))
+        self._inside = self._root.rstrip(b"/") + b"/"
+        self._uploads = Uploads(self._inside)
+
+    def __reduce__(self) -> tuple[type[LocalBackend], tuple[str]]:
+        return LocalBackend, (self.path,)
+
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "file"
+
+    # reading
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        with Guard("get", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
+            status = self._checked(fd, if_match)
+            size = status.st_size
+            if start > size or (start == size and end is not None and end > start):
+                raise RangeError(f"it has {size} bytes, asked for [{start}, {end})")
+            data = _read(fd, start, max(0, (size if end is None else min(end, size)) - start))
+            self._unchanged(fd, status)
+            return self._meta(key, fd, status), data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`."""
+        with Guard("read", f"{self.url}/{key}", self._root), _Open(self._open(key)) as fd:
+            status = self._checked(fd, if_match)
+            stop = start + len(buffer)
+            if stop > status.st_size:
+                raise RangeError(f"it has {status.st_size} bytes, asked for [{start}, {stop})")
+            _fill(fd, start, buffer)
+            self._unchanged(fd, status)
+            return self._meta(key, fd, status)
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        with Guard("head", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
+            return self._meta(key, fd, self._checked(fd, None))
+
+    def _open(self, key: str, version_id: str | None = None) -> int:
+        if version_id is not None:
+            raise UnsupportedOperationError("a local store keeps no versions", hint="leave version_id out")
+        path = self._inside + _files.relative_path(key)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in the folder must not hang us
+        try:
+            self._confine(os.readlink(b"/proc/self/fd/%d" % fd) if _HAS_PROC else os.path.realpath(path))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _confine(self, real: bytes) -> None:
+        if not real.startswith(self._inside) and real != self._root:
+            raise AccessDeniedError(f"a link leads out of {self.path}", hint="open a store on the folder the link points to")
+
+    def _checked(self, fd: int, if_match: str | None) -> os.stat_result:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ObjectNotFoundError("no such object")
+        if if_match is not None and _files.etag_of(status) != if_match:
+            raise ObjectChangedError("its ETag is not the one asked for")
+        return status
+
+    def _unchanged(self, fd: int, before: os.stat_result) -> None:
+        """Our own writers replace files; somebody else may write into one while it is read."""
+        if _files.etag_of(os.fstat(fd)) != _files.etag_of(before):
+            raise ObjectChangedError("it was written to while it was read")
+
+    def _meta(self, key: str, fd: int, status: os.stat_result) -> ObjectMeta:
+        kept = _files.read_attributes(fd)
+        content_type, metadata = kept.get("content_type"), kept.get("metadata")
+        return ObjectMeta(
+            key,
+            status.st_size,
+            _files.etag_of(status),
+            status.st_mtime,
+            content_type if isinstance(content_type, str) else None,
+            None,
+            metadata if isinstance(metadata, dict) else {},
+        )
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`.
+
+        Raises:
+            NoSpaceError: the disk or quota is full; the old object is untouched.
+            UnsupportedOperationError: the key is a folder of other keys (or below an object), or
+                `metadata` was given and the file system keeps none.
+        """
+        attributes = _attributes(content_type, metadata)
+        with Guard("put", f"{self.url}/{key}", self._root):
+            return self._publish(key, lambda temp: temp.write(data), mode, attributes)
+
+    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
+        """See `s3loader.store.probe.ChecksummedPut`."""
+        check_crc32c(data, checksum, f"{self.url}/{key}")
+        return self.put(key, data)
+
+    def _publish(
+        self, key: str, write: Callable[[TempFile], None], mode: PutMode, attributes: Mapping[str, object]
+    ) -> PutResult:
+        path = self._inside + _files.relative_path(key)
+        folder = os.path.dirname(path)
+        self._confine(os.path.realpath(folder))
+        if mode == "create" and os.path.lexists(path) and not os.path.isdir(path):
+            raise ObjectExistsError("the key is taken")
+        temp = self._temporary(folder)
+        try:
+            write(temp)
+            status = temp.finish(attributes, must_keep=_holds_data(attributes))
+            self._place(temp, path, mode)
+        finally:
+            temp.close()
+        with contextlib.suppress(FileNotFoundError):  # deleted by somebody by now, folder and all
+            _files.sync_folder(folder)
+        return PutResult(key, _files.etag_of(status), status.st_size)
+
+    def _temporary(self, folder: bytes) -> TempFile:
+        for _ in range(_PLACE_TRIES):
+            _files.make_parents(folder)
+            with contextlib.suppress(FileNotFoundError):  # a delete pruned the empty folder just now
+                return TempFile(folder)
+        return TempFile(folder)
+
+    def _place(self, temp: TempFile, path: bytes, mode: PutMode) -> None:
+        for attempt in range(_PLACE_TRIES):
+            try:
+                with _files.locked(os.path.dirname(path), exclusive=isinstance(mode, Update)):
+                    if mode == "create":
+                        temp.link(path)
+                        return
+                    if isinstance(mode, Update):
+                        self._expect(path, mode.etag)
+                    temp.replace(path)
+                    return
+            except FileExistsError:
+                if not os.path.isdir(path) or os.path.islink(path):
+                    raise ObjectExistsError("the key is taken") from None
+                self._remove_empty(path)
+            except IsADirectoryError:
+                self._remove_empty(path)
+            except FileNotFoundError:
+                if attempt == _PLACE_TRIES - 1:
+                    raise
+                _files.make_parents(os.path.dirname(path))
+        raise StoreError("folders keep appearing and vanishing at its place")
+
+    def _expect(self, path: bytes, etag: str) -> None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ObjectChangedError("there is no object to replace") from None
+        if not stat.S_ISREG(status.st_mode) or _files.etag_of(status) != etag:
+            raise ObjectChangedError("its ETag is not the one asked for")
+
+    def _remove_empty(self, path: bytes) -> None:
+        """Remove folders without a file in them; they are not objects and hide none."""
+        for folder, _, _ in os.walk(path, topdown=False):
+            try:
+                os.rmdir(folder)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise UnsupportedOperationError(
+                    "there are objects below this key",
+                    hint="a file system cannot hold both the object 'a' and the object 'a/b'",
+                ) from error
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`."""
+        with Guard("copy", f"{self.url}/{source}", self._root), _Open(self._open(source)) as fd:
+            status = self._checked(fd, None)
+
+            def write(temp: TempFile) -> None:
+                _files.copy_bytes(fd, temp.fd)
+                self._unchanged(fd, status)
+
+            with Guard("copy", f"{self.url}/{target}", self._root):
+                return self._publish(target, write, mode, _files.read_attributes(fd))
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`. Folders left empty go too."""
+        with Guard("delete", f"{self.url}/{key}", self._root):
+            path = self._inside + _files.relative_path(key)
+            folder = os.path.dirname(path)
+            self._confine(os.path.realpath(folder))
+            try:
+                with _files.locked(folder, exclusive=False):
+                    os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return
+            except PermissionError:
+                if os.path.isdir(path):  # what macOS answers for a folder
+                    return
+                raise
+            with contextlib.suppress(OSError):
+                while folder != self._root:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+            with contextlib.suppress(FileNotFoundError):
+                _files.sync_folder(folder)
+
+    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
+        """See `Backend.delete_many`."""
+        failures = []
+        for key in keys:
+            try:
+                self.delete(key)
+            except S3LoaderError as error:
+                failures.append(DeleteFailure(key, error))
+        return failures
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`. Links to files inside the folder are listed, other links are not."""
+        with Guard("list", f"{self.url}/{prefix}", self._root):
+            if delimiter == "/":
+                yield from walk(self._root, key_bytes(prefix), key_bytes(start_after), shallow=True)
+                return
+            entries = walk(self._root, key_bytes(prefix), key_bytes(start_after))
+            yield from roll_up((e for e in entries if isinstance(e, ObjectMeta)), prefix, delimiter, start_after)
+
+    # multipart: see _uploads
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`."""
+        with Guard("create upload", f"{self.url}/{key}", self._root):
+            _files.relative_path(key)
+            return self._uploads.create(key, _attributes(content_type, metadata))
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        with Guard("upload part", f"{self.url}/{key}", self._root):
+            return self._uploads.add_part(key, upload_id, number, data)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`."""
+        with Guard("complete upload", f"{self.url}/{key}", self._root):
+            attributes = self._uploads.attributes(key, upload_id)
+            result = self._publish(key, lambda temp: self._uploads.join(temp, upload_id, parts), mode, attributes)
+            self._uploads.drop(key, upload_id)
+            return result
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        with Guard("abort upload", f"{self.url}/{key}", self._root):
+            self._uploads.drop(key, upload_id)
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`."""
+        with Guard("list uploads", f"{self.url}/{prefix}", self._root):
+            return iter(self._uploads.open_ones(prefix))
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`; the checksums are of what is on disk."""
+        with Guard("list parts", f"{self.url}/{key}", self._root):
+            return iter(self._uploads.parts(key, upload_id))
+
+    def close(self) -> None:
+        """See `Backend.close`; nothing is kept open."""
+
+
+_HAS_PROC: Final = os.path.isdir("/proc/self/fd")
+
+
+def _attributes(content_type: str | None, metadata: Mapping[str, str] | None) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    if content_type is not None:
+        kept["content_type"] = content_type
+    if metadata:
+        kept["metadata"] = {name.lower(): value for name, value in metadata.items()}
+    return kept
+
+
+def _holds_data(attributes: Mapping[str, object]) -> bool:
+    """Whether losing them would lose something of the caller's (a write id is ours, and not needed here)."""
+    metadata = attributes.get("metadata")
+    return isinstance(metadata, dict) and bool(metadata.keys() - {WRITE_ID})
+
+
+class _Open:
+    """Closes a descriptor at the end of a with block; cheaper than `contextlib` makes it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *about: object) -> None:
+        os.close(self.fd)
+
+
+def _read(fd: int, start: int, length: int) -> Buffer:
+    if length < _POOLED:
+        data = os.pread(fd, length, start)
+        if len(data) == length:
+            return data
+    view = shared_pool().lease(length)[:length]
+    _fill(fd, start, view)
+    return view
+
+
+def _fill(fd: int, start: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], start + done)
+        if not got:
+            raise TruncatedError(f"it ended at byte {start + done} while it was read")
+        done += got

@@ -1,0 +1,212 @@
+"""An obstore store that is made on first use, and raises our errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+from s3loader.config import S3Settings
+from s3loader.credentials import CredentialsSource
+from s3loader.endpoint import Endpoint
+from s3loader.errors import ConfigError
+from s3loader.store.client_errors import from_obstore
+from s3loader.store.obstore import runtime as obstore_runtime
+from s3loader.store.options import StoreOptions
+from s3loader.store.s3errors import Condition, Where
+from s3loader.store.s3reads import bare_etag
+from s3loader.types import ObjectMeta
+
+__all__ = ["ObstoreClient", "from_identifier", "meta_of", "open_azure", "open_gcs", "open_s3", "to_identifier"]
+
+T = TypeVar("T")
+
+_STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+# attributes of obstore that are HTTP's own; every other one is user metadata
+_STANDARD: Final = frozenset(
+    {"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Content-Type", "Storage-Class"}
+)
+
+
+class ObstoreClient:
+    """Calls obstore on one bucket; `make` is asked for the store when it is first needed."""
+
+    def __init__(self, root: str, make: Callable[[], Any], credentials: CredentialsSource | None = None) -> None:
+        self.root = root
+        self._make = make
+        self._credentials = credentials
+        self._store: Any = None
+        self._lock = threading.Lock()
+
+    def at(self, key: str) -> str:
+        """Full URL of `key`, for errors."""
+        return f"{self.root}/{key}" if key else self.root
+
+    def call(
+        self,
+        verb: str,
+        key: str,
+        sync: Callable[[Any, Any], T],
+        begin: Callable[[Any, Any], Awaitable[T]],
+        condition: Condition = None,
+    ) -> T:
+        """One obstore call, as ``sync(obstore, store)`` or ``begin(obstore, store)``; see `obstore_runtime.call`."""
+        where = Where(verb, self.at(key), condition)
+        if self._credentials is not None:
+            self._credentials()  # obstore would swallow what this raises
+        try:
+            return obstore_runtime.call(lambda: sync(*self._ready()), lambda: begin(*self._ready()))
+        except Exception as error:  # noqa: BLE001 - obstore's errors, ValueError and FileNotFoundError share no base
+            mapped = from_obstore(error, where)
+            if mapped.code in _STALE and self._credentials is not None:
+                mapped.retryable = not self._credentials.static
+                if mapped.retryable:
+                    self._store = None
+                    self._credentials.refresh()
+            raise mapped from (None if mapped.status is not None or mapped is error else error)
+
+    def _ready(self) -> tuple[Any, Any]:
+        import obstore
+
+        if self._store is None:
+            with self._lock:
+                if self._store is None:
+                    self._store = self._make()
+        return obstore, self._store
+
+    def close(self) -> None:
+        """Let the store go; obstore closes its connections with it."""
+        self._store = None
+
+
+def open_s3(endpoint: Endpoint, credentials: CredentialsSource, options: StoreOptions) -> Any:
+    """An obstore S3 store.
+
+    Everything is given: what is not, obstore takes from ``AWS_*`` variables, and a session token or
+    an endpoint found there would be mixed with the keys we were given.
+    """
+    from obstore.store import S3Store
+
+    base = f"{endpoint.scheme}://{endpoint.host_header}{endpoint.base_path}"
+
+    def provide() -> Any:
+        found = credentials()
+        if found is None:
+            raise ConfigError(
+                "unsigned requests have no credentials", hint="leave unsigned out of StoreOptions for signed requests"
+            )
+        expiry = None if found.expiry is None else datetime.fromtimestamp(found.expiry, UTC)
+        return {
+            "access_key_id": found.access_key_id,
+            "secret_access_key": found.secret_access_key,
+            "token": found.session_token,
+            "expires_at": expiry,
+        }
+
+    config: dict[str, Any] = {
+        "endpoint": base,
+        "aws_endpoint_url_s3": base,
+        "region": endpoint.region,
+        "virtual_hosted_style_request": endpoint.addressing_style == "virtual",
+        "unsigned_payload": True,
+        "checksum_algorithm": "CRC64NVME",
+        "disable_bulk_delete": True,
+        "skip_signature": credentials.unsigned,
+        "request_payer": options.requester_pays,
+    }
+    return S3Store(
+        endpoint.bucket,
+        credential_provider=None if credentials.unsigned else provide,
+        client_options=_client_options(options, http=not endpoint.tls, ca_bundle=endpoint.ca_bundle),
+        retry_config=_NO_RETRIES,
+        **config,
+    )
+
+
+def open_gcs(bucket: str, settings: S3Settings, options: StoreOptions) -> Any:
+    """An obstore GCS store; credentials by Google's own variables and files."""
+    from obstore.store import GCSStore
+
+    url = _own_endpoint(settings)
+    config: dict[str, Any] = {"skip_signature": True} if options.unsigned else {}
+    if url is not None and options.unsigned:
+        # an emulator: skip_signature alone still asks for a token before it writes
+        key = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+        config["service_account_key"] = json.dumps(key)
+    elif url is not None:
+        config["base_url"] = url
+    return GCSStore(bucket, client_options=_other_options(url, settings, options), retry_config=_NO_RETRIES, **config)
+
+
+def open_azure(container: str, settings: S3Settings, options: StoreOptions) -> Any:
+    """An obstore Azure store; account and credentials by Azure's own variables (``AZURE_STORAGE_ACCOUNT_NAME`` ...)."""
+    from obstore.store import AzureStore
+
+    url = _own_endpoint(settings)
+    config: dict[str, Any] = {"skip_signature": True} if options.unsigned else {}
+    if url is not None:
+        config["endpoint"] = url
+    return AzureStore(container, client_options=_other_options(url, settings, options), retry_config=_NO_RETRIES, **config)
+
+
+_NO_RETRIES: Final[Any] = {"max_retries": 0, "retry_timeout": timedelta(minutes=3)}
+
+
+def _own_endpoint(settings: S3Settings) -> str | None:
+    """An endpoint given as an argument; one found in the environment is S3's."""
+    return settings.endpoint_url if settings.origins.get("endpoint_url") == "argument" else None
+
+
+def _other_options(url: str | None, settings: S3Settings, options: StoreOptions) -> Any:
+    return _client_options(options, http=bool(url and url.startswith("http://")), ca_bundle=settings.ca_bundle)
+
+
+def _client_options(options: StoreOptions, *, http: bool, ca_bundle: str | None) -> Any:
+    found: dict[str, Any] = {
+        "allow_http": http,
+        "connect_timeout": timedelta(seconds=options.connect_timeout),
+        "read_timeout": timedelta(seconds=options.read_timeout),
+        # the time of a whole request is not bounded, that of each read is: large objects take long
+        "timeout": timedelta(days=1),
+    }
+    if ca_bundle:
+        try:
+            with open(ca_bundle, "rb") as file:
+                found["root_certificate"] = file.read()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the CA bundle {ca_bundle}: {error.strerror}",
+                hint="ca_bundle is the path of a PEM file that this process may read",
+            ) from None
+    return found
+
+
+def meta_of(key: str, meta: Mapping[str, Any], attributes: Mapping[str, str]) -> ObjectMeta:
+    """obstore's metadata in our terms."""
+    modified = meta.get("last_modified")
+    version = meta.get("version")
+    return ObjectMeta(
+        key=key,
+        size=int(meta["size"]),
+        etag=bare_etag(meta.get("e_tag")),
+        last_modified=modified.timestamp() if modified is not None else None,
+        content_type=attributes.get("Content-Type"),
+        version_id=None if version == "null" else version,
+        metadata={name.lower(): value for name, value in attributes.items() if name not in _STANDARD},
+    )
+
+
+_ESCAPE: Final = re.compile(r"_x([0-9a-f]{2})_")
+
+
+def to_identifier(name: str) -> str:
+    """A metadata name as Azure takes it (an identifier): ``a-b`` is ``a_x2d_b``."""
+    return re.sub(r"_(?=x[0-9a-f]{2}_)|[^a-z0-9_]|^[0-9]", lambda m: f"_x{ord(m[0]):02x}_", name.lower())
+
+
+def from_identifier(name: str) -> str:
+    """The inverse of `to_identifier`; names that it did not make stay as they are."""
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 16)), name)

@@ -1,0 +1,342 @@
+"""The obstore engine: GCS, Azure, and the general engine of S3.
+
+Measured at 0.5-0.7 CPU-s per GB, it is the second fastest engine, and the fastest over TLS beside a busy
+main thread, since Rust needs no GIL to decrypt. It is path-minded and has no part-wise multipart
+interface, which sets the limits named at each class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from s3loader.errors import (
+    BucketNotFoundError,
+    ObjectNotFoundError,
+    RangeError,
+    StoreError,
+    TruncatedError,
+    UnsupportedOperationError,
+)
+from s3loader.store.listing import roll_up
+from s3loader.store.obstore.client import ObstoreClient, from_identifier, meta_of, to_identifier
+from s3loader.store.obstore.spool import Spool
+from s3loader.store.s3errors import Where, condition_of
+from s3loader.store.s3reads import bare_etag, check_etag, is_plain_key, read_nothing
+from s3loader.types import (
+    Buffer,
+    CommonPrefix,
+    DeleteFailure,
+    ObjectMeta,
+    PartResult,
+    PutMode,
+    PutResult,
+    Update,
+)
+
+__all__ = ["ObstoreBackend"]
+
+_CHUNK: Final = 8 << 20
+
+
+class ObstoreBackend:
+    """One bucket of GCS (``gs://``) or container of Azure (``az://``).
+
+    Limits, most of obstore's interface: keys with an empty, ``.`` or ``..`` segment or a control
+    character are refused, on Azure those with a backslash too (it becomes a slash there); Azure's
+    metadata names are identifiers, so others are escaped there (``a-b`` as ``a_x2d_b``); the parts of
+    a multipart upload are kept in a temporary folder until it is completed, so an upload id means
+    something in its own process only, and only such uploads are listed; uploads carry no checksum; Azure
+    lists keys beyond U+FFFF in an order of its own (UTF-16);
+    a forked child of a process that had obstore loaded cannot use it.
+
+    Args:
+        scheme: ``gs`` or ``az``.
+        bucket: Its name.
+        client: Makes and calls the obstore store.
+    """
+
+    PUT_LIMIT: Final = 5 << 30
+    """Most bytes of one put."""
+
+    def __init__(self, scheme: str, bucket: str, client: ObstoreClient) -> None:
+        self.scheme = scheme
+        self.bucket = bucket
+        self.url = f"{scheme}://{bucket}"
+        self._client = client
+        self._spool = Spool()
+
+    @property
+    def engine(self) -> str:
+        """See `Backend.engine`."""
+        return "obstore"
+
+    def _check_key(self, key: str) -> None:
+        if not is_plain_key(key) or (self.scheme == "az" and "\\" in key):
+            raise UnsupportedOperationError(
+                f"{self.scheme}:// by obstore cannot keep the key {key!r} as it is",
+                url=self.url,
+                hint='avoid "//", ".", "..", a "/" at either end, and on Azure "\\"',
+            )
+
+    def _meta(self, key: str, answer: Any) -> ObjectMeta:
+        meta = meta_of(key, answer.meta, answer.attributes)
+        if self.scheme == "az" and meta.metadata:
+            return replace(meta, metadata={from_identifier(name): value for name, value in meta.metadata.items()})
+        return meta
+
+    # reading
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """See `Backend.get`."""
+        where = Where("get", self._client.at(key), "read")
+        if end is not None and end <= start:
+            return read_nothing(self, key, start, if_match, version_id, where), b""
+        try:
+            meta, data = self._fetch("get", key, start, end, if_match, version_id)
+        except RangeError:
+            if end is not None:
+                raise
+            return read_nothing(self, key, start, if_match, version_id, where), b""
+        return meta, data
+
+    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
+        """See `Backend.read_into`. obstore fills buffers of its own: this is one copy more."""
+        where = Where("read", self._client.at(key), "read")
+        if not len(buffer):
+            return read_nothing(self, key, start, if_match, None, where)
+        end = start + len(buffer)
+        meta, data = self._fetch("read", key, start, end, if_match, None)
+        if len(data) < len(buffer):
+            raise RangeError(f"it has {meta.size} bytes, asked for [{start}, {end})", op="read", url=where.url)
+        buffer[:] = data
+        return meta
+
+    def _fetch(
+        self, verb: str, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
+    ) -> tuple[ObjectMeta, memoryview]:
+        self._check_key(key)
+        options: dict[str, Any] = {}
+        if start or end is not None:
+            options["range"] = {"offset": start} if end is None else (start, end)
+        if if_match is not None:
+            options["if_match"] = f'"{bare_etag(if_match)}"'
+        if version_id is not None:
+            options["version"] = version_id
+
+        def sync(obs: Any, store: Any) -> tuple[Any, Any]:
+            answer = obs.get(store, key, options=options)
+            return answer, answer.bytes()
+
+        async def begin(obs: Any, store: Any) -> tuple[Any, Any]:
+            answer = await obs.get_async(store, key, options=options)
+            return answer, await answer.bytes_async()
+
+        answer, body = self._client.call(verb, key, sync, begin, "read")
+        meta = self._meta(key, answer)
+        where = Where(verb, self._client.at(key), "read")
+        check_etag(meta.etag, if_match, where)
+        data = memoryview(body)
+        stop = meta.size if end is None else min(end, meta.size)
+        if tuple(answer.range) != (start, stop):
+            raise StoreError(f"asked for bytes [{start}, {stop}), got {answer.range}", op=verb, url=where.url, retryable=True)
+        if len(data) != stop - start:
+            raise TruncatedError(f"{len(data)} bytes came of {stop - start}", op=verb, url=where.url, retryable=True)
+        return meta, data
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
+        """See `Backend.head`."""
+        self._check_key(key)
+        options: dict[str, Any] = {"head": True}
+        if version_id is not None:
+            options["version"] = version_id
+        answer = self._client.call(
+            "head",
+            key,
+            lambda obs, store: obs.get(store, key, options=options),
+            lambda obs, store: obs.get_async(store, key, options=options),
+        )
+        return self._meta(key, answer)
+
+    # writing
+
+    def put(
+        self,
+        key: str,
+        data: Buffer,
+        *,
+        mode: PutMode = "overwrite",
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> PutResult:
+        """See `Backend.put`."""
+        return self._put("put", key, data, len(data), mode, content_type, metadata)
+
+    def _put(
+        self,
+        verb: str,
+        key: str,
+        data: Any,
+        size: int,
+        mode: PutMode,
+        content_type: str | None,
+        metadata: Mapping[str, str] | None,
+        *,
+        multipart: bool = False,
+    ) -> PutResult:
+        condition = condition_of(mode)
+        self._check_key(key)
+        if self.scheme == "az":
+            metadata = {to_identifier(name): value for name, value in (metadata or {}).items()}
+        attributes = {**(metadata or {}), **({"Content-Type": content_type} if content_type else {})}
+        options: dict[str, Any] = {
+            "attributes": attributes or None,
+            "mode": self._mode(key, mode),
+            "use_multipart": multipart,
+            "chunk_size": max(_CHUNK, -(-size // 9_000)),
+        }
+        made = self._client.call(
+            verb,
+            key,
+            lambda obs, store: obs.put(store, key, data, **options),
+            lambda obs, store: obs.put_async(store, key, data, **options),
+            condition,
+        )
+        version = made.get("version")
+        return PutResult(key, bare_etag(made.get("e_tag")), size, None if version == "null" else version)
+
+    def _mode(self, key: str, mode: PutMode) -> Any:
+        if not isinstance(mode, Update):
+            return mode
+        wanted: dict[str, Any] = {"e_tag": f'"{bare_etag(mode.etag)}"'}
+        if self.scheme == "gs":  # GCS compares generations, not ETags
+            try:
+                meta = self.head(key)
+            except BucketNotFoundError:
+                raise
+            except ObjectNotFoundError:
+                meta = ObjectMeta(key, 0)
+            check_etag(meta.etag, mode.etag, Where("put", self._client.at(key), "update"))
+            if meta.version_id is not None:
+                wanted["version"] = meta.version_id
+        return wanted
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        self._check_key(key)
+        try:
+            self._client.call(
+                "delete",
+                key,
+                lambda obs, store: obs.delete(store, key),
+                lambda obs, store: obs.delete_async(store, key),
+            )
+        except BucketNotFoundError:
+            raise
+        except ObjectNotFoundError:
+            return
+
+    def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
+        """See `Backend.delete_many`. One by one: obstore's own bulk delete does not say what failed."""
+        failures = []
+        for key in dict.fromkeys(keys):
+            try:
+                self.delete(key)
+            except BucketNotFoundError:
+                raise
+            except StoreError as error:
+                failures.append(DeleteFailure(key, error))
+        return failures
+
+    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
+        """See `Backend.copy`. An update goes through this process, since no store knows it as a copy."""
+        condition_of(mode)
+        self._check_key(source)
+        self._check_key(target)
+        if isinstance(mode, Update):
+            meta, data = self.get(source)
+            return self.put(target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata)
+        overwrite = mode == "overwrite"
+        self._client.call(
+            "copy",
+            source,
+            lambda obs, store: obs.copy(store, source, target, overwrite=overwrite),
+            lambda obs, store: obs.copy_async(store, source, target, overwrite=overwrite),
+            condition_of(mode),
+        )
+        meta = self.head(target)
+        return PutResult(target, meta.etag, meta.size, meta.version_id)
+
+    # listing
+
+    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
+        """See `Backend.list`. obstore lists whole folders: a prefix that ends inside a name costs the
+        listing of its folder, a delimiter that of all below it."""
+        folder = prefix.rpartition("/")[0]
+        return roll_up(self._walk(folder, prefix, start_after), prefix, delimiter, start_after)
+
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectMeta]:
+        def first(obs: Any, store: Any) -> Any:
+            return obs.list(store, folder or None, offset=start_after or None, chunk_size=1000)
+
+        async def begin(obs: Any, store: Any) -> Any:
+            return first(obs, store)
+
+        async def following(obs: Any, store: Any) -> Any:
+            return await anext(stream, None)
+
+        stream = self._client.call("list", prefix, first, begin)
+        while True:
+            chunk = self._client.call("list", prefix, lambda obs, store: next(stream, None), following)
+            if chunk is None:
+                return
+            for entry in chunk:
+                if entry["path"].startswith(prefix):
+                    yield meta_of(entry["path"], entry, {})
+
+    # multipart
+
+    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
+        """See `Backend.create_multipart`; see the class for what an upload is here."""
+        self._check_key(key)
+        return self._spool.create(key, content_type, metadata)
+
+    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
+        """See `Backend.upload_part`."""
+        return self._spool.add(self._client.at(key), key, upload_id, number, data)
+
+    def complete_multipart(
+        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
+    ) -> PutResult:
+        """See `Backend.complete_multipart`. A conditional one is a single put and is held in memory."""
+        condition_of(mode)
+        upload, size = self._spool.check(self._client.at(key), key, upload_id, parts)
+        chunks = self._spool.read(upload_id, parts)
+        data: Any = chunks if mode == "overwrite" and size > _CHUNK else b"".join(chunks)
+        result = self._put(
+            "complete upload", key, data, size, mode, upload.content_type, upload.metadata, multipart=data is chunks
+        )
+        self._spool.drop(upload_id)
+        return result
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """See `Backend.abort_multipart`."""
+        self._spool.drop(upload_id)
+
+    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
+        """See `Backend.list_multipart`: those of this process."""
+        return self._spool.uploads(prefix)
+
+    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
+        """See `Backend.list_parts`: of uploads of this process, whose parts are on disk here."""
+        return iter(self._spool.parts(self._client.at(key), key, upload_id))
+
+    def close(self) -> None:
+        """See `Backend.close`. Parts of uploads that were not completed go too."""
+        self._client.close()
+        with contextlib.suppress(OSError):
+            self._spool.close()
