@@ -136,11 +136,12 @@ def test_killed_on_s3(s3: Server) -> None:
             held = sum(holdings(store).values())
             with sent() as seen:
                 result = manager.save(1, large()).result(60)
-            assert result.resumed == held
-            assert sum(event.bytes for event in seen) == result.written - held
+            # what the dead process had sent to the end, the server may have taken in since `held` was counted
+            assert held <= result.resumed <= result.written
+            assert sum(event.bytes for event in seen) == result.written - result.resumed
             assert np.array_equal(manager.restore()["model"]["w"], large()["model"]["w"])
             assert manager.open().verify() == []
-            resumed.add(held)
+            resumed.add(result.resumed)
         store.close()
     assert len(resumed) >= 3
 

@@ -83,7 +83,7 @@ def test_gcs_and_azure_say_why_not() -> None:
 
 def test_a_child_of_a_process_that_never_used_it() -> None:
     code = (
-        "import os\nfrom s3loader.store import obstore_runtime\n"
+        "import os\nfrom s3loader.store.obstore import runtime as obstore_runtime\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
         "    from obstore.store import MemoryStore\n"
