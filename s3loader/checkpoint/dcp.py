@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from s3loader.checkpoint.checkpoint import Checkpoint
-from s3loader.checkpoint.format import layout, records
-from s3loader.checkpoint.format.records import EpochRecord, Failure, Part
+from s3loader.checkpoint.format import layout
+from s3loader.checkpoint.format.records import EpochRecord, Part
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.meeting import Box, meet
-from s3loader.checkpoint.protocol.commit import Attempt, expect_free, publish, publish_or_wait
+from s3loader.checkpoint.protocol.commit import Attempt, expect_free, publish, publish_or_wait, tell_failure
 from s3loader.checkpoint.protocol.root import Root
 from s3loader.checkpoint.protocol.session import Identity, Session
 from s3loader.checkpoint.state import tree
@@ -68,10 +68,7 @@ class Writing:
             StepExistsError: an explicit step is committed already.
         """
         session = self._manager.session()
-        step = self._step
-        if step is None:
-            latest = self._manager.latest()
-            step = 0 if latest is None else latest + 1
+        step = self._manager.next_step() if self._step is None else self._step
         own = Session(session.run, Identity(0, world, "dcp"), session.record)
         self._attempt = Attempt(self._manager.run, own, step, session.next_attempt(), self._manager.options.deadline)
         self._expected = expect_free(self._attempt, replace=False)
@@ -158,16 +155,15 @@ class PartWriter:
 
     def give_up(self, error: Exception) -> None:
         """Tell the other ranks that this one cannot finish its part, so that none waits for its deadline."""
-        attempt = self._attempt
-        record = Failure(format=records.FORMAT, rank=attempt.rank, error=f"{type(error).__name__}: {error}")
         with contextlib.suppress(S3LoaderError):  # the error itself is what must be seen
-            attempt.run.put(attempt.prefix + layout.failure_id(attempt.rank), records.encode(record))
+            tell_failure(self._attempt, f"{type(error).__name__}: {error}")
 
     def upload(self) -> dict[str, int]:
         """Upload everything and this rank's part manifest; returns the bytes of each tensor by its FQN."""
         attempt, options = self._attempt, self._manager.options
-        about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
-        files = plan_files(self._pieces, attempt.rank, options.file_size, options.block, about, hashed=options.incremental)
+        files = plan_files(
+            self._pieces, attempt.rank, options.file_size, options.block, attempt.about, hashed=options.incremental
+        )
         if options.resume_uploads and attempt.step in attempt.session.record.unfinished:
             take_over(attempt, files, self._manager.pool, options.concurrency)
         plan = SavePlan({"$": "dcp", "of": self._flat}, files, sum(p.end - p.begin for p in self._pieces), {}, {}, [], None)

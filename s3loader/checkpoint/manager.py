@@ -215,6 +215,14 @@ class CheckpointManager:
         root = newest_committed(self.run)
         return root.step if root is not None else None
 
+    def next_step(self) -> int:
+        """The step after the newest; 0 where there is none.
+
+        Raises: as `latest`.
+        """
+        latest = self.latest()
+        return 0 if latest is None else latest + 1
+
     @telling("list")
     def steps(self) -> list[int]:
         """All committed steps, ascending."""

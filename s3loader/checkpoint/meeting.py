@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from s3loader.checkpoint.format import layout, records
-from s3loader.checkpoint.format.records import BeginRecord, EpochRecord, Failure, PlanRecord, SharesRecord
+from s3loader.checkpoint.format.records import BeginRecord, EpochRecord, PlanRecord, SharesRecord
 from s3loader.checkpoint.manager import CheckpointManager
-from s3loader.checkpoint.protocol.commit import Attempt, expect_free, failure, files_of
+from s3loader.checkpoint.protocol.commit import Attempt, expect_free, expect_no_failure, files_of, tell_failure
+from s3loader.checkpoint.protocol.patience import Patience
 from s3loader.checkpoint.protocol.root import Root
 from s3loader.checkpoint.protocol.session import Identity, Session, open_session
 from s3loader.errors import CheckpointError, IncompleteCheckpointError, S3LoaderError
@@ -69,9 +69,7 @@ def meet(manager: CheckpointManager, identity: Identity, step: int | None, boxes
         return _join(manager, session, attempt_id, boxes)
     key = layout.begin_key(attempt_id)
     try:
-        if step is None:
-            latest = manager.latest()
-            step = 0 if latest is None else latest + 1
+        step = manager.next_step() if step is None else step
         attempt = Attempt(manager.run, session, step, attempt_id, manager.options.deadline)
         expected = expect_free(attempt, replace=False)
     except S3LoaderError as error:
@@ -83,8 +81,7 @@ def meet(manager: CheckpointManager, identity: Identity, step: int | None, boxes
     try:
         own = _divide(attempt, boxes)
     except S3LoaderError as error:
-        told = Failure(format=records.FORMAT, rank=0, error=f"{type(error).__name__}: {error.message}")
-        manager.run.put(attempt.prefix + layout.failure_id(0), records.encode(told))
+        tell_failure(attempt, f"{type(error).__name__}: {error.message}")
         raise
     return Meeting(attempt, expected, own)
 
@@ -102,10 +99,9 @@ def _session(manager: CheckpointManager, identity: Identity) -> tuple[Session, i
 def _join(manager: CheckpointManager, session: Session, attempt_id: str, boxes: Sequence[Box]) -> Meeting:
     run, deadline = manager.run, manager.options.deadline
     key = layout.begin_key(attempt_id)
-    end = time.monotonic() + deadline
-    pause = 0.02
+    patience = Patience(deadline)
     while (found := run.get(key)) is None:
-        if time.monotonic() > end:
+        if patience.over:
             session.check_fence()
             raise IncompleteCheckpointError(
                 f"rank 0 did not begin its save within {deadline:.0f} s",
@@ -113,8 +109,7 @@ def _join(manager: CheckpointManager, session: Session, attempt_id: str, boxes: 
                 missing=[0],
                 hint="every rank must save, in the same order; world_size= tells how many they are",
             )
-        time.sleep(pause)
-        pause = min(0.5, pause * 1.5)
+        patience.pause()
     begin = records.decode(found[0], BeginRecord, key)
     if begin.error:
         raise IncompleteCheckpointError(
@@ -174,17 +169,14 @@ def shares(plans: Sequence[Sequence[Box]]) -> list[list[int]]:
 
 
 def _await(attempt: Attempt, keys: Sequence[str]) -> None:
-    end = time.monotonic() + attempt.deadline
-    pause = 0.02
+    patience = Patience(attempt.deadline)
     while True:
         listed = files_of(attempt)
         missing = [key for key in keys if key not in listed]
         if not missing:
             return
-        failed = [rank for rank in range(attempt.world) if attempt.prefix + layout.failure_id(rank) in listed]
-        if failed:
-            raise failure(attempt, failed)
-        if time.monotonic() > end:
+        expect_no_failure(attempt, listed)
+        if patience.over:
             attempt.session.check_fence()
             ranks = [0] if attempt.rank else [keys.index(key) + 1 for key in missing]
             raise IncompleteCheckpointError(
@@ -193,8 +185,7 @@ def _await(attempt: Attempt, keys: Sequence[str]) -> None:
                 missing=ranks,
                 hint="every rank must save, in the same order; world_size= tells how many they are",
             )
-        time.sleep(pause)
-        pause = min(0.5, pause * 1.5)
+        patience.pause()
 
 
 def _read(attempt: Attempt, key: str) -> bytes:

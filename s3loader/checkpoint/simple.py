@@ -26,8 +26,7 @@ def save(url: Any, items: Mapping[str, Any], *, metadata: Mapping[str, Any] | No
         store_options: Passed on to `open_store`.
     """
     with CheckpointManager(url, keep=LatestN(1), **store_options) as manager:
-        latest = manager.latest()
-        return manager.save(0 if latest is None else latest + 1, items, metadata=metadata).result()
+        return manager.save(manager.next_step(), items, metadata=metadata).result()
 
 
 def load(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from s3loader.checkpoint.format import layout, records
 from s3loader.checkpoint.format.records import Failure, Part
 from s3loader.checkpoint.protocol.merge import Merged
+from s3loader.checkpoint.protocol.patience import Patience
 from s3loader.checkpoint.protocol.root import Root
 from s3loader.checkpoint.protocol.run import Run, lost
 from s3loader.checkpoint.protocol.session import Session
 from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError, StepExistsError
 from s3loader.types import ObjectMeta
 
-__all__ = ["Attempt", "expect_free", "failure", "files_of", "publish", "publish_or_wait"]
+__all__ = ["Attempt", "expect_free", "expect_no_failure", "files_of", "publish", "publish_or_wait", "tell_failure"]
 
 _TAKE_OVER = 5.0  # seconds after which another rank publishes what the last arriver has not
 
@@ -36,6 +37,11 @@ class Attempt:
     def prefix(self) -> str:
         """Folder of its files, with the slash."""
         return f"{layout.step_prefix(self.step)}{self.id}/"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Metadata of its data files."""
+        return {"s3loader_step": str(self.step), "s3loader_attempt": self.id}
 
     @property
     def rank(self) -> int:
@@ -80,9 +86,8 @@ def publish_or_wait(
         IncompleteCheckpointError: ranks did not finish their parts in time; `missing` names them.
         StepExistsError, FencedError, CommitUnknownError: see `Run.publish`.
     """
-    end = time.monotonic() + attempt.deadline
+    patience = Patience(attempt.deadline)
     complete_since: float | None = None
-    pause = 0.02
     first = True
     while True:
         listed = _listing(attempt.run, attempt.prefix)
@@ -98,9 +103,7 @@ def publish_or_wait(
                     )
                 return _publish(attempt, own, expected, listed, join)
         first = False
-        failed = [r for r in range(attempt.world) if attempt.prefix + layout.failure_id(r) in listed]
-        if failed:
-            raise failure(attempt, failed)
+        expect_no_failure(attempt, listed)
         found = attempt.run.root_at(attempt.step, expected.generation)
         if attempt.id in found.history:
             attempt.run.expect_alive(found)
@@ -108,7 +111,7 @@ def publish_or_wait(
         if (found.state, found.etag) != (expected.state, expected.etag):
             attempt.run.expect_alive(found)
             raise lost(found, attempt.run.store.url)
-        if time.monotonic() > end or abandoned():
+        if patience.over or abandoned():
             attempt.run.expect_alive(found)
             attempt.session.check_fence()
             raise IncompleteCheckpointError(
@@ -118,19 +121,35 @@ def publish_or_wait(
                 missing=missing,
                 hint="see what the ranks named raised; CheckpointOptions(deadline=...) where they are only slow",
             )
-        time.sleep(pause)
-        pause = min(0.5, pause * 1.5)
+        patience.pause()
 
 
-def failure(attempt: Attempt, ranks: Sequence[int]) -> IncompleteCheckpointError:
-    """The error of an attempt that `ranks` have said they cannot finish."""
+def tell_failure(attempt: Attempt, reason: str) -> None:
+    """Let the other ranks know that this one cannot finish, at once and not at their deadline; see `expect_no_failure`."""
+    record = Failure(format=records.FORMAT, rank=attempt.rank, error=reason)
+    attempt.run.put(attempt.prefix + layout.failure_id(attempt.rank), records.encode(record))
+
+
+def expect_no_failure(attempt: Attempt, listed: Container[str]) -> None:
+    """Go on unless ranks have said that they cannot finish.
+
+    Args:
+        attempt: Which.
+        listed: Keys of its files.
+
+    Raises:
+        IncompleteCheckpointError: they have.
+    """
+    ranks = [rank for rank in range(attempt.world) if attempt.prefix + layout.failure_id(rank) in listed]
+    if not ranks:
+        return
     key = attempt.prefix + layout.failure_id(ranks[0])
     found = attempt.run.get(key)
     why = records.decode(found[0], Failure, key).error if found is not None else "it failed"
-    return IncompleteCheckpointError(
+    raise IncompleteCheckpointError(
         f"step {attempt.step} cannot be committed: rank {ranks[0]} failed: {why}",
         url=f"{attempt.run.store.url}/{key}",
-        missing=list(ranks),
+        missing=ranks,
         hint=f"see what rank {ranks[0]} raised; the step before is untouched, save again",
     )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from s3loader.checkpoint.format import layout, records
 from s3loader.checkpoint.format.records import EpochRecord
+from s3loader.checkpoint.protocol.patience import Patience
 from s3loader.checkpoint.protocol.run import Run
 from s3loader.errors import ConfigError, FencedError, IncompleteCheckpointError
 
@@ -141,8 +142,7 @@ def _forget_old(run: Run, epoch: int) -> None:
 
 
 def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
-    end = time.monotonic() + deadline
-    pause = 0.02
+    patience = Patience(deadline, longest=1.0)
     seen: set[int] = set()
     while True:
         for entry in reversed(list(run.store.list(layout.CONTROL + "epoch-"))):
@@ -161,12 +161,11 @@ def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
                         hint="give every rank the same world_size=",
                     )
                 return record
-        if time.monotonic() > end:
+        if patience.over:
             raise IncompleteCheckpointError(
                 f"rank 0 of job {identity.job!r} did not begin within {deadline:.0f} s",
                 url=run.store.url,
                 missing=[0],
                 hint="rank 0 must save or restore too, with the same job=; CheckpointOptions(deadline=...) if it is slow",
             )
-        time.sleep(pause)
-        pause = min(1.0, pause * 1.5)
+        patience.pause()

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from s3loader.checkpoint.format import layout, records
-from s3loader.checkpoint.format.records import Chunk, Failure, Intent, Part
+from s3loader.checkpoint.format.records import Chunk, Intent, Part
 from s3loader.checkpoint.handle import Progress, SaveHandle, SaveResult
 from s3loader.checkpoint.locating import tell
 from s3loader.checkpoint.options import CheckpointOptions, OnExists
-from s3loader.checkpoint.protocol.commit import Attempt, expect_free, publish_or_wait
+from s3loader.checkpoint.protocol.commit import Attempt, expect_free, publish_or_wait, tell_failure
 from s3loader.checkpoint.protocol.root import Root
 from s3loader.checkpoint.state import tree
 from s3loader.checkpoint.state.leaves import LeafAdapter
@@ -84,9 +84,8 @@ def plan_save(
     references = None
     if base is not None:
         references, pieces = refer(attempt, base, pieces)
-    about = {"s3loader_step": str(attempt.step), "s3loader_attempt": attempt.id}
     hashed = options.incremental or (options.check_replicas and attempt.world > 1)
-    files = plan_files(pieces, attempt.rank, options.file_size, options.block, about, hashed=hashed)
+    files = plan_files(pieces, attempt.rank, options.file_size, options.block, attempt.about, hashed=hashed)
     size = sum(p.end - p.begin for p in pieces) + sum(c.end - c.begin for c in (references.chunks if references else ()))
     return SavePlan(nodes, files, size, metrics, metadata, replicas, references)
 
@@ -198,9 +197,7 @@ class Saver:
         attempt = self._attempt
         if attempt.world == 1 or isinstance(error, IncompleteCheckpointError | FencedError | StepExistsError):
             return
-        record = Failure(format=records.FORMAT, rank=attempt.rank, error=f"{type(error).__name__}: {error}")
-        key = attempt.prefix + layout.failure_id(attempt.rank)
-        self._quietly(lambda: attempt.run.put(key, records.encode(record)))
+        self._quietly(lambda: tell_failure(attempt, f"{type(error).__name__}: {error}"))
 
     @staticmethod
     def _quietly(action: Callable[[], None]) -> None:
