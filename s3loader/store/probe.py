@@ -24,7 +24,7 @@ from s3loader.errors import (
 )
 from s3loader.store.base import Backend
 from s3loader.store.wrappers.prefix import prefix_of
-from s3loader.store.wrappers.wrapper import innermost
+from s3loader.store.wrappers.wrapper import Delegate, innermost
 from s3loader.types import Buffer, Capabilities, PutMode, PutResult, Update
 
 __all__ = ["ChecksummedPut", "capabilities", "conditional_writes", "probe"]
@@ -185,7 +185,8 @@ def _get_if_match(backend: Backend, key: str) -> bool:
 
 def _checksum(backend: Backend, key: str) -> bool:
     engine = innermost(backend)
-    engine = innermost(getattr(engine, "general", engine))  # of an engine that leaves part of the verbs to another
+    if isinstance(engine, Delegate):  # an engine that leaves part of the verbs to another
+        engine = innermost(engine.inner)
     if not isinstance(engine, ChecksummedPut):
         return False
     try:

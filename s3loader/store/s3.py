@@ -20,7 +20,7 @@ from s3loader.store.obstore.engine import ObstoreBackend
 from s3loader.store.obstore.s3 import ObstoreS3Backend
 from s3loader.store.options import StoreOptions
 from s3loader.store.wrappers.observed import ObservedBackend
-from s3loader.store.wrappers.wrapper import innermost
+from s3loader.store.wrappers.wrapper import Delegate, innermost
 from s3loader.types import ObjectURL
 
 __all__ = ["explain_engine", "open_backend"]
@@ -118,9 +118,8 @@ def explain_engine(backend: Backend) -> str:
     """Which engines serve `backend` in this process, and why. For people to read."""
     engine = innermost(backend)
     lines = [f"engine {engine.engine}: {_why.get(engine, 'it was made directly')}"]
-    general = getattr(engine, "general", None)
+    general = innermost(engine.inner) if isinstance(engine, Delegate) else None
     if general is not None:
-        general = innermost(general)
         lines.append(f"what it does not do, and whatever fails, goes to {general.engine}")
     if isinstance(general or engine, ObstoreS3Backend):
         lines.append("listings, copies, multipart control, versions and odd keys go to boto3")

@@ -103,7 +103,7 @@ def _spawned(pickled: bytes, objects: dict[str, bytes]) -> None:
 def test_spawned_child(server: RogueServer) -> None:
     backend, _ = direct(server)
     use(backend, server.objects)
-    backend.general.server = None  # type: ignore[attr-defined]  # a server does not pickle
+    backend.inner.server = None  # type: ignore[attr-defined]  # a server does not pickle
     child = multiprocessing.get_context("spawn").Process(target=_spawned, args=(pickle.dumps(backend), dict(server.objects)))
     child.start()
     child.join(30)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Final
 
@@ -21,11 +20,9 @@ from s3loader.store.direct.signer import Signer
 from s3loader.store.direct.threads import Threads
 from s3loader.store.direct.writes import PartJob, PutJob
 from s3loader.store.options import StoreOptions
-from s3loader.store.wrappers.wrapper import innermost
+from s3loader.store.wrappers.wrapper import Delegate, innermost
 from s3loader.types import (
     Buffer,
-    CommonPrefix,
-    DeleteFailure,
     ObjectMeta,
     PartResult,
     PutMode,
@@ -45,7 +42,7 @@ _LARGE_READ: Final = 4 << 20
 comes back for every piece: 5.0 against 4.3 GB/s (`make bench-ckpt`). Not over TLS, see `DirectBackend.read_many`."""
 
 
-class DirectBackend:
+class DirectBackend(Delegate):
     """GET, PUT (overwrite) and UploadPart over plain HTTP/1.1; implements `Backend` and `BulkBackend`.
 
     Whatever it does not do, and every request whose answer is not exactly what was asked for, goes
@@ -56,7 +53,7 @@ class DirectBackend:
     Args:
         endpoint: The bucket.
         credentials: Where the keys come from.
-        general: An engine for the same bucket.
+        general: An engine for the same bucket; `inner` from then on.
         options: Timeouts.
         buffers: Where bodies are received; default the process's shared pool.
     """
@@ -73,7 +70,7 @@ class DirectBackend:
         *,
         buffers: BufferPool | None = None,
     ) -> None:
-        self.general = general
+        super().__init__(general)
         self._options = options or StoreOptions()
         self._always = {"x-amz-request-payer": "requester"} if self._options.requester_pays else {}
         self._credentials = credentials
@@ -111,7 +108,7 @@ class DirectBackend:
     ) -> tuple[ObjectMeta, Buffer]:
         """See `Backend.get`."""
         if version_id is not None:
-            return self.general.get(key, start, end, if_match=if_match, version_id=version_id)
+            return self.inner.get(key, start, end, if_match=if_match, version_id=version_id)
         job = ReadJob(self._setting, ReadRequest(key, start, end, if_match))
         result: ReadResult = self._perform(job)
         return job.meta(), result.data
@@ -133,7 +130,7 @@ class DirectBackend:
     ) -> PutResult:
         """See `Backend.put`."""
         if mode != "overwrite" or metadata:
-            return self.general.put(key, data, mode=mode, content_type=content_type, metadata=metadata)
+            return self.inner.put(key, data, mode=mode, content_type=content_type, metadata=metadata)
         result: PutResult = self._perform(PutJob(self._setting, PutRequest(key, data, mode, content_type)))
         return result
 
@@ -167,7 +164,7 @@ class DirectBackend:
         if driver == "auto" and large and not setting.endpoint.tls:
             driver = "threads"
         jobs: Iterator[Job] = (ReadJob(setting, request) for request in chain((first,), waiting))
-        if driver == "threads" and setting.endpoint.tls and innermost(self.general).engine == "obstore":
+        if driver == "threads" and setting.endpoint.tls and innermost(self.inner).engine == "obstore":
             jobs = map(_general_only, jobs)
         yield from self._run(jobs, max_bytes, concurrency, driver)
 
@@ -202,62 +199,13 @@ class DirectBackend:
         finally:
             done.close()  # now, not when it is collected
 
-    # the general engine's
-
-    @property
-    def url(self) -> str:
-        """See `Backend.url`."""
-        return self.general.url
-
-    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
-        return self.general.head(key, version_id=version_id)
-
-    def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
-        """See `Backend.list`."""
-        return self.general.list(prefix, delimiter=delimiter, start_after=start_after)
-
-    def delete(self, key: str) -> None:
-        """See `Backend.delete`."""
-        self.general.delete(key)
-
-    def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
-        """See `Backend.delete_many`."""
-        return self.general.delete_many(keys)
-
-    def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
-        """See `Backend.copy`."""
-        return self.general.copy(source, target, mode=mode)
-
-    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
-        """See `Backend.create_multipart`."""
-        return self.general.create_multipart(key, content_type=content_type, metadata=metadata)
-
-    def complete_multipart(
-        self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
-    ) -> PutResult:
-        """See `Backend.complete_multipart`."""
-        return self.general.complete_multipart(key, upload_id, parts, mode=mode)
-
-    def abort_multipart(self, key: str, upload_id: str) -> None:
-        """See `Backend.abort_multipart`."""
-        self.general.abort_multipart(key, upload_id)
-
-    def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`."""
-        return self.general.list_multipart(prefix)
-
-    def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
-        """See `Backend.list_parts`."""
-        return self.general.list_parts(key, upload_id)
-
     def close(self) -> None:
         """See `Backend.close`."""
         self._connections.close()
-        self.general.close()
+        super().close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DirectBackend, (self._setting.endpoint, self._credentials, self.general, self._options)
+        return DirectBackend, (self._setting.endpoint, self._credentials, self.inner, self._options)
 
 
 def _raising(outcomes: Iterator[Any]) -> Iterator[Any]:

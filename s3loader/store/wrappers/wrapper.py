@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias, TypeVar
 from s3loader.store.base import Backend
 from s3loader.types import Buffer, CommonPrefix, DeleteFailure, ObjectMeta, PartResult, PutMode, PutResult
 
-__all__ = ["Interceptor", "Op", "Wrapper", "innermost"]
+__all__ = ["Delegate", "Interceptor", "Op", "Wrapper", "innermost"]
 
 T = TypeVar("T")
 
@@ -21,11 +21,8 @@ Op: TypeAlias = Literal[
 """A verb of `Backend`, as errors name it; `read` is `read_into`."""
 
 
-class Wrapper:
-    """Hands every verb to `inner`; a subclass overrides what it changes."""
-
-    LETS_BULK_PAST: ClassVar[bool] = False
-    """Whether an engine's own bulk verbs may go around this wrapper (`store.bulk` then does what it would)."""
+class Delegate:
+    """Hands every verb to `inner`; a subclass overrides what it does itself."""
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
@@ -111,6 +108,13 @@ class Wrapper:
     def close(self) -> None:
         """See `Backend.close`."""
         self.inner.close()
+
+
+class Wrapper(Delegate):
+    """Stands around `inner`, whose engine it is of: see `innermost`."""
+
+    LETS_BULK_PAST: ClassVar[bool] = False
+    """Whether an engine's own bulk verbs may go around this wrapper (`store.bulk` then does what it would)."""
 
 
 class Interceptor(Wrapper, ABC):
