@@ -233,8 +233,8 @@ class Dataset:
                 f"{index.compression} shards cannot be read at random", hint="write shards plain or with zstd; convert these"
             )
         layout = Layout.of_shard(shard, index, grouped=self.group is not None)
-        if len(layout.first) - 1 != shard.samples:
-            raise ShardReadError(f"the index has {len(layout.first) - 1} samples, the dataset expects {shard.samples}")
+        if layout.samples != shard.samples:
+            raise ShardReadError(f"the index has {layout.samples} samples, the dataset expects {shard.samples}")
         return self._select(number, layout)
 
     def _explain(self, shard: Shard, error: S3LoaderError) -> S3LoaderError:

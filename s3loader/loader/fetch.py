@@ -71,7 +71,9 @@ class Fetcher:
     def _run(self, pieces: Iterable[Piece]) -> Generator[None, None, None]:
         pending: deque[tuple[Piece, int]] = deque()
         requests = self._requests(pieces, pending)
-        cached = self._cached = None if self._cache is None else self._through(self._cache)
+        if self._cache is not None:
+            self._cached = CachedReads(self._cache, self._store.url, self._read, self._max_bytes)
+        cached = self._cached
         results = self._read(requests) if cached is None else cached.run(requests)
         try:
             yield from self._deliver(results, pending)
@@ -88,9 +90,6 @@ class Fetcher:
         return self._store.read_many(
             requests, max_bytes=self._max_bytes, concurrency=self._concurrency, driver=self._driver, errors="return"
         )
-
-    def _through(self, cache: DiskCache) -> CachedReads:
-        return CachedReads(cache, self._store.url, self._read, self._max_bytes)
 
     def _disk_time(self) -> float:
         """Seconds that the disk of the cache took since the last call; they and the hits are noted."""
@@ -142,9 +141,8 @@ class Fetcher:
     def _again(self, piece: Piece, before: Cut) -> Cut:
         """Fetch `piece` once more; what is wrong both times is wrong."""
         self._stats.refetched += 1
-        if self._cache is not None:
-            for path in filter(None, map(self._through(self._cache).path, piece.requests())):
-                self._cache.discard(path)
+        if self._cached is not None:
+            self._cached.discard(piece.requests())
         results = list(self._store.read_many(piece.requests(), driver=self._driver, errors="return"))
         if any(isinstance(result, ReadFailure) for result in results):
             return before

@@ -160,14 +160,15 @@ class Run:
         for slab in self._slabs():
             at = 0
             while at < len(slab.steps):
+                end = min(at + some, len(slab.steps))
                 begun = time.perf_counter()
-                pieces = self._plan_chunk(slab, at, min(at + some, len(slab.steps)))
+                pieces = self._plan_chunk(slab, at, end)
                 self._stats.plan += time.perf_counter() - begun
                 if not self.budget.whole_blocks:
-                    useful = self._average * int(slab.ends[min(at + some, len(slab.steps))] - slab.ends[at])
+                    useful = self._average * int(slab.ends[end] - slab.ends[at])
                     self._spread = max(self._spread, sum(piece.end - piece.start for piece in pieces) / useful)
                 yield from pieces
-                at += some
+                at = end
                 some = max(1, min(self._positions_ahead() // self._schedule.batch_size, 2 * some))
                 self._piece_size = min(_LARGEST_PIECE, 2 * self._piece_size)
 

@@ -51,6 +51,11 @@ class CachedReads:
         self._owed = 0
         self._drained = False
 
+    def discard(self, requests: Iterable[ReadRequest]) -> None:
+        """Keep the answers to these no longer."""
+        for path in filter(None, map(self.path, requests)):
+            self._cache.discard(path)
+
     def path(self, request: ReadRequest) -> str:
         """Where the cache keeps the answer to `request`; empty where it does not."""
         if request.if_match is None or request.end is None:
