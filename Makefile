@@ -12,7 +12,11 @@ DATA ?=
 URL ?=
 OUT ?= demo-output
 
-.PHONY: help demo test lint format clean bench-get bench-exchange bench-load bench-ckpt
+FUZZ_COUNT ?= 100000
+FUZZ_SECONDS ?= 300
+MINUTES ?= 10
+
+.PHONY: help demo test fuzz soak lint format clean bench-get bench-exchange bench-load bench-ckpt bench-far bench-pack bench-scale
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +41,13 @@ demo: $(VENV)/.installed-demo  ## pack images, train, kill, resume, prove it (DA
 	@$(PY) -m examples.demo $(if $(DATA),--data '$(DATA)') $(if $(URL),--url '$(URL)') --out '$(OUT)'
 
 test: $(VENV)/.installed-dev  ## run every test
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## read damaged objects of every stored format (FUZZ_COUNT=, FUZZ_SECONDS= of each)
+	@FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -q -o faulthandler_timeout=0 tests/fuzz $(ARGS)
+
+soak: $(VENV)/.installed-dev  ## load, append and save against a bad network, with kills, then count (MINUTES=10)
+	@$(PY) -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy --strict, pyright
 	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "run: make format"; exit 1; }
@@ -60,6 +70,15 @@ bench-load: $(VENV)/.installed-dev  ## loading samples against peers
 
 bench-ckpt: $(VENV)/.installed-dev  ## saving and loading checkpoints against peers
 	@$(PY) -m benchmarks.ckpt $(ARGS)
+
+bench-far: $(VENV)/.installed-dev  ## a distant store: first byte after 2, 25 and 80 ms, against peers
+	@$(PY) -m benchmarks.far $(ARGS)
+
+bench-pack: $(VENV)/.installed-dev  ## packing here, in processes, and on Ray: samples/s, cost of a task
+	@$(PY) -m benchmarks.pack $(ARGS)
+
+bench-scale: $(VENV)/.installed-dev  ## a sizing table of 10^6 to 10^10 samples on 1 to 16,384 ranks, by simulation
+	@$(PY) -m benchmarks.scale $(ARGS)
 
 clean:  ## remove what the commands made
 	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out benchmarks/.peers

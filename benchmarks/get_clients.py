@@ -74,8 +74,8 @@ class S3Loader(Client):
         return {"bytes": total, "items": items}
 
     def engine(self) -> Any:
-        """The engine below all wrappers, called as the public calls do it."""
-        from s3loader.store.wrappers.wrapper import innermost
+        """The engine below the pipeline, called as the public calls do it."""
+        from s3loader.store.pipeline import innermost
 
         return innermost(self.store.backend)
 

@@ -19,6 +19,7 @@ enum { BUFFER = 65536, TARGET = 8192, HEADERS = 16384 };
 struct stream {
     int fd;
     size_t at, end; /* data[at..end) is received and not consumed yet */
+    unsigned long long due; /* nanoseconds: when a paced connection may go on */
     char data[BUFFER];
 };
 

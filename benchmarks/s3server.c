@@ -5,8 +5,15 @@
  * If-None-Match on GET, PUT and CompleteMultipartUpload; user metadata; aws-chunked bodies. A body
  * lies in pieces of at most 1 MiB that are reused; a multipart upload is completed without a copy.
  * GET /__stats tells requests and body bytes, in and out; DELETE /__prefix/BUCKET/PREFIX forgets all
- * keys that begin so; PUT /__delay/MICROSECONDS makes every later request wait that long first, as a
- * distant store does.
+ * keys that begin so.
+ *
+ * PUT /__far?NAME=NUMBER&... makes it a distant store from then on (what is not named is 0, off):
+ *   first_us          microseconds from a request to the first byte of its answer
+ *   tail_ppm, tail_us so many requests in a million wait so long instead
+ *   rate, total       bytes per second of one connection, and of all together
+ *   connect_us        added to the first answer of a connection, as handshakes would
+ *   throttle          requests a second; those beyond get 503 SlowDown
+ *   dead              every so-manieth connection never answers
  *
  * usage: s3server [PORT [MIB]]      MIB of memory are touched before it says its port
  */
@@ -15,13 +22,75 @@
 #include "s3store.h"
 #include <sys/uio.h>
 
-static unsigned long requests, bytes_in, bytes_out, delay_us;
+static unsigned long requests, bytes_in, bytes_out, connections, throttled;
+static struct { unsigned long first_us, tail_ppm, tail_us, rate, total, connect_us, throttle, dead; } far;
+static pthread_mutex_t far_lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned long long total_due, throttle_due; /* nanoseconds: when all connections together may go on */
+
+enum { CHUNK = 1 << 16 }; /* bytes sent or received at a time where they are paced */
+
+static unsigned long long now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (unsigned long long)t.tv_sec * 1000000000ull + (unsigned long long)t.tv_nsec;
+}
+
+static void sleep_until(unsigned long long ns) {
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000ull), .tv_nsec = (long)(ns % 1000000000ull)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL)) {}
+}
+
+static int paced(void) { return far.rate || far.total; }
+
+/* Wait until `bytes` have crossed the link: this connection's, and the one that all share. */
+static void pace(struct stream *s, size_t bytes) {
+    unsigned long long now = now_ns(), due = now;
+    if (far.rate) {
+        if (s->due < now) s->due = now;
+        due = s->due += (unsigned long long)bytes * 1000000000ull / far.rate;
+    }
+    if (far.total) {
+        pthread_mutex_lock(&far_lock);
+        if (total_due < now) total_due = now;
+        total_due += (unsigned long long)bytes * 1000000000ull / far.total;
+        if (total_due > due) due = total_due;
+        pthread_mutex_unlock(&far_lock);
+    }
+    sleep_until(due);
+}
+
+/* The wait for the first byte; 0: the store says slow down. */
+static int wait_first(void) {
+    static __thread unsigned long seed;
+    if (far.throttle) {
+        unsigned long long now = now_ns(), gap = 1000000000ull / far.throttle;
+        pthread_mutex_lock(&far_lock);
+        if (throttle_due + 1000000000ull / 5 < now) throttle_due = now - 1000000000ull / 5; /* a burst of 200 ms */
+        int over = throttle_due > now;
+        if (!over) throttle_due += gap;
+        pthread_mutex_unlock(&far_lock);
+        if (over) {
+            __atomic_fetch_add(&throttled, 1, __ATOMIC_RELAXED);
+            return 0;
+        }
+    }
+    unsigned long wait = far.first_us;
+    if (far.tail_ppm) {
+        if (!seed) seed = __atomic_add_fetch(&connections, 0, __ATOMIC_RELAXED) * 2654435761ul + 88172645463325252ul;
+        seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+        if (seed % 1000000 < far.tail_ppm) wait = far.tail_us;
+    }
+    if (wait) sleep_until(now_ns() + wait * 1000ull);
+    return 1;
+}
 
 static int receive(struct stream *s, struct blob *b, size_t at, size_t length) {
     while (length) {
         char *to = b->size <= SMALL ? b->pieces[0] + at : b->pieces[at / PIECE] + at % PIECE;
         size_t room = b->size <= SMALL ? b->size - at : PIECE - at % PIECE;
-        size_t want = length < room ? length : room, n = want < held(s) ? want : held(s);
+        size_t want = length < room ? length : room;
+        if (paced() && want > CHUNK) want = CHUNK;
+        size_t n = want < held(s) ? want : held(s);
         if (n) {
             memcpy(to, s->data + s->at, n);
             s->at += n;
@@ -30,6 +99,7 @@ static int receive(struct stream *s, struct blob *b, size_t at, size_t length) {
             if (got <= 0) return 0;
             n = (size_t)got;
         }
+        if (paced()) pace(s, n);
         at += n;
         length -= n;
     }
@@ -82,8 +152,8 @@ static int reply(int fd, const char *status, const char *headers, const char *bo
 }
 
 static int fail(int fd, int status, const char *method) {
-    const char *line = status == 404 ? "404 Not Found" : status == 412 ? "412 Precondition Failed" : status == 416 ? "416 Range Not Satisfiable" : status == 501 ? "501 Not Implemented" : "400 Bad Request";
-    const char *code = status == 404 ? "NoSuchKey" : status == 412 ? "PreconditionFailed" : status == 416 ? "InvalidRange" : status == 501 ? "NotImplemented" : "InvalidRequest";
+    const char *line = status == 404 ? "404 Not Found" : status == 412 ? "412 Precondition Failed" : status == 416 ? "416 Range Not Satisfiable" : status == 501 ? "501 Not Implemented" : status == 503 ? "503 Slow Down" : "400 Bad Request";
+    const char *code = status == 404 ? "NoSuchKey" : status == 412 ? "PreconditionFailed" : status == 416 ? "InvalidRange" : status == 501 ? "NotImplemented" : status == 503 ? "SlowDown" : "InvalidRequest";
     char body[256];
     snprintf(body, sizeof body, "<?xml version=\"1.0\"?><Error><Code>%s</Code><Message>%s</Message></Error>", code, code);
     if (strcmp(method, "HEAD")) return reply(fd, line, "", body);
@@ -177,7 +247,7 @@ static int send_object(struct stream *s, const struct request *r, const char *ke
     while (ok && (first || left)) { /* the head goes out with the first pieces */
         struct iovec iov[9];
         int count = 0;
-        size_t total = 0;
+        size_t total = 0, body = 0;
         if (first) iov[count++] = (struct iovec){head, (size_t)n}, total += (size_t)n;
         while (count < 9 && left) {
             struct blob *b = o->blobs[blob];
@@ -185,10 +255,14 @@ static int send_object(struct stream *s, const struct request *r, const char *ke
             size_t room = b->size <= SMALL ? b->size - at : PIECE - at % PIECE;
             if (room > b->size - at) room = b->size - at;
             if (room > left) room = left;
+            if (paced() && room > CHUNK - body) room = CHUNK - body;
+            if (!room) break;
+            body += room;
             iov[count++] = (struct iovec){b->size <= SMALL ? b->pieces[0] + at : b->pieces[at / PIECE] + at % PIECE, room};
             total += room, at += room, left -= room;
         }
         first = 0;
+        if (paced()) pace(s, total);
         for (struct iovec *v = iov; ok && total;) {
             struct msghdr message = {.msg_iov = v, .msg_iovlen = (size_t)(iov + count - v)};
             ssize_t sent = sendmsg(s->fd, &message, MSG_NOSIGNAL);
@@ -385,7 +459,8 @@ static int delete_many(struct stream *s, const struct request *r, const char *bu
 
 static int stats(struct stream *s) {
     char body[256];
-    snprintf(body, sizeof body, "{\"requests\": %lu, \"bytes_in\": %lu, \"bytes_out\": %lu, \"objects\": %zu}\n", requests, bytes_in, bytes_out, entry_count);
+    snprintf(body, sizeof body, "{\"requests\": %lu, \"bytes_in\": %lu, \"bytes_out\": %lu, \"objects\": %zu, \"connections\": %lu, \"throttled\": %lu}\n",
+             requests, bytes_in, bytes_out, entry_count, connections, throttled);
     return reply(s->fd, "200 OK", "", body);
 }
 
@@ -403,6 +478,16 @@ static int forget(struct stream *s, const char *prefix) {
     return reply(s->fd, "200 OK", "", "");
 }
 
+static int set_far(const char *query) {
+    static const char *names[] = {"first_us", "tail_ppm", "tail_us", "rate", "total", "connect_us", "throttle", "dead"};
+    unsigned long *fields = (unsigned long *)&far;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char value[32];
+        fields[i] = parameter(query, names[i], value, sizeof value) ? strtoul(value, NULL, 10) : 0;
+    }
+    return 1;
+}
+
 static int answer(struct stream *s, const struct request *r) {
     char path[KEY], id[64], number[16], bucket[256], source[8];
     const char *query = strchr(r->target, '?'), *end = query ? query : r->target + strlen(r->target);
@@ -416,13 +501,10 @@ static int answer(struct stream *s, const struct request *r) {
     snprintf(bucket, sizeof bucket, "%.*s", (int)strcspn(path, "/"), path);
     const char *key = path[strlen(bucket)] ? path + strlen(bucket) + 1 : "";
     if (!strcmp(r->target, "/__stats")) return stats(s);
-    if (!strncmp(r->target, "/__delay/", 9)) {
-        delay_us = strtoul(r->target + 9, NULL, 10);
-        return drop(s, r->length) && reply(s->fd, "200 OK", "", "");
-    }
+    if (!strncmp(r->target, "/__far", 6)) return set_far(query) && drop(s, r->length) && reply(s->fd, "200 OK", "", "");
     if (!strncmp(r->target, "/__prefix/", 10)) return forget(s, r->target + 10);
     __atomic_fetch_add(&requests, 1, __ATOMIC_RELAXED);
-    if (delay_us) usleep((useconds_t)delay_us);
+    if (!wait_first()) return drop(s, r->length) && fail(s->fd, 503, r->method);
     int has_id = parameter(query, "uploadId", id, sizeof id);
     if (!*key) {
         if (!strcmp(m, "GET") && strstr(query, "uploads") && !strstr(query, "prefix=uploads"))
@@ -459,6 +541,11 @@ static int answer(struct stream *s, const struct request *r) {
 static void *serve(void *argument) {
     struct stream *s = argument;
     struct request *r = malloc(sizeof *r);
+    unsigned long number = __atomic_add_fetch(&connections, 1, __ATOMIC_RELAXED);
+    prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
+    if (far.connect_us) sleep_until(now_ns() + far.connect_us * 1000ull);
+    if (far.dead && number % far.dead == 0)
+        while (fill(s)) s->at = s->end = 0;
     while (read_head(s, r) && answer(s, r)) {}
     close(s->fd);
     free(r);

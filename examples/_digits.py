@@ -21,13 +21,21 @@ CLASSES = 10
 
 
 def options(description: str | None) -> argparse.Namespace:
+    return prepare(parser_of(description).parse_args())
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--url", default="./digits", help="folder or s3://bucket/prefix of the data and the run")
     parser.add_argument("--run", default="run", help="name of the run; its checkpoints are below URL")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=15, help="steps between checkpoints")
     parser.add_argument("--kill-at", type=int, default=0, help="SIGKILL this process after that step")
-    chosen = parser.parse_args()
+    return parser
+
+
+def prepare(chosen: argparse.Namespace) -> argparse.Namespace:
+    """The data, which is written where there is none."""
     chosen.url = chosen.url.rstrip("/")
     if not open_store(chosen.url).exists("dataset/manifest.jsonl"):
         from examples.demo.data import write_digits

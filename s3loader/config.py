@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from s3loader.errors import ConfigError
+from s3loader.arguments import local_path, unknown_option
+from s3loader.errors import ConfigError, without_passwords
 
 __all__ = ["DEFAULT_REGION", "S3Settings", "Secret", "plain", "read_dotenv"]
 
@@ -160,7 +161,7 @@ class S3Settings:
             value = getattr(self, name)
             if name == "aws_access_key_id":
                 value = f"{value[:4]}***"
-            yield name, "***" if isinstance(value, Secret) else str(value), origin
+            yield name, "***" if isinstance(value, Secret) else without_passwords(str(value)), origin
 
     def create_session(self) -> Any:
         """A new boto3 session with these keys, or with the profile's chain.
@@ -266,8 +267,8 @@ def _check_pair(found: Mapping[str, tuple[Any, str]]) -> None:
 
 def _checked(name: str, value: Any, origin: str = "argument") -> Any:
     """`value` of setting `name`, or `ConfigError`. Never echoes what may hold a secret."""
-    if name == "ca_bundle" and isinstance(value, os.PathLike):
-        value = os.fspath(value)
+    if name == "ca_bundle" and isinstance(value, (str, os.PathLike)) and value:
+        value = local_path(value, name)
     if not isinstance(value, str) or not value:
         raise ConfigError(
             f"{name} is {'empty' if value == '' else 'not a string'} ({origin})", hint="set it to a text, or take it out"
@@ -336,5 +337,4 @@ def read_dotenv(path: str = ".env") -> dict[str, str]:
 
 
 def _unknown(names: list[str]) -> ConfigError:
-    known = ", ".join(f.name for f in fields(S3Settings) if f.init)
-    return ConfigError(f"unknown setting {', '.join(names)}", hint=f"use some of {known}")
+    return unknown_option(names, [f.name for f in fields(S3Settings) if f.init], "S3Settings")

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from s3loader.arguments import checked
 from s3loader.config import S3Settings, plain
 from s3loader.errors import CredentialsError
 
@@ -34,6 +35,7 @@ def mask(text: str) -> str:
     return text
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """One set of keys, as they are at one moment."""

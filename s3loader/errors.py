@@ -28,28 +28,31 @@
     ├── FormatError (ValueError)              stored data does not follow its format
     │   ├── InvalidManifestError
     │   └── ShardReadError
-    ├── S3ExchangeError                       the exchange API's own (see `s3loader.exchange`)
+    ├── S3ExchangeError                       the exchange API's own
     ├── PlanError (ValueError)                an order of samples cannot be made as asked
     │   └── StateMismatchError                the state belongs to other data or options
     ├── SampleError                           one sample failed: shard, member and position inside
     ├── WorkerError                           a worker process or thread died
     ├── CacheFullError (OSError)              the disk of the cache is full, and that shall be an error
-    ├── CheckpointError                       see `s3loader.checkpoint`
+    ├── CheckpointError                       saving and restoring
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   ├── StepExistsError (FileExistsError)
     │   ├── FencedError                       a newer job owns this run
     │   ├── CommitUnknownError                the commit may or may not have happened
     │   ├── IncompleteCheckpointError
     │   └── UnsupportedStateError (TypeError)
+    ├── PartialFailureError                   some of many failed: `.failures`
     └── ClosedError (ValueError)              used after `close()`
 
 `str(error)` is what, where and why on the first line and, where one is known, a second line
-``hint: ...`` that names the fix. No error ever holds a credential.
+``hint: ...`` that names the fix; where a function of yours failed, its own frames follow. No error ever holds a credential.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import contextlib
+import re
+from typing import Any, ClassVar, Final
 
 __all__ = [
     "AccessDeniedError",
@@ -73,6 +76,7 @@ __all__ = [
     "ObjectExistsError",
     "ObjectNotFoundError",
     "OutcomeUnknownError",
+    "PartialFailureError",
     "PlanError",
     "PreconditionFailedError",
     "RangeError",
@@ -93,6 +97,21 @@ __all__ = [
     "UnsupportedStateError",
     "WorkerError",
 ]
+
+
+_PASSWORD: Final = re.compile(
+    r"""(?<=://)(?:[^/\s'"]*|[^/\s'":]+:(?!\d*/)[^\s'"]*)@"""  # scheme://name:password@host
+    r"""|(?<=[?&])((?:[\w-]*(?:signature|credential|token|secret|password|accesskeyid)|sig)=)[^&\s'"]+""",
+    re.IGNORECASE,
+)
+
+
+def without_passwords(text: str) -> str:
+    """`text` with ``***`` for what stands before the ``@`` of a URL's host, and for signatures of presigned URLs."""
+    text = str(text)
+    if "://" not in text:
+        return text
+    return _PASSWORD.sub(lambda match: f"{match[1]}***" if match[1] else "***@", text)
 
 
 class S3LoaderError(Exception):
@@ -130,18 +149,21 @@ class S3LoaderError(Exception):
         hint: str | None = None,
         **details: Any,
     ) -> None:
+        message = without_passwords(message)
         super().__init__(message)
         self.message = message
         self.op = op
-        self.url = url
+        self.url = None if url is None else without_passwords(url)
         self.status = status
         self.code = code
         self.request_id = request_id
         self.attempts = attempts
         self.retryable = self.RETRYABLE if retryable is None else retryable
-        self.hint = self.HINT if hint is None else hint
+        self.hint = self.HINT if hint is None else without_passwords(hint)
         self.details = details
         """Anything else the raiser knew: `line`, `member`, `position`, `missing`, ..."""
+        self.frames = ""
+        """Where a function of the user's failed: its traceback as text, also from a worker process."""
 
     def __getattr__(self, name: str) -> Any:
         details = self.__dict__.get("details")
@@ -161,15 +183,35 @@ class S3LoaderError(Exception):
             facts.append(f"{self.attempts} attempts")
         if facts:
             head += f" ({', '.join(facts)})"
-        return f"{head}\nhint: {self.hint}" if self.hint else head
+        text = f"{head}\nhint: {self.hint}" if self.hint else head
+        return f"{text}\n{without_passwords(self.frames)}" if self.frames else text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.message, {**self.__dict__}))
+        return (_rebuild, (type(self), self.message, {**self.__dict__}, _packed(self.__cause__)))
 
 
-def _rebuild(cls: type[S3LoaderError], message: str, state: dict[str, Any]) -> S3LoaderError:
+def _packed(cause: BaseException | None) -> bytes | None:
+    """`cause` pickled; None where it cannot be pickled and made again, as exceptions often cannot."""
+    if cause is None:
+        return None
+    import pickle
+
+    try:
+        data = pickle.dumps(cause)
+        pickle.loads(data)  # noqa: S301  # written above
+    except Exception:  # noqa: BLE001  # of a class that nobody here knows
+        return None
+    return data
+
+
+def _rebuild(cls: type[S3LoaderError], message: str, state: dict[str, Any], cause: bytes | None = None) -> S3LoaderError:
     error = cls(message)
     error.__dict__.update(state)
+    if cause is not None:
+        import pickle
+
+        with contextlib.suppress(Exception):  # its class is not to be had in this process
+            error.__cause__ = pickle.loads(cause)  # noqa: S301  # of a pickle that is being read already
     return error
 
 
@@ -371,6 +413,10 @@ class IncompleteCheckpointError(CheckpointError):
 
 class UnsupportedStateError(CheckpointError, TypeError):
     """A checkpoint cannot hold this object; `.path` says where in the items it is."""
+
+
+class PartialFailureError(S3LoaderError):
+    """Some of many objects failed; `.failures` holds ``(url or path, error)`` of each, `.report` what was done."""
 
 
 class ClosedError(S3LoaderError, ValueError):

@@ -36,6 +36,11 @@ class OpEvent:
     error: str | None = None
     """The error's type name and message; None on success."""
     objects: int = 1
+    """How many objects it concerns: the keys of a bulk delete, the entries of a page of a listing."""
+    offset: int | None = None
+    """Of a read: the first byte asked for."""
+    endpoint: str = ""
+    """``http(s)://host[:port]``, where the engine knows it."""
 
 
 Hook: TypeAlias = Callable[[OpEvent], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Span", "coalesce", "split"]
+__all__ = ["Span", "coalesce", "first_byte", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,12 @@ def coalesce(ranges: Sequence[tuple[int, int]], *, max_gap: int, max_size: int) 
     if members:
         spans.append(Span(low, high, tuple(members)))
     return spans
+
+
+def first_byte(start: int, size: int) -> int:
+    """Where a read of an object of `size` bytes begins: at `start`, or, where that is negative, so many bytes before the end
+    (at the object's beginning, if it has fewer)."""
+    return start if start >= 0 else max(0, size + start)
 
 
 def split(start: int, end: int, size: int) -> list[tuple[int, int]]:

@@ -24,14 +24,20 @@ __all__ = [
     "S3Reader",
     "S3StorageReader",
     "S3StorageWriter",
+    "prepare_loader",
 ]
 
 if TYPE_CHECKING:
+    from s3loader_torch.accelerated import prepare_loader as prepare_loader
     from s3loader_torch.checkpoint_dcp import S3StorageReader as S3StorageReader
     from s3loader_torch.checkpoint_dcp import S3StorageWriter as S3StorageWriter
 
-_LAZY = {"S3StorageReader": "s3loader_torch.checkpoint_dcp", "S3StorageWriter": "s3loader_torch.checkpoint_dcp"}
-"""What needs torch.distributed.checkpoint, which takes a second to import."""
+_LAZY = {
+    "S3StorageReader": "s3loader_torch.checkpoint_dcp",
+    "S3StorageWriter": "s3loader_torch.checkpoint_dcp",
+    "prepare_loader": "s3loader_torch.accelerated",
+}
+"""What needs torch.distributed.checkpoint, which takes a second to import; or Accelerate."""
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from s3loader.arguments import as_float, whole_number
 from s3loader.errors import ConfigError
 
 __all__ = ["GIB", "KIB", "MIB", "format_duration", "format_rate", "format_size", "parse_duration", "parse_size"]
@@ -13,28 +14,46 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgtp]?)(i?b?)\s*", re.IGNORECASE)
+_SMALLEST: Final = 64 * KIB
+"""Less than this is no size of a buffer, a part or a cache, unless it says its unit."""
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def parse_size(value: int | str) -> int:
-    """Bytes of ``64``, ``"64MiB"``, ``"1.5GB"`` (powers of 1024 with an ``i``, else of 1000).
+def parse_size(value: int | str, name: str = "") -> int:
+    """Bytes of ``"64MiB"``, ``"1.5GB"``, ``"8B"`` (powers of 1024 with an ``i``, else of 1000), or of a whole number.
+
+    A number without a unit from 1 to 65,535 is refused: elsewhere ``prefetch=8`` means eight objects, not eight bytes. Where
+    `name` says bytes itself (``max_bytes``), any number is one of bytes.
+
+    Args:
+        value: The size.
+        name: Of the argument, for messages.
 
     Raises:
-        ConfigError: it is not a size, or negative.
+        ConfigError: it is not a size, negative, or small and without a unit.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 0:
-            raise ConfigError(f"a size cannot be negative: {value}", hint='write bytes as a number, or text such as "64MiB"')
-        return value
+    what = f"{name}=" if name else ""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ConfigError(f"not a size: {value!r}", hint='write a number of bytes, or e.g. "64MiB"')
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    return round(float(number) * float(base ** _POWERS[prefix.lower()]))
+    if match is not None:
+        number, prefix, mark = match.groups()
+        scale: int = (1024 if "i" in mark.lower() else 1000) ** _POWERS[prefix.lower()]
+        size = round(float(number) * scale) if "." in number else int(number) * scale
+        unit = bool(prefix or mark)
+    elif (whole := whole_number(value)) is not None:
+        size, unit = whole, False
+    else:
+        raise ConfigError(f"not a size: {what}{value!r}", hint='write a number of bytes, or e.g. "64MiB"')
+    if size < 0:
+        raise ConfigError(f"a size cannot be negative: {what}{value}", hint='write bytes as a number, or text such as "64MiB"')
+    if 0 < size < _SMALLEST and not unit and not name.endswith("bytes"):
+        raise ConfigError(
+            f"{what}{value!r} would be {size} bytes, which is hardly meant",
+            hint=f'sizes below 64 KiB need a unit: "{size}MiB", or "{size}B" if it is bytes; it is no number of objects',
+        )
+    return size
 
 
 def format_size(size: float) -> str:
@@ -57,12 +76,13 @@ def parse_duration(value: float | str) -> float:
     Raises:
         ConfigError: it is not a duration, or negative.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not value >= 0:
+    seconds = as_float(value)
+    if seconds is not None:
+        if not seconds >= 0:
             raise ConfigError(
                 f"a duration cannot be negative: {value}", hint='write seconds as a number, or text such as "30s"'
             )
-        return float(value)
+        return float(seconds)
     text = value.strip() if isinstance(value, str) else ""
     pieces = _DURATION.findall(text)
     if not pieces or "".join(number + unit for number, unit in pieces) != text:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from s3loader.testing import server
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_demo(out: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
     command = [sys.executable, "-m", "examples.demo", "--out", str(out), *arguments]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -31,3 +32,16 @@ def test_demo_proves_exact_resume(kind: str, tmp_path: Path) -> None:
     assert output.count("sample sequence identical") == 2
     assert output.count("final weights identical") == 1
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_with_too_few_images_is_said_to_be(tmp_path: Path) -> None:
+    for number in range(40):
+        path = tmp_path / "images" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(path)
+    command = [sys.executable, "-m", "examples.demo", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "images")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 1
+    assert "has 40 images, too few" in run.stderr
+    assert "384 images are enough" in run.stderr
+    assert "Traceback" not in run.stderr

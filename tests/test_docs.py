@@ -2,6 +2,8 @@
 
 The blocks of one page run in order in one fresh process and share their names, in an empty
 folder. A block that cannot run here says why on the line above it: ``<!-- no-run: reason -->``.
+One below ``<!-- file: NAME -->`` is written to that file in its turn; a block of shell commands
+below ``<!-- run -->`` is run by bash.
 """
 
 from __future__ import annotations
@@ -16,18 +18,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>python|sh)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 NO_RUN = re.compile(r"<!-- no-run: \S.* -->")
+FILE = re.compile(r"<!-- file: (\S+) -->")
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)")
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
     text = "\n" + page.read_text()
     return [
-        (text.count("\n", 0, match.start("code")), match["code"])
+        (text.count("\n", 0, match.start("code")), as_python(match["kind"], match["before"], match["code"]))
         for match in BLOCK.finditer(text)
-        if not NO_RUN.search(match["before"])
+        if not NO_RUN.search(match["before"]) and (match["kind"] == "python" or match["before"] == "<!-- run -->")
     ]
+
+
+def as_python(kind: str, before: str, code: str) -> str:
+    if kind == "sh":
+        return f"__import__('subprocess').run(['bash', '-euc', {code!r}], check=True)\n"
+    if file := FILE.search(before):
+        return f"__import__('pathlib').Path({file[1]!r}).write_text({code!r})\n"
+    return code
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
@@ -39,8 +50,9 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
     script.write_text(source)
     folder = tmp_path / "empty"
     folder.mkdir()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    run = subprocess.run([sys.executable, str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    run = subprocess.run([sys.executable, str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, f"{page.name}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"examples.{name}", "--url", str(folder), *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("name", ["train_torch", "train_tensorflow", "train_jax", "train_accelerate", "train_lightning"])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,7 @@ from examples.demo.report import Run, picture, table
 from s3loader import open_store
 from s3loader.units import format_duration
 
-EPOCHS, EVERY = 3, 20
+EPOCHS, EVERY, BATCH = 3, 20, 32
 
 
 def main() -> int:
@@ -43,12 +44,11 @@ def main() -> int:
             write_digits(folder)
         packed = pack(url, folder)
     say(f"packed {packed.samples} images into {packed.shards} shards in {format_duration(packed.seconds)}: {url}/dataset/")
+    epoch_steps, kill_at = steps(packed.samples, options.data)
 
     say("train without interruption, 2 workers")
     job(url, "straight", out, workers=2, title="uninterrupted, 2 workers")
     straight = Run.read(out / "straight.jsonl")
-    epoch_steps = straight.end["step"] // EPOCHS
-    kill_at = epoch_steps + epoch_steps // 2 + 3  # the middle of epoch 2, and not on a checkpoint
 
     say(f"train the same job, 2 workers, SIGKILL after step {kill_at}")
     job(url, "killed", out, workers=2, title="will be killed, 2 workers", kill_at=kill_at)
@@ -95,6 +95,28 @@ def main() -> int:
     return 0
 
 
+def steps(samples: int, folder: str | None) -> tuple[int, int]:
+    """(batches of an epoch, step at which a job is killed): the middle of epoch 2, behind a checkpoint but not on one.
+
+    Raises:
+        SystemExit: there are too few images for that.
+    """
+    epoch = samples // BATCH
+    kill_at = middle(epoch)
+    if kill_at <= EVERY:
+        needed = BATCH * next(batches for batches in count() if middle(batches) > EVERY)
+        raise SystemExit(
+            f"{folder} has {samples} images, too few for this demo: it kills the job in the middle of its second epoch, and the"
+            f" first checkpoint is at step {EVERY}; {needed} images are enough (batches of {BATCH})"
+        )
+    return epoch, kill_at + (kill_at % EVERY == 0)
+
+
+def middle(epoch: int) -> int:
+    """A step in the middle of epoch 2."""
+    return epoch + epoch // 2 + 3
+
+
 def job(url: str, name: str, out: Path, *, workers: int, title: str, kill_at: int = 0, ranks: int = 1) -> None:
     """Run one training job to its end (or to its death, if that was asked for)."""
     command = [sys.executable, "-m", "examples.demo.train", "--url", url, "--name", name, "--log", str(out / f"{name}.jsonl")]
@@ -105,6 +127,8 @@ def job(url: str, name: str, out: Path, *, workers: int, title: str, kill_at: in
         str(EPOCHS),
         "--every",
         str(EVERY),
+        "--batch-size",
+        str(BATCH),
         "--kill-at",
         str(kill_at),
         "--title",

@@ -29,11 +29,10 @@ def pack(url: str, folder: Path) -> Packed:
     classes = sorted({path.name for path in folder.iterdir() if path.is_dir()}) or [str(c) for c in range(10)]
     samples = image_bytes = 0
     with store.open_manifest_writer(
-        MANIFEST, mode="overwrite", shard_size=ShardSizePolicy(max_entries=512, max_bytes=64 << 20)
+        MANIFEST, mode="overwrite", shard_size=ShardSizePolicy(max_samples=256, max_bytes="64MiB")
     ) as writer:
         for samples, (label, suffix, image) in enumerate(images(folder), 1):
-            writer.add_to_shard(f"{samples - 1:06d}.{suffix}", image)
-            writer.add_to_shard(f"{samples - 1:06d}.cls", str(classes.index(label)).encode())
+            writer.add_sample(f"{samples - 1:06d}", {suffix: image, "cls": str(classes.index(label)).encode()})
             image_bytes += len(image)
     shards = int(writer.stats()["shards_created"])
     store.put_object(CLASSES, json.dumps(classes).encode(), content_type="application/json")

@@ -120,7 +120,8 @@ def train(options: argparse.Namespace) -> None:
     model = make_model(len(classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     loss_of = nn.CrossEntropyLoss()
-    manager = CheckpointManager(f"{options.url}/runs/{options.name}", keep=LatestN(3))
+    # all ranks hold the same state, so one of them saves, alone
+    manager = CheckpointManager(f"{options.url}/runs/{options.name}", keep=LatestN(3), rank=0, world_size=1)
 
     step, first_epoch, sequence, restore_s = 0, 0, "", 0.0
     if (latest := manager.latest()) is not None:

@@ -10,7 +10,8 @@ from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.checkpoint.options import CheckpointOptions
 from s3loader.checkpoint.preemption import Preemption
 from s3loader.checkpoint.protocol.gc import GCReport
-from s3loader.checkpoint.protocol.policy import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
+from s3loader.checkpoint.protocol.retention import BestN, EveryNSteps, KeepPolicy, LatestN, StepInfo
+from s3loader.checkpoint.reading.fitting import Restored
 from s3loader.checkpoint.simple import OpenCheckpoint, load, open_checkpoint, save
 from s3loader.checkpoint.state.leaves import ArrayShard
 from s3loader.checkpoint.state.tree import PerRank
@@ -29,6 +30,7 @@ __all__ = [
     "PerRank",
     "Preemption",
     "Progress",
+    "Restored",
     "SaveHandle",
     "SaveResult",
     "StepInfo",

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from s3loader.arguments import checked
 from s3loader.checkpoint.checkpoint import Checkpoint
 from s3loader.checkpoint.format import segments
-from s3loader.checkpoint.format.dtypes import nbytes
 from s3loader.checkpoint.format.records import Chunk, box_of
-from s3loader.checkpoint.format.stformat import encode_header
 from s3loader.checkpoint.state import tree
+from s3loader.dtypes import nbytes
 from s3loader.errors import CheckpointError
+from s3loader.fetch.safetensors import encode_header
 from s3loader.store import open_store
-from s3loader.types import ObjectURL
+from s3loader.types import Location, ObjectURL
 
 __all__ = ["Difference", "diff", "export_safetensors"]
 
@@ -35,6 +36,7 @@ class Difference:
     """What is no tensor, and differs."""
 
 
+@checked
 def diff(first: Checkpoint, second: Checkpoint) -> Difference:
     """Compare two checkpoints by their indexes: no tensor is read."""
     found = Difference()
@@ -76,7 +78,8 @@ def _values(node: Any, name: str) -> list[tuple[str, Any]]:
     return [pair for _, inner, item in inside for pair in _values(item, inner)]
 
 
-def export_safetensors(checkpoint: Checkpoint, url: str, *, item: str | None = None, **store_options: Any) -> int:
+@checked
+def export_safetensors(checkpoint: Checkpoint, url: Location, *, item: str | None = None, **store_options: Any) -> int:
     """Write a checkpoint's tensors as one safetensors file that needs nothing of s3loader to be read.
 
     Args:
@@ -99,10 +102,8 @@ def export_safetensors(checkpoint: Checkpoint, url: str, *, item: str | None = N
         )
     shapes = [(short, checkpoint.chunks(name)[0].dtype, checkpoint.chunks(name)[0].shape) for name, short in names.items()]
     header, spans = encode_header(shapes, {"format": "pt", "s3loader_step": str(checkpoint.step)})
-    target = ObjectURL.parse(url)
-    folder, _, key = target.key.rpartition("/")
-    where = ObjectURL(target.scheme, target.bucket, folder or ("/" if target.scheme == "file" else ""))
-    with open_store(str(where), **store_options) as store, store.multipart(key) as writer:
+    folder, key = ObjectURL.parse(url).split()
+    with open_store(folder, **store_options) as store, store.multipart(key) as writer:
         writer.write(header)
         for name, (_, dtype, shape) in zip(names, shapes, strict=True):
             if nbytes(dtype, shape):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from s3loader.arguments import checked
+from s3loader.checkpoint.threads import Gate
 from s3loader.errors import StoreTimeoutError
 
 _log = logging.getLogger("s3loader.checkpoint")
 
-__all__ = ["Progress", "SaveHandle", "SaveResult"]
+__all__ = ["Cleanup", "Progress", "SaveHandle", "SaveResult"]
 
 
 class Progress(NamedTuple):
@@ -25,6 +26,39 @@ class Progress(NamedTuple):
     total: int
     resumed: int = 0
     """What an interrupted save of the same step had sent before, and is not sent again."""
+
+
+class Cleanup:
+    """What follows a commit: old steps go, in the background."""
+
+    def __init__(self) -> None:
+        self.retired: tuple[int, ...] = ()
+        self.error: Exception | None = None
+        self._ended = Gate()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ended, self.result()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self._ended.is_open()
+
+    def end(self) -> None:
+        """There is no more to come."""
+        self._ended.open()
+
+    def result(self) -> tuple[tuple[int, ...], Exception | None]:
+        """What was deleted, and what went wrong, when it has ended."""
+        self._ended.wait()
+        return self.retired, self.error
+
+
+def _ended(retired: tuple[int, ...] = (), error: Exception | None = None) -> Cleanup:
+    cleanup = Cleanup()
+    cleanup.retired, cleanup.error = retired, error
+    cleanup.end()
+    return cleanup
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +77,22 @@ class SaveResult:
     """Seconds from `save` to the commit."""
     skipped: bool = False
     """Whether the step was there already and was left as it is (``on_exists="skip"``)."""
-    retired: tuple[int, ...] = ()
-    """Steps that retention deleted afterwards."""
-    cleanup_error: Exception | None = None
-    """What kept retention from its work, if anything; the checkpoint itself is safe."""
     resumed: int = 0
     """Of `written`, the bytes that an interrupted save of the same step had sent before, and that were not sent again."""
+    _cleanup: Cleanup = field(default_factory=_ended, repr=False, compare=False)
+
+    @property
+    def retired(self) -> tuple[int, ...]:
+        """Steps that retention deleted afterwards, which it does in the background: asking waits for it."""
+        return self._cleanup.result()[0]
+
+    @property
+    def cleanup_error(self) -> Exception | None:
+        """What kept retention from its work, if anything; the checkpoint itself is safe. Asking waits, as `retired` does."""
+        return self._cleanup.result()[1]
 
 
+@checked
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class SaveHandle:
     """A save under way. Whoever does not ask for the `result` gets its error from the manager's next call.
@@ -61,8 +103,8 @@ class SaveHandle:
     step: int
     attempt: str
     _progress: Callable[[], Progress]
-    _staged: threading.Event = field(default_factory=threading.Event)
-    _finished: threading.Event = field(default_factory=threading.Event)
+    _staged: Gate = field(default_factory=Gate)
+    _finished: Gate = field(default_factory=Gate)
     _result: SaveResult | None = None
     _error: BaseException | None = None
     observed: bool = False
@@ -81,7 +123,7 @@ class SaveHandle:
     @property
     def done(self) -> bool:
         """Whether it is committed or has failed."""
-        return self._finished.is_set()
+        return self._finished.is_open()
 
     @property
     def error(self) -> BaseException | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from s3loader.arguments import checked, local_path
 from s3loader.checkpoint.format.segments import BLOCK
 from s3loader.errors import ConfigError
+from s3loader.options import at_least, changed, fill, one_of
 from s3loader.units import GIB, parse_duration, parse_size
 
 __all__ = ["CheckpointOptions", "OnCorruption", "OnExists", "Overlap"]
@@ -16,6 +19,7 @@ OnCorruption: TypeAlias = Literal["raise", "previous"]
 Overlap: TypeAlias = Literal["queue", "refuse"]
 
 
+@checked
 @dataclass(frozen=True, slots=True, init=False)
 class CheckpointOptions:
     """How checkpoints are written and read. Sizes and durations are taken as numbers or as text (``"64MiB"``, ``"10m"``).
@@ -26,7 +30,8 @@ class CheckpointOptions:
         part_size: Bytes of an upload part and of a staging buffer (S3 wants at least 5 MiB); it is rounded to a multiple
             of 16 MiB where it is larger than that. A tensor may have 10,000 parts.
         file_size: Bytes of a data file, about.
-        concurrency: Parts uploaded at a time.
+        concurrency: Most parts uploaded at a time. To S3 a save begins with as many as it has, halves them where the store
+            says "slow down", and adds more while that pays; elsewhere it begins with 8.
         overlap: A save while another is under way: ``"queue"`` it behind the other, or ``"refuse"`` it.
         incremental: Refer to the newest step for tensors that have not changed, instead of writing them again.
         resume_uploads: Where a save was interrupted (killed, or an outage longer than the retries) and the same step is saved
@@ -65,44 +70,49 @@ class CheckpointOptions:
         staging_budget: int | str = 4 * GIB,
         part_size: int | str = BLOCK,
         file_size: int | str = 4 * GIB,
-        concurrency: int = 8,
+        concurrency: int = 64,
         overlap: Overlap = "queue",
         incremental: bool = False,
         resume_uploads: bool = True,
         check_replicas: bool = True,
         deadline: float | str = "10m",
         grace: float | str = "1d",
-        node_cache: str | None = None,
+        node_cache: str | os.PathLike[str] | None = None,
         node_cache_size: int | str = 16 * GIB,
         settle: float | str = 0.5,
     ) -> None:
-        part = parse_size(part_size)
+        part = parse_size(part_size, "part_size")
         if part < 1:
             raise ConfigError("part_size must be positive", hint="e.g. part_size='64MiB'")
-        if concurrency < 1:
-            raise ConfigError(f"concurrency must be a whole number from 1 up, not {concurrency!r}", hint="e.g. concurrency=8")
-        if overlap not in ("queue", "refuse"):
-            raise ConfigError(
-                f"overlap is 'queue' or 'refuse', not {overlap!r}",
-                hint="'queue' saves one after the other, 'refuse' raises while one is under way",
-            )
         part = part if part <= BLOCK else -(-part // BLOCK) * BLOCK
-        set_ = object.__setattr__
-        set_(self, "staging_budget", parse_size(staging_budget))
-        set_(self, "part_size", part)
-        set_(self, "file_size", parse_size(file_size))
-        set_(self, "concurrency", concurrency)
-        set_(self, "overlap", overlap)
-        set_(self, "incremental", incremental)
-        set_(self, "resume_uploads", resume_uploads)
-        set_(self, "check_replicas", check_replicas)
-        set_(self, "deadline", parse_duration(deadline))
-        set_(self, "grace", parse_duration(grace))
-        set_(self, "node_cache", node_cache)
-        set_(self, "node_cache_size", parse_size(node_cache_size))
-        set_(self, "settle", parse_duration(settle))
+        fill(
+            self,
+            staging_budget=parse_size(staging_budget, "staging_budget"),
+            part_size=part,
+            file_size=parse_size(file_size, "file_size"),
+            concurrency=at_least("concurrency", concurrency),
+            overlap=one_of(
+                "overlap", overlap, Overlap, "'queue' saves one after the other, 'refuse' raises while one is under way"
+            ),
+            incremental=incremental,
+            resume_uploads=resume_uploads,
+            check_replicas=check_replicas,
+            deadline=parse_duration(deadline),
+            grace=parse_duration(grace),
+            node_cache=None if node_cache is None else local_path(node_cache, "node_cache"),
+            node_cache_size=parse_size(node_cache_size, "node_cache_size"),
+            settle=parse_duration(settle),
+        )
 
     @property
     def block(self) -> int:
         """Bytes of a checksum block: a part is a multiple of it."""
         return min(BLOCK, self.part_size)
+
+    def replace(self, **changes: Any) -> CheckpointOptions:
+        """A copy with other values.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        return changed(self, changes)

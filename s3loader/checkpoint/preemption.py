@@ -1,4 +1,4 @@
-"""Preemption: a job that is told to end has a few seconds, and must leave either a whole checkpoint or none."""
+"""Preemption: a job that is asked to end has a few seconds, and must leave either a whole checkpoint or none."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from s3loader.arguments import checked
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.units import parse_duration
 
 __all__ = ["Preemption"]
 
 
+@checked
 class Preemption:
     """Within the block, a signal does not end the process at once; it is true from then on.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from s3loader.cli.objects import place
 from s3loader.cli.output import json_option, print_json, print_table
 from s3loader.errors import CheckpointNotFoundError, IntegrityError
 from s3loader.types import ObjectURL
@@ -27,6 +28,7 @@ def _manager(url: str) -> Iterator[Any]:
         CheckpointNotFoundError: there is nothing there. Making a manager would make the folder, and hide a typing mistake.
     """
     from s3loader.checkpoint import CheckpointManager
+    from s3loader.store import open_store
 
     where = ObjectURL.parse(url)
     missing = CheckpointNotFoundError(
@@ -34,7 +36,7 @@ def _manager(url: str) -> Iterator[Any]:
     )
     if where.scheme == "file" and not os.path.isdir(where.key):
         raise missing
-    with CheckpointManager(url) as manager:
+    with open_store(url, **place()) as store, CheckpointManager(store, rank=0, world_size=1) as manager:
         if where.scheme != "file" and next(iter(manager.store.list()), None) is None:
             raise missing
         yield manager
@@ -252,3 +254,23 @@ def delete(url: str, step: int, dry_run: bool, as_json: bool) -> None:
         click.echo(
             f"step {step}: {'would delete' if dry_run else 'deleted'} {len(files)} files, {format_size(sum(files.values()))}"
         )
+
+
+@ckpt.command()
+@click.argument("url")
+@click.argument("step", type=int)
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@json_option
+def rollback(url: str, step: int, dry_run: bool, as_json: bool) -> None:
+    """Go back to STEP for good: delete every step after it, the newest first. A job that still saves there is fenced."""
+    with _manager(url) as manager:
+        gone = manager.rollback(step, dry_run=dry_run)
+    if as_json:
+        print_json({"step": step, "dry_run": dry_run, "steps": gone})
+        return
+    for number in gone:
+        click.echo(number)
+    click.echo(
+        f"{'would delete' if dry_run else 'deleted'} {len(gone)} steps; the newest {'would be' if dry_run else 'is'} {step}",
+        err=True,
+    )

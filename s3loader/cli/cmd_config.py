@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from s3loader.cli.output import json_option, print_json
-from s3loader.config import S3Settings
 
 __all__ = ["config"]
 
@@ -19,6 +18,8 @@ def config() -> None:
 @json_option
 def show(as_json: bool) -> None:
     """Show every setting and its origin; secrets are masked."""
+    from s3loader.config import S3Settings
+
     settings = S3Settings()
     if not as_json:
         click.echo(settings.describe())

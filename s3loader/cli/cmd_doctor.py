@@ -10,15 +10,18 @@ import platform
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from s3loader.cli.objects import place
 from s3loader.cli.output import json_option, print_json
 from s3loader.errors import BucketNotFoundError, S3LoaderError
-from s3loader.store import ObjectStore, open_store
 from s3loader.types import ObjectURL
 from s3loader.units import MIB, format_duration, format_rate
+
+if TYPE_CHECKING:
+    from s3loader.store import ObjectStore
 
 __all__ = ["doctor"]
 
@@ -58,10 +61,12 @@ def doctor(url: str, as_json: bool) -> None:
 
     Writes a few objects under a name of its own below URL, and removes them.
     """
+    from s3loader.store import open_store
+
     where = ObjectURL.parse(url)
     if where.scheme == "file" and not os.path.isdir(where.key):  # a store would make it, and hide the typing mistake
         raise BucketNotFoundError("there is no such folder", op="examine", url=str(where), hint="make it, or check the path")
-    with open_store(url) as store:
+    with open_store(url, **place()) as store:
         found = examine(store)
     if as_json:
         print_json(dataclasses.asdict(found))

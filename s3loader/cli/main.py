@@ -10,7 +10,7 @@ import importlib
 import os
 import signal
 import sys
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -19,12 +19,43 @@ from s3loader import errors
 __all__ = ["exit_code", "main"]
 
 COMMANDS: Final = {
-    "ckpt": "s3loader.cli.cmd_ckpt:ckpt",
-    "config": "s3loader.cli.cmd_config:config",
-    "doctor": "s3loader.cli.cmd_doctor:doctor",
+    "bench": ("cmd_bench:bench", "Measure a store of yours: gets, puts, loading, checkpoints; give advice."),
+    "check": ("cmd_check:check", "Look for torn samples in a dataset."),
+    "ckpt": ("cmd_ckpt:ckpt", "Look at, check, compare, export and clean up checkpoints."),
+    "completion": ("cmd_completion:completion", "Print the script that completes commands in bash, zsh or fish."),
+    "config": ("cmd_config:config", "Show settings and where each comes from."),
+    "copy": ("cmd_objects_move:copy", "The same as cp."),
+    "cp": ("cmd_objects_move:copy", "Copy objects or files, between any two stores, or a store and this machine."),
+    "create-bucket": ("cmd_objects_write:create_bucket", "Make a bucket, or a local folder."),
+    "delete": ("cmd_objects_write:delete", "The same as rm."),
+    "delete-bucket": ("cmd_objects_write:delete_bucket", "Delete a bucket, which must be empty."),
+    "doctor": ("cmd_doctor:doctor", "Examine a store: conditions, checksums, clock, credentials, bandwidth; give advice."),
+    "download": ("cmd_objects_move:download", "Write objects as files in a folder."),
+    "du": ("cmd_objects_read:du", "Add up sizes, by folder."),
+    "gen": ("cmd_gen:gen", "Write made-up objects: no two alike, the same for the same seed."),
+    "get": ("cmd_objects_read:get", "Read objects, and say how fast."),
+    "index": ("cmd_datasets:index", "Make the indexes of tar shards that are missing or outdated."),
+    "list": ("cmd_objects_read:list_objects", "The same as ls."),
+    "list-buckets": ("cmd_objects_read:list_buckets", "List the buckets that the credentials own."),
+    "loader": ("cmd_loader:loader", "Show a dataset: samples, shards, classes, sizes, pictures, what an epoch costs."),
+    "ls": ("cmd_objects_read:list_objects", "List objects."),
+    "ls-samples": ("cmd_datasets:ls_samples", "List the samples of a dataset: keys, members, sizes, shards."),
+    "manifest": ("cmd_manifest:manifest", "Show, make, extend, join and compact manifests."),
+    "mp-get": ("cmd_objects_read:mp_get", "Read objects in several processes, and say how fast."),
+    "oplog": ("cmd_oplog:oplog", "Logs of requests: sum up, draw, merge, replay."),
+    "pack": ("cmd_pack:pack", "Pack a folder, a table or another dataset into shards, ready to train on."),
+    "put": ("cmd_objects_write:put", "Write objects of made-up data, and say how fast; upload writes files."),
+    "repack": ("cmd_datasets:repack", "Write a dataset anew, in shards of another size."),
+    "rm": ("cmd_objects_write:delete", "Delete objects."),
+    "stat": ("cmd_objects_read:stat", "Show what the store says of one object."),
+    "sync": ("cmd_objects_move:sync", "Make one folder hold what another holds."),
+    "top": ("cmd_top:top", "Follow the loaders of a running job."),
+    "upload": ("cmd_objects_write:upload", "Write local files, folders and globs below a URL."),
 }
+"""Where each command is (a module of this package and its name there), and what the list of commands says of it."""
 
 _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
+    (errors.SourceNotFoundError, 4),
     (errors.ConfigError, 3),
     (errors.AccessDeniedError, 3),
     (errors.IntegrityError, 6),
@@ -33,8 +64,19 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
 )
 
 
+class _ReaderGoneError(Exception):
+    """Nobody reads our output any more. (Of a BrokenPipeError click makes an exit code of its own.)"""
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is named."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGoneError from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, without importing anything."""
@@ -42,25 +84,60 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command called `cmd_name`."""
-        where = COMMANDS.get(cmd_name)
-        if where is None:
+        if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = where.partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(f"s3loader.cli.{module}"), attribute)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands in the help."""
-        rows = [(name, command.get_short_help_str(90)) for name in COMMANDS if (command := self.get_command(ctx, name))]
+        """The list of commands in the help, without importing anything."""
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="s3loader")
-def root() -> None:
+@click.option("-v", "--verbose", count=True, help="Log what happens: -v informs, -vv debugs.")
+@click.option("--op-log", metavar="FILE", help="Write each request to FILE (.tsv.zst), as warp does.")
+@click.option("--endpoint-url", help="URL of the S3 server.")
+@click.option("--region", help="Region of the bucket.")
+@click.option("--profile", help="Profile of ~/.aws/config.")
+@click.option("--ca-bundle", help="PEM file of the authorities to trust.")
+@click.option("--anonymous", is_flag=True, help="Send requests without credentials.")
+@click.pass_context
+def root(
+    ctx: click.Context,
+    verbose: int,
+    op_log: str | None,
+    endpoint_url: str | None,
+    region: str | None,
+    profile: str | None,
+    ca_bundle: str | None,
+    anonymous: bool,
+) -> None:
     """Training data and checkpoints between object stores and PyTorch, TensorFlow and JAX."""
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, format="%(levelname)s %(name)s: %(message)s")
+    for variable, value in zip(_VARIABLES, (endpoint_url, region, profile, ca_bundle), strict=True):
+        if value is not None:
+            os.environ[variable] = value  # for every command, and its processes
+    if anonymous:
+        from s3loader.store.options import StoreOptions
+        from s3loader.toolbox.stores import configure
+
+        configure(options=StoreOptions(unsigned=True))
+    if op_log is not None:
+        from s3loader.oplog import finalize_op_log, init_op_log
+
+        init_op_log(op_log)
+        ctx.call_on_close(finalize_op_log)
+
+
+_VARIABLES: Final = ("S3_ENDPOINT_URL", "S3_REGION", "AWS_PROFILE", "AWS_CA_BUNDLE")
 
 
 def exit_code(error: BaseException) -> int:
@@ -74,7 +151,7 @@ def exit_code(error: BaseException) -> int:
 def main() -> None:
     """Run the command line and exit."""
     try:
-        root.main(standalone_mode=False)
+        root.main(standalone_mode=False, complete_var="_S3LOADER_COMPLETE")
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -87,7 +164,13 @@ def main() -> None:
         sys.exit(exit_code(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
+    except _ReaderGoneError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
         sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if os.environ.get("S3LOADER_DEBUG"):
+            raise
+        click.echo(f"error: {type(error).__name__}: {error}", err=True)
+        click.echo("hint: S3LOADER_DEBUG=1 shows the traceback", err=True)
+        sys.exit(1)
     sys.exit(0)

@@ -1,6 +1,7 @@
 """Exchange: manifests, virtual keys and the store that reads and writes them (the s3exchange interface)."""
 
-from s3loader.exchange.commit import append_entries, publish_manifest
+from s3loader.exchange.append import append_entries
+from s3loader.exchange.commit import publish_manifest
 from s3loader.exchange.errors import (
     ExchangeObjectNotFoundError,
     ManifestNotFoundError,
@@ -11,10 +12,7 @@ from s3loader.exchange.errors import (
 from s3loader.exchange.items import create_shards
 from s3loader.exchange.keys import infer_id_from_key, normalize_key, resolve_template
 from s3loader.exchange.lines import encode_manifest, parse_line, serialize_entry
-from s3loader.exchange.manifest import Manifest
 from s3loader.exchange.reading import iter_manifest
-from s3loader.exchange.scope import ScopedStore
-from s3loader.exchange.shard import Shard
 from s3loader.exchange.store import S3ExchangeStore
 from s3loader.exchange.types import (
     CompactReport,
@@ -23,13 +21,16 @@ from s3loader.exchange.types import (
     ManifestEntry,
     ManifestRef,
     ManifestRefEntry,
+    ManifestWriterConfig,
     ShardEntry,
     ShardItem,
     ShardSizePolicy,
     StreamingBodyLike,
+    WriterKeywords,
+    WriterProgress,
 )
+from s3loader.exchange.views import Manifest, ScopedStore, Shard
 from s3loader.exchange.writer import ManifestWriter
-from s3loader.exchange.writer_config import ManifestWriterConfig, WriterProgress
 
 __all__ = [
     "CompactReport",
@@ -52,6 +53,7 @@ __all__ = [
     "ShardSizePolicy",
     "StreamingBodyLike",
     "WriterClosedError",
+    "WriterKeywords",
     "WriterProgress",
     "WriterStateError",
     "append_entries",

@@ -1,52 +1,61 @@
-"""Publishing manifests: whole ones, and appends that never lose anything.
+"""The one commit of manifests and checkpoints: a conditional put, and what became of it (`put_settled`).
 
-An append writes a part of its own and then adds one reference to the root by compare-and-swap: the
-root is read with its ETag, checked line by line, and replaced only while it is still that very object.
-When an answer was lost the root is read again: our reference carries a part name that nobody else
-has, so it is there or it is not.
+Whole manifests are put as they are (`publish_manifest`), or exactly once (`publish_once`); what is added to one is put as a
+part of its own (`put_part`) and then referenced (append.py). The roots of checkpoints are put by `put_settled`, too.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+import itertools
 import mmap
 import random
 import re
 import tempfile
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import IO, Final, cast
+from collections.abc import Callable, Iterable
+from typing import IO, Final, NamedTuple, TypeVar, cast
 
+from s3loader.checksum import crc32c, file_crc32c
 from s3loader.errors import (
     ConflictError,
-    InvalidManifestError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
     OutcomeUnknownError,
+    PreconditionFailedError,
     S3LoaderError,
+    StoreError,
 )
 from s3loader.exchange.keys import beside
-from s3loader.exchange.lines import CONTENT_TYPE, check_entries, encode_manifest, iter_entries, serialize_entry
+from s3loader.exchange.lines import CONTENT_TYPE, encode_manifest
+from s3loader.exchange.reading import sealed_chunks
 from s3loader.exchange.types import ManifestEntry
-from s3loader.shard.source import read_chunks
 from s3loader.store.arguments import checked_key
+from s3loader.store.lost_reply import is_ambiguous
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.sealed import seal
 from s3loader.types import Buffer, PutMode, PutResult, Update
 
 __all__ = [
-    "append_entries",
-    "append_lines",
     "can_compare_and_swap",
+    "describe",
+    "file_chunks",
     "is_part_key",
+    "new_spool",
     "part_key",
     "publish_file",
     "publish_manifest",
+    "publish_once",
+    "put_encoded",
     "put_part",
+    "put_settled",
+    "settled_mode",
 ]
 
 IN_MEMORY: Final = 16 << 20
@@ -54,12 +63,114 @@ IN_MEMORY: Final = 16 << 20
 SINGLE_PUT: Final = 1 << 30
 """Manifests up to this size are written by one conditional put, which every store with conditions honours; larger
 ones by multipart."""
-APPEND_DEADLINE: Final = 600.0
+TRIES: Final = 6
+"""Puts in a row that may fail before it is said that their outcome is not known."""
 _LONGEST_PAUSE: Final = 1.0
+_LONGEST_RECOVERY: Final = 2.0
+"""Seconds that are waited at most for other writers, and for a store that fails."""
+
+Seen = TypeVar("Seen")
+
+_MOST_NAMES: Final = 10_000
 
 _warned: set[str] = set()
-_checked: dict[tuple[str, str], tuple[int, bytes]] = {}
-"""Per root: length and digest of what was last found valid, so that an append only parses what is new."""
+_names: set[tuple[str, str]] = set()
+_names_lock = threading.Lock()
+
+
+def put_settled(
+    put: Callable[[Seen], PutResult],
+    look: Callable[[], Seen],
+    judge: Callable[[Seen, Seen, bool], bool],
+    seen: Seen,
+    *,
+    url: str,
+    op: str = "put",
+    conditional: bool = True,
+    settle: float = 0.0,
+    deadline: float = 0.0,
+) -> tuple[PutResult | None, Seen]:
+    """Put one object under a condition, and find out what became of it.
+
+    A put that is answered with success is done. One that was refused (412, 409; 404 where what it replaces is gone) may have
+    been refused by its own earlier attempt, one that failed may have been carried out. So what lies there now is read back and
+    judged: it is ours; or ours may be put upon it, and the put is sent again; or it is another's, which ends it.
+
+    Args:
+        put: Sends the put, on the condition that what was seen last is still there.
+        look: Reads what is there now.
+        judge: ``judge(now, before, doubtful)`` is True where what is there is ours, and False where ours may be put upon it.
+            It raises where another's is there that must stay. `before` is what was seen last, `doubtful` whether an earlier
+            put may have been carried out.
+        seen: What was there before the first put.
+        url: Of the object, for errors.
+        op: For errors.
+        conditional: Whether the store honours conditions; where it does not, each put is read back.
+        settle: Seconds between a put and reading it back on such a store.
+        deadline: Seconds for which to go on against other writers; without, a refused put counts as one that failed.
+
+    Returns:
+        The store's answer, None where reading back has shown that ours is there; and what was seen last.
+
+    Raises:
+        ConflictError: other writers won every race until the deadline.
+        OutcomeUnknownError: `TRIES` puts in a row failed, or it cannot be read back; one may have been carried out.
+        StoreError: the put cannot succeed, or `TRIES` in a row failed, and none was carried out.
+    """
+    give_up = time.monotonic() + deadline
+    failed, doubtful, pause = 0, False, 0.0
+    while True:
+        started = time.monotonic()
+        error: S3LoaderError | None = None
+        racing = False
+        try:
+            answer = put(seen)
+            if conditional:
+                return answer, seen
+            doubtful = True
+            time.sleep(settle)
+        except StoreError as failure:
+            error = failure
+            refused = isinstance(error, (PreconditionFailedError, ConflictError))
+            if not (refused or error.retryable or isinstance(error, (ObjectNotFoundError, OutcomeUnknownError))):
+                if doubtful:
+                    raise _unknown(op, url, error) from error
+                raise
+            doubtful = doubtful or error.attempts > 1 or is_ambiguous(error)
+            racing = refused and deadline > 0
+        if racing:
+            if time.monotonic() > give_up:
+                raise ConflictError(f"other writers won for {deadline:.0f} s", op=op, url=url) from error
+            took = time.monotonic() - started
+            pause = min(_LONGEST_PAUSE, max(10 * took, 1.5 * pause))
+            time.sleep(random.random() * pause)
+        try:
+            now = look()
+        except StoreError as failure:
+            if not failure.retryable:
+                raise _unknown(op, url, failure) from failure
+            error, racing = failure, False
+        except S3LoaderError as failure:  # what is there cannot be understood
+            if doubtful:
+                raise _unknown(op, url, failure) from failure
+            raise
+        else:
+            if judge(now, seen, doubtful):
+                return None, now
+            seen = now
+        failed = 0 if racing else failed + 1
+        hopeless = failed >= TRIES or (failed > 1 and isinstance(error, ObjectNotFoundError))  # there is no bucket
+        if hopeless and error is not None and not doubtful:
+            raise error
+        if hopeless:
+            raise _unknown(op, url, error) from error
+        if failed:
+            time.sleep(min(_LONGEST_RECOVERY, 0.05 * 2**failed) * random.uniform(0.5, 1.0))
+
+
+def _unknown(op: str, url: str, error: S3LoaderError | None) -> OutcomeUnknownError:
+    why = f" ({error.message})" if error is not None else ""
+    return OutcomeUnknownError(f"whether it was written could not be found out{why}", op=op, url=url)
 
 
 def can_compare_and_swap(store: ObjectStore) -> bool:
@@ -77,10 +188,17 @@ def can_compare_and_swap(store: ObjectStore) -> bool:
     return False
 
 
-def part_key(manifest_key: str) -> str:
-    """A fresh name for a part of `manifest_key`: ``manifests/part-<UTC>-<8 hex>.jsonl`` beside it."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    return beside(manifest_key, f"manifests/part-{now}-{uuid.uuid4().hex[:8]}.jsonl")
+def part_key(manifest_key: str, crc: int | None = None, later: int = 0) -> str:
+    """A name for a part of `manifest_key`: ``manifests/part-<UTC>-<8 hex>.jsonl`` beside it.
+
+    Args:
+        manifest_key: The root.
+        crc: CRC32C of the part's bytes, which the 8 digits are then, so that readers can check them; else they are random.
+        later: Seconds to add to the time.
+    """
+    now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=later)
+    digits = uuid.uuid4().hex[:8] if crc is None else f"{crc:08x}"
+    return beside(manifest_key, f"manifests/part-{now:%Y%m%d-%H%M%S}-{digits}.jsonl")
 
 
 def is_part_key(manifest_key: str, key: str) -> bool:
@@ -101,18 +219,33 @@ def new_spool() -> IO[bytes]:
 
 
 def put_part(store: ObjectStore, manifest_key: str, data: Buffer | IO[bytes]) -> str:
-    """Write a part under a name of its own; returns its key."""
-    mode: PutMode = "create" if can_compare_and_swap(store) else "overwrite"
-    while True:
-        key = part_key(manifest_key)
+    """Write a part under a name of its own, which holds its checksum; returns its key."""
+    crc = crc32c(data) if isinstance(data, (bytes, bytearray, memoryview)) else file_crc32c(data)
+    for later in itertools.count():  # parts with the same bytes within one second
+        key = part_key(manifest_key, crc, later)
         try:
+            mode = settled_mode(store, key, "create")
+            if mode == "overwrite" and not _is_first(store, key):
+                continue
             if isinstance(data, (bytes, bytearray, memoryview)):
-                _put(store, key, data, mode)
+                put_encoded(store, key, data, mode)
             else:
                 publish_file(store, key, data, mode)
-        except ObjectExistsError:  # 8 hex digits within one second: once in a very long time
+        except ObjectExistsError:
             continue
         return key
+    raise AssertionError("unreachable")
+
+
+def _is_first(store: ObjectStore, key: str) -> bool:
+    """Whether no other thread is about to write a part of that name where the store itself would not refuse."""
+    with _names_lock:
+        if len(_names) >= _MOST_NAMES:
+            _names.clear()
+        if (store.url, key) in _names:
+            return False
+        _names.add((store.url, key))
+        return True
 
 
 def publish_manifest(
@@ -133,7 +266,74 @@ def publish_manifest(
         OutcomeUnknownError: the answer was lost and reading back did not settle it.
     """
     checked_key(key)
-    return _put(store, key, encode_manifest(entries), settled_mode(store, key, mode))
+    return put_encoded(store, key, encode_manifest(entries), settled_mode(store, key, mode))
+
+
+def publish_once(store: ObjectStore, key: str, data: Buffer | IO[bytes]) -> PutResult:
+    """Publish exactly these bytes under a key that nobody has, exactly once.
+
+    Whoever publishes the same bytes again, as an answer was lost or several race to publish them, succeeds too.
+
+    Args:
+        store: The store.
+        key: Of the manifest.
+        data: All its lines, or a temporary file of them.
+
+    Returns:
+        The manifest as it is there now, whoever wrote it.
+
+    Raises:
+        ObjectExistsError: another manifest is there.
+        OutcomeUnknownError: whether it was written could not be found out.
+    """
+    checked_key(key)
+    url = f"{store.url}/{key}"
+    conditional = can_compare_and_swap(store)
+    mode: PutMode = "create" if conditional else "overwrite"
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        ours, send = _digest_of([data]), functools.partial(put_encoded, store, key, data, mode)
+    else:
+        ours, send = _digest_of(_from_start(data)), functools.partial(publish_file, store, key, data, mode)
+
+    def look() -> _Published | None:
+        try:
+            meta, chunks = sealed_chunks(store, key, strict=True)
+        except ObjectNotFoundError:
+            return None
+        return _Published(PutResult(key, meta.etag, meta.size, meta.version_id), _digest_of(chunks) == ours)
+
+    def is_ours(now: _Published | None, before: _Published | None = None, doubtful: bool = False) -> bool:
+        if now is not None and not now.is_ours:
+            raise ObjectExistsError("another manifest is there already", op="create", url=url)
+        return now is not None
+
+    there = None if conditional else look()
+    if there is not None and is_ours(there):
+        return there.result
+    answer, there = put_settled(lambda _: send(), look, is_ours, None, op="create", url=url, conditional=conditional)
+    if answer is not None:
+        return answer
+    assert there is not None
+    return there.result
+
+
+class _Published(NamedTuple):
+    """What is under the key of a manifest that is published once."""
+
+    result: PutResult
+    is_ours: bool
+
+
+def _digest_of(chunks: Iterable[Buffer]) -> bytes:
+    hasher = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.digest()
+
+
+def _from_start(file: IO[bytes]) -> Iterable[bytes]:
+    file.seek(0)
+    return file_chunks(file)
 
 
 def settled_mode(store: ObjectStore, key: str, mode: PutMode) -> PutMode:
@@ -160,232 +360,23 @@ def publish_file(store: ObjectStore, key: str, file: IO[bytes], mode: PutMode) -
     size = file.seek(0, 2)
     file.seek(0)
     if size <= IN_MEMORY:
-        return _put(store, key, file.read(), mode)
+        return put_encoded(store, key, file.read(), mode)
     if size > SINGLE_PUT:
-        return store.put(key, file, mode=mode, content_type=CONTENT_TYPE)
+        sealed = seal(file_crc32c(file))
+        return store.put(key, file, mode=mode, content_type=CONTENT_TYPE, metadata=sealed)
     file.flush()
     with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-        return _put(store, key, view, mode)
+        return put_encoded(store, key, view, mode)
 
 
-def _put(store: ObjectStore, key: str, data: Buffer, mode: PutMode) -> PutResult:
-    return store.backend.put(key, data, mode=mode, content_type=CONTENT_TYPE)
+def put_encoded(store: ObjectStore, key: str, data: Buffer, mode: PutMode) -> PutResult:
+    """Send one put of a manifest's bytes, with its media type and seal."""
+    return store.backend.put(key, data, mode=mode, content_type=CONTENT_TYPE, metadata=seal(crc32c(data)))
 
 
-def append_entries(store: ObjectStore, key: str, entries: Iterable[ManifestEntry]) -> str | None:
-    """Append `entries` to the manifest `key` as one new part; returns the part's key, None without entries.
-
-    Where the manifest refuses the append the part is removed again; after any other failure the error's note names it.
-
-    Raises: as `append_lines`, and InvalidManifestError for an entry no reader would accept.
-    """
-    checked_key(key)
-    check_entries(entries)
-    entries = list(entries)
-    if not entries:
-        return None
-    part = put_part(store, key, encode_manifest(entries))
-    try:
-        append_lines(store, key, [serialize_entry({"kind": "manifest_ref", "key": part})])
-    except BaseException as error:
-        _drop_part(store, key, part, error)
-        raise
-    return part
-
-
-def _drop_part(store: ObjectStore, key: str, part: str, error: BaseException) -> None:
-    """Remove the part of an append that surely did not happen; let `error` name one that stays."""
-    why = f"delete it unless {key} refers to it"
-    if isinstance(error, InvalidManifestError):
-        try:
-            store.delete(part)
-            return
-        except S3LoaderError as second:
-            why = f"it could not be removed: {second.message}"
-    error.add_note(f"s3loader: the part {part} was written before the error and stays; {why}")
-
-
-@dataclass
-class _Root:
-    """A root as it was read."""
-
-    file: IO[bytes]
-    size: int
-    etag: str | None
-    """None: there is no root yet."""
-    digest: bytes
-    ends_line: bool
-    extends: bool
-    """Whether it begins with the root of the try before."""
-    has_ours: bool
-
-
-def append_lines(store: ObjectStore, key: str, lines: list[str], *, deadline: float = APPEND_DEADLINE) -> PutResult | None:
-    """Add `lines` to the end of the root manifest `key`, whoever else does so at the same time.
-
-    Args:
-        store: The store.
-        key: The root.
-        lines: Serialised entries that nobody else writes (references to parts of our own).
-        deadline: Seconds after which to give up against other writers.
-
-    Returns:
-        What the put made, or None where reading back showed that an earlier try had succeeded.
-
-    Raises:
-        InvalidManifestError: the root cannot be parsed; it is left as it is, and has none of `lines`.
-        ConflictError: other writers won every race until the deadline, or, on a store without conditional
-            writes, another writer replaced the root at the same time.
-        OutcomeUnknownError: an answer was lost and the root's history was rewritten, or made unreadable, meanwhile.
-    """
-    new = "".join(f"{line}\n" for line in lines).encode("ascii")
-    conditional = can_compare_and_swap(store)
-    give_up = time.monotonic() + deadline
-    before: tuple[int, bytes] | None = None
-    doubtful = False
-    pause = 0.0
-    while True:
-        started = time.monotonic()
-        try:
-            root = _read_root(store, key, new, before)
-        except InvalidManifestError as error:
-            if doubtful:
-                raise _unknown(store, key) from error
-            raise
-        with root.file:
-            if root.has_ours:
-                return None
-            if doubtful and not root.extends:
-                raise _unknown(store, key)
-            before = (root.size, root.digest)
-            try:
-                result = _write_root(store, key, root, new, conditional)
-            except (ObjectExistsError, ObjectChangedError, ConflictError, OutcomeUnknownError) as error:
-                if time.monotonic() > give_up and not isinstance(error, OutcomeUnknownError):
-                    raise ConflictError(
-                        f"other writers won for {deadline:.0f} s", op="append", url=f"{store.url}/{key}"
-                    ) from error
-                doubtful = doubtful or isinstance(error, OutcomeUnknownError) or error.attempts > 1
-                took = time.monotonic() - started
-                pause = min(_LONGEST_PAUSE, 10 * took, max(1.5 * pause, took))
-                time.sleep(random.random() * pause)
-                continue
-        if not conditional:
-            _read_back(store, key, new)
-        return result
-
-
-def _unknown(store: ObjectStore, key: str) -> OutcomeUnknownError:
-    return OutcomeUnknownError(
-        "an append's answer was lost, and the manifest was rewritten before it could be read back",
-        op="append",
-        url=f"{store.url}/{key}",
-        hint="look whether the entries are there, then append again if they are not",
-    )
-
-
-def _write_root(store: ObjectStore, key: str, root: _Root, new: bytes, conditional: bool) -> PutResult:
-    mode: PutMode = "overwrite"
-    if conditional:
-        mode = "create" if root.etag is None else Update(root.etag)
-    if not root.ends_line:
-        new = b"\n" + new
-    root.file.seek(0, 2)
-    root.file.write(new)
-    return publish_file(store, key, root.file, mode)
-
-
-def _read_back(store: ObjectStore, key: str, new: bytes) -> None:
-    """Single-writer mode: whoever replaced the root between our read and now is noticed here."""
-    try:
-        root = _read_root(store, key, new, None)
-        root.file.close()
-        ours = root.has_ours
-    except InvalidManifestError:  # ours was valid
-        ours = False
-    if not ours:
-        raise ConflictError(
-            "another writer replaced the manifest at the same time, and the store has no conditional writes",
-            op="append",
-            url=f"{store.url}/{key}",
-            retryable=False,
-            hint="append from one process only on this store, or give each writer a manifest of its own",
-        )
-
-
-def _read_root(store: ObjectStore, key: str, ours: bytes, before: tuple[int, bytes] | None) -> _Root:
-    """Read and check the root; lines already found valid by this process are not parsed again.
-
-    Raises:
-        InvalidManifestError: it is no manifest.
-    """
-    spool = new_spool()
-    try:
-        try:
-            meta, chunks = read_chunks(store, key)
-        except ObjectNotFoundError:
-            return _Root(spool, 0, None, b"", True, before in (None, (0, b"")), False)
-        for chunk in chunks:
-            spool.write(chunk)
-        return _inspect(store, key, spool, meta.etag, ours, before)
-    except BaseException:
-        spool.close()
-        raise
-
-
-def _inspect(store: ObjectStore, key: str, spool: IO[bytes], etag: str, ours: bytes, before: tuple[int, bytes] | None) -> _Root:
-    known = _checked.get((store.url, key))
-    size = spool.tell()
-    digests = _digests(spool, sorted({mark[0] for mark in (known, before) if mark is not None and mark[0] <= size} | {size}))
-    valid = known[0] if known is not None and digests.get(known[0]) == known[1] else 0
-    spool.seek(valid)
-    try:
-        for _ in iter_entries(_chunks(spool)):
-            pass
-    except InvalidManifestError as error:
-        if valid:  # say the line's number in the whole file
-            _checked.pop((store.url, key), None)
-            return _inspect(store, key, spool, etag, ours, before)
-        raise InvalidManifestError(
-            f"{error.message}; nothing was appended", error.line_number, op="append to", url=f"{store.url}/{key}", key=key
-        ) from error
-    spool.seek(max(0, size - 1))
-    ends_line = size == 0 or spool.read(1) == b"\n"
-    if ends_line:
-        _checked[store.url, key] = (size, digests[size])
-    extends = before is None or before[0] == 0 or digests.get(before[0]) == before[1]
-    return _Root(spool, size, etag, digests[size], ends_line, extends, _holds(spool, ours))
-
-
-def _chunks(file: IO[bytes]) -> Iterable[bytes]:
+def file_chunks(file: IO[bytes]) -> Iterable[bytes]:
+    """What follows in a file, 1 MiB at a time."""
     return iter(lambda: file.read(1 << 20), b"")
-
-
-def _digests(file: IO[bytes], marks: list[int]) -> dict[int, bytes]:
-    """Digest of the first `mark` bytes, for each of the rising `marks`."""
-    hasher = hashlib.blake2b(digest_size=16)
-    found = {}
-    file.seek(0)
-    at = 0
-    for mark in marks:
-        while at < mark:
-            piece = file.read(min(1 << 20, mark - at))
-            hasher.update(piece)
-            at += len(piece)
-        found[mark] = hasher.copy().digest()
-    return found
-
-
-def _holds(file: IO[bytes], lines: bytes) -> bool:
-    """Whether the file holds `lines`, as whole lines."""
-    file.seek(0)
-    rest = b"\n"
-    for piece in _chunks(file):
-        window = rest + piece
-        if b"\n" + lines in window:
-            return True
-        rest = window[-len(lines) :]
-    return False
 
 
 def describe(error: Exception) -> str:

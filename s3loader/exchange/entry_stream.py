@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from s3loader.errors import InvalidManifestError, S3LoaderError
-from s3loader.exchange.commit import append_lines, new_spool, publish_file, put_part, settled_mode
-from s3loader.exchange.journal import Journal
+from s3loader.exchange.append import append_lines
+from s3loader.exchange.commit import new_spool, publish_file, publish_once, put_part, settled_mode
+from s3loader.exchange.delete import UploadedKeys
 from s3loader.exchange.lines import EMPTY_MANIFEST, serialize_entry
-from s3loader.exchange.types import ManifestEntry, ManifestRefEntry
-from s3loader.exchange.writer_config import ManifestWriterConfig
-from s3loader.shard.pool import UploadPool
+from s3loader.exchange.types import ManifestEntry, ManifestRefEntry, ManifestWriterConfig
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.ordered import BoundedPool
 from s3loader.types import PutResult
 
 __all__ = ["EntryStream"]
@@ -24,7 +24,7 @@ _LONGEST_QUEUE: Final = 10_000
 
 
 class EntryStream:
-    """Takes entries, or futures of entries, and turns them into parts (append) or one manifest (overwrite).
+    """Takes entries, or futures of entries, and turns them into parts (append) or one manifest (overwrite, create).
 
     Lines go to a temporary file once there are many, full parts are uploaded in `pool`.
     """
@@ -34,15 +34,15 @@ class EntryStream:
         store: ObjectStore,
         manifest_key: str,
         config: ManifestWriterConfig,
-        pool: UploadPool,
-        journal: Journal,
+        pool: BoundedPool,
+        uploaded: UploadedKeys,
         on_entry: Callable[[], None] | None,
     ) -> None:
         self._store = store
         self._key = manifest_key
         self._config = config
         self._pool = pool
-        self._journal = journal
+        self._uploaded = uploaded
         self._on_entry = on_entry
         self._queue: deque[bytes | Future[Any]] = deque()
         self._spool = new_spool()
@@ -102,7 +102,7 @@ class EntryStream:
         def upload() -> str:
             with spool:
                 key = put_part(self._store, self._key, spool)
-            self._journal.note("manifest", key)
+            self._uploaded.note("manifest", key)
             return key
 
         future = self._pool.submit(upload, size)
@@ -118,9 +118,11 @@ class EntryStream:
         """Wait for everything, then write the manifest; None where nothing had to be written or an append's lost
         answer was settled by reading back."""
         self.drain(wait=True)
-        if self._config.mode == "overwrite":
+        if self._config.mode != "append_parts":
             if not self.part_entries:
                 self._spool.write(EMPTY_MANIFEST)
+            if self._config.mode == "create":
+                return publish_once(self._store, self._key, self._spool)
             mode = settled_mode(self._store, self._key, self._config.publish)
             return publish_file(self._store, self._key, self._spool, mode)
         if self.part_entries:
@@ -141,7 +143,7 @@ class EntryStream:
         except S3LoaderError:
             return
         if not left:
-            self._journal.forget("manifest")
+            self._uploaded.forget("manifest")
 
     def close(self) -> None:
         """Drop the temporary file."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from s3loader.arguments import checked
 from s3loader.errors import ConfigError
 from s3loader.exchange.errors import MissingPlaceholderError
 from s3loader.shard.compression import infer_archive_format
@@ -17,11 +18,13 @@ _SLASHES: Final = re.compile("/+")
 _PLACEHOLDER: Final = re.compile(r"\{\{|\}\}|\{(\w+)\}|[{}]")
 
 
+@checked
 def normalize_key(key: str) -> str:
     """`key` with runs of slashes made one, and none at either end."""
     return _SLASHES.sub("/", key).strip("/")
 
 
+@checked
 def resolve_template(template: str, variables: Mapping[str, Any], default_vars: Mapping[str, Any] | None = None) -> str:
     """`template` with each ``{name}`` replaced by the value of that variable, then normalised.
 
@@ -61,6 +64,7 @@ def _checked_value(name: str, text: str) -> str:
     return text
 
 
+@checked
 def infer_id_from_key(key: str) -> str:
     """The base name of `key` without its last extension (``a/b.tar.gz`` -> ``b.tar``, ``.hidden`` -> empty)."""
     base = key.rsplit("/", 1)[-1]

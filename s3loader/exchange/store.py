@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Unpack
 
+from s3loader.arguments import checked
 from s3loader.errors import ConfigError
-from s3loader.exchange import removal
-from s3loader.exchange.access import ObjectAccess
-from s3loader.exchange.keyed import KeyedObjects
+from s3loader.exchange import delete
+from s3loader.exchange.append import write_manifest
+from s3loader.exchange.delete import DeletedKeys
+from s3loader.exchange.iterate import KeyedObjects
 from s3loader.exchange.keys import (
     infer_id_from_key,
     is_manifest_key,
@@ -20,14 +22,8 @@ from s3loader.exchange.keys import (
     resolve_template,
 )
 from s3loader.exchange.lines import check_entries, file_entry
-from s3loader.exchange.local import download, download_all
-from s3loader.exchange.manifest import Manifest, write_manifest
-from s3loader.exchange.metadata import object_metadata
-from s3loader.exchange.opening import open_root
-from s3loader.exchange.packer import Source, pack_shard
-from s3loader.exchange.removal import DeletedKeys
-from s3loader.exchange.scope import ScopedStore
-from s3loader.exchange.shard import Shard, entry_of
+from s3loader.exchange.objects import ExchangeBase, ObjectAccess, download, download_all, object_metadata
+from s3loader.exchange.pack import Source, pack_shard
 from s3loader.exchange.types import (
     CompactOptions,
     CompactReport,
@@ -37,20 +33,24 @@ from s3loader.exchange.types import (
     ShardEntry,
     ShardItem,
     WriteMode,
+    WriterKeywords,
 )
+from s3loader.exchange.views import Manifest, ScopedStore, Shard, entry_of
 from s3loader.exchange.writer import ManifestWriter
-from s3loader.exchange.writer_config import WriterKeywords
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.store.arguments import checked_key
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.open import open_store
+from s3loader.types import ObjectURL
 
-__all__ = ["S3ExchangeStore"]
+__all__ = ["S3ExchangeStore", "open_root"]
 
 ManifestLike: TypeAlias = str | Manifest | Iterable[ManifestEntry]
 
 
-class S3ExchangeStore:
+@checked
+class S3ExchangeStore(ExchangeBase):
     """Objects, manifests and shards of one bucket or folder.
 
     Args:
@@ -93,10 +93,8 @@ class S3ExchangeStore:
         self.prefix_all = prefix_all
         self.default_vars = dict(default_vars or {})
         self.infer_id = infer_id or infer_id_from_key
-        self.objects: ObjectStore = root
-        """The object store all data calls go to."""
+        self.objects = root
         self.access = ObjectAccess(root, verify=verify)
-        """What opens objects and members by key, and keeps indexes."""
 
     def __repr__(self) -> str:
         return f"S3ExchangeStore({self.objects.url!r})"
@@ -187,7 +185,7 @@ class S3ExchangeStore:
 
     def download_object(self, key: str, local_path: str | os.PathLike[str]) -> Path:
         """Write an object or member to a local file (whole or not at all); parents are created."""
-        return download(self, key, local_path)
+        return download(self.access, key, local_path)
 
     def download_objects(self, keys: Iterable[str], local_dir: str | os.PathLike[str]) -> dict[str, Path]:
         """Write objects or members to a folder, each under its base name.
@@ -195,20 +193,30 @@ class S3ExchangeStore:
         Raises:
             ConfigError: two keys have the same base name; nothing was downloaded.
         """
-        return download_all(self, keys, local_dir)
+        return download_all(self.access, keys, local_dir)
 
     # iterating
 
     def iter_manifest_entries(
         self, manifest: ManifestLike, *, resolve_refs: bool = True, limit: int | None = None
     ) -> Iterator[ManifestEntry]:
-        """The entries of a manifest: see `Manifest.iter_entries`."""
+        """The entries of a manifest, references followed depth first (each manifest once); a shard is one entry.
+
+        Raises:
+            ManifestNotFoundError: it, or a referenced one, does not exist.
+            InvalidManifestError: a line is not understood.
+        """
         return self.as_manifest(manifest).iter_entries(resolve_refs=resolve_refs, limit=limit)
 
     def iter_objects(
         self, manifest: ManifestLike, *, expand_shards: bool = True, limit: int | None = None
     ) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
-        """``(stream, entry)`` for all a manifest lists: see `Manifest.iter_objects`."""
+        """``(stream, entry)`` for every object and member of a manifest, in order, fetched ahead within 64 MiB.
+
+        Raises:
+            ExchangeObjectNotFoundError: an object is gone.
+            IntegrityError: it has not as many bytes as its entry says, or a member's checksum is wrong.
+        """
         return self.as_manifest(manifest).iter_objects(expand_shards=expand_shards, limit=limit)
 
     def get_objects(self, manifest: ManifestLike) -> Iterator[tuple[ObjectBody, ManifestEntry]]:
@@ -227,15 +235,15 @@ class S3ExchangeStore:
 
         Args:
             keys: Plain and virtual keys, mixed as you like.
-            limit: At most so many streams.
+            limit: Most streams; None: all.
             on_missing: ``"raise"`` at the key that is missing, or ``"report"`` it in the iterator's `missing` and go on.
             details: Give the members' full entries (id, meta), which costs one read of each archive's internal
                 manifest; without, `id` is made from the key and `meta` is None.
         """
-        return KeyedObjects(self, keys, limit=limit, on_missing=on_missing, details=details)
+        return KeyedObjects(self.access, keys, infer_id=self.infer_id, limit=limit, on_missing=on_missing, details=details)
 
     def list_manifest_files(self, manifest: ManifestLike, *, include_shards: bool = True) -> Iterator[ManifestEntry]:
-        """File entries, members in place of their shards: see `Manifest.list_files`."""
+        """File entries; with `include_shards` members in place of their shards, else the shards' own entries."""
         return self.as_manifest(manifest).list_files(include_shards=include_shards)
 
     def list_by_manifest_prefix(self, manifest: ManifestLike, prefix_filter: str) -> Iterator[ManifestEntry]:
@@ -256,12 +264,19 @@ class S3ExchangeStore:
     def write_manifest(self, key: str, entries: Iterable[ManifestEntry | Shard], *, mode: WriteMode = "overwrite") -> None:
         """Write entries as a manifest, or append them to one as a new part (safe beside other appenders).
 
+        Args:
+            key: Of the manifest.
+            entries: Written verbatim, in this order.
+            mode: ``"overwrite"`` replaces what is there, ``"append_parts"`` adds a part, ``"create"`` writes the manifest
+                exactly once: the same entries may be written again, as after a lost answer.
+
         Raises:
             ConfigError: an unknown mode, or what is no entries.
+            ObjectExistsError: mode ``"create"``, and another manifest is there.
             InvalidManifestError: an entry no reader would accept, or (append) the manifest there cannot be parsed.
         """
         check_entries(entries)
-        write_manifest(self, key, (entry_of(entry) for entry in entries), mode)
+        write_manifest(self.objects, key, map(entry_of, entries), mode)
 
     def put_shard_archive(
         self,
@@ -288,20 +303,30 @@ class S3ExchangeStore:
         self.write_manifest(manifest_key, shard_entries, mode=update_mode)
 
     def open_manifest_writer(self, manifest_key: str, **options: Unpack[WriterKeywords]) -> ManifestWriter:
-        """A writer for a manifest, its shards and its objects: see `ManifestWriter` for the options."""
+        """A writer for a manifest, its shards and its objects; the options are those of `ManifestWriter`."""
         return ManifestWriter(self, manifest_key, **options)
 
     def compact_manifest(
         self, src_manifest_key: str, dst_manifest_key: str, **options: Unpack[CompactOptions]
     ) -> CompactReport:
-        """One manifest out of one with parts: see `s3loader.exchange.compaction.compact` and `CompactOptions`."""
+        """Write a manifest with its parts as one manifest, which appears at once or not at all.
+
+        Args:
+            src_manifest_key: What to compact.
+            dst_manifest_key: Where to; onto its own key fails with `ObjectChangedError` if somebody appended meanwhile.
+            options: Those of `CompactOptions`.
+
+        Raises:
+            ConfigError: `delete_parts` where the parts are still needed.
+            ManifestNotFoundError, InvalidManifestError, IntegrityError: it cannot be read; nothing was written.
+        """
         return Manifest(self, key=src_manifest_key).compact(dst_manifest_key, **options)
 
     # deleting
 
     def delete_key(self, key: str, *, dry_run: bool = False) -> DeleteReport:
         """Delete one object; with an archive goes its index. A key that does not exist is no error."""
-        return removal.delete_key(self.objects, key, dry_run=dry_run)
+        return delete.delete_key(self.objects, key, dry_run=dry_run)
 
     def delete_prefix(
         self,
@@ -312,19 +337,52 @@ class S3ExchangeStore:
         allow_all: bool = False,
         dry_run: bool = False,
     ) -> DeletedKeys:
-        """Delete every key that starts with `prefix`: see `s3loader.exchange.removal.delete_prefix`.
+        """Delete every key that starts with `prefix` (and in which `regex` is found); the empty prefix only with `allow_all`.
 
         `batch_size` is accepted for code written for s3exchange; batches are always of 1,000.
         """
-        return removal.delete_prefix(self.objects, prefix, regex=regex, allow_all=allow_all, dry_run=dry_run)
+        return delete.delete_prefix(self.objects, prefix, regex=regex, allow_all=allow_all, dry_run=dry_run)
 
     def delete_manifest(
         self, manifest: ManifestLike, *, delete_manifests: bool = True, dedupe: bool = True, dry_run: bool = False
     ) -> DeleteReport:
-        """Delete all a manifest lists, its parts and itself: see `s3loader.exchange.removal.delete_manifest`."""
+        """Delete all a manifest lists, its parts and itself; a shard goes with its index. The data goes first, so a call that
+        was cut off can be made again."""
         if isinstance(manifest, str):
             manifest = Manifest(self, key=manifest)
         elif not isinstance(manifest, Manifest):
             check_entries(manifest)
             manifest = Manifest(self, entries=manifest)
         return manifest.delete(delete_manifests=delete_manifests, dedupe=dedupe, dry_run=dry_run)
+
+
+DEFAULT_BUCKET = "default-bucket"
+"""The bucket s3exchange falls back to where a client comes without one."""
+
+
+def open_root(target: Any, bucket: str | None, prefix: str = "") -> tuple[ObjectStore, str, Any]:
+    """The store (below `prefix`, where one is given), the bucket's name, and the boto3 client if one was given.
+
+    Raises:
+        ConfigError: `target` is none of the four.
+    """
+    if isinstance(target, ObjectStore):
+        name = bucket or ObjectURL.parse(target.url).bucket
+        if not prefix:
+            return target, name, None
+        return target.below(prefix), name, None
+    if isinstance(target, (str, os.PathLike, ObjectURL)):
+        url = ObjectURL.parse(target)
+        return open_store(url.joined(prefix) if prefix else url), bucket or url.bucket, None
+    if hasattr(target, "get_object") and hasattr(target, "head_object") and hasattr(target, "meta"):
+        name = bucket or DEFAULT_BUCKET
+        return open_store(ObjectURL("s3", name, prefix), s3_client=target), name, target
+    if hasattr(target, "endpoint_url") and hasattr(target, "aws_access_key_id"):
+        name = bucket or target.bucket
+        if not name:
+            raise ConfigError("no bucket", hint="pass bucket=, or set S3_BUCKET")
+        return open_store(ObjectURL("s3", name, prefix), settings=target), name, None
+    raise ConfigError(
+        f"cannot make a store of {type(target).__name__}",
+        hint="give a boto3 S3 client, S3Settings, an ObjectStore, or a URL",
+    )

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future
+from copy import deepcopy
+from functools import wraps
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import IO, Any, Final, Unpack, cast
 
+from s3loader.arguments import checked
+from s3loader.errors import ConfigError
+from s3loader.exchange.delete import UploadedKeys, empty_report, remove_written
 from s3loader.exchange.entry_stream import EntryStream
 from s3loader.exchange.errors import WriterClosedError, WriterStateError
-from s3loader.exchange.journal import Journal
 from s3loader.exchange.keys import infer_id_from_key
 from s3loader.exchange.lines import check_entry, file_entry, serialize_entry
-from s3loader.exchange.packer import Source, check_source, checked_item
-from s3loader.exchange.pending import PendingEntry
-from s3loader.exchange.removal import empty_report, remove_written
+from s3loader.exchange.objects import ExchangeBase
+from s3loader.exchange.pack import Source, check_source, checked_item
 from s3loader.exchange.shard_stream import ShardStream
 from s3loader.exchange.types import (
     DeleteReport,
     FileEntry,
     ManifestEntry,
     ManifestRefEntry,
+    ManifestWriterConfig,
     ShardEntry,
     ShardItem,
+    WriterKeywords,
+    WriterProgress,
 )
-from s3loader.exchange.writer_config import ManifestWriterConfig, WriterKeywords, WriterProgress
-from s3loader.shard.pool import UploadPool
+from s3loader.shard.upload import upload_pool
 from s3loader.store.arguments import checked_key, open_source
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import PutResult
 
-if TYPE_CHECKING:
-    from s3loader.exchange.store import S3ExchangeStore
-
-__all__ = ["ManifestWriter"]
+__all__ = ["ManifestWriter", "PendingEntry"]
 
 _READ_AT_ONCE: Final = 8 << 20
 
 
+@checked
 class ManifestWriter:
     """Writes one manifest; use as a context manager.
 
@@ -51,14 +55,18 @@ class ManifestWriter:
         store: An `S3ExchangeStore` or an `ObjectStore`.
         manifest_key: Key of the manifest (the root, in append mode).
         mode: ``"append_parts"`` (the default) writes parts beside the manifest and adds references to them to it, by
-            compare-and-swap; ``"overwrite"`` writes one manifest at `close` (also an empty one).
-        part_max_entries: Append mode: a part is full at so many entries (50,000) ...
-        part_max_bytes: ... or so many bytes (50 MiB).
-        shard_size: When shards are full; needed for `add_to_shard`.
+            compare-and-swap; ``"overwrite"`` writes one manifest at `close` (also an empty one); ``"create"`` does that exactly
+            once: it fails if another manifest is there, and succeeds if the same lines are, as after a lost answer.
+        part_max_entries: Append mode: most entries of a part (50,000) ...
+        part_max_bytes: ... and most bytes of it (50 MiB).
+        shard_size: When shards are full; needed for `add_sample` and `add_to_shard`.
         shard_prefix: Folder of the shards; default ``shards`` beside the manifest.
         shard_format: ``"tar"``.
         shard_compression: None (the default), ``"gzip"``, ``"zstd"`` (keeps random access), ``"bz2"`` or ``"xz"``.
-        internal_manifest_path: Name of the first member of each shard; default `INTERNAL_MANIFEST`.
+        internal_manifest_path: Name of the first member of each shard; default ``__manifest__.jsonl``.
+        group: ``"webdataset"``: shards for WebDataset, Hugging Face datasets, Energon and other readers that follow its rule:
+            that member is called ``__manifest__``, which they leave out, and a sample whose members do not stand together is
+            refused. None (the default): any members.
         publish_on_error: Publish what there is when left by an exception; default: no.
         publish: Overwrite mode: how the manifest is put: ``"overwrite"`` (the default), ``"create"`` or ``Update(etag)``.
         max_in_flight: Uploads at a time; default 8.
@@ -70,7 +78,7 @@ class ManifestWriter:
 
     def __init__(
         self,
-        store: S3ExchangeStore | ObjectStore,
+        store: ExchangeBase | ObjectStore,
         manifest_key: str,
         **options: Unpack[WriterKeywords],
     ) -> None:
@@ -80,12 +88,12 @@ class ManifestWriter:
         self.published = None
         self._store = store if isinstance(store, ObjectStore) else store.objects
         self._infer_id = infer_id_from_key if isinstance(store, ObjectStore) else store.infer_id
-        self._pool = UploadPool(self.config.max_in_flight)
-        self._journal = Journal()
+        self._pool = upload_pool(self.config.max_in_flight)
+        self._uploaded = UploadedKeys()
         progress = self.config.progress
         report = None if progress is None else lambda: progress(self.totals())
-        self._entries = EntryStream(self._store, manifest_key, self.config, self._pool, self._journal, report)
-        self._shards = ShardStream(self._store, manifest_key, self.config, self._pool, self._journal)
+        self._entries = EntryStream(self._store, manifest_key, self.config, self._pool, self._uploaded, report)
+        self._shards = ShardStream(self._store, manifest_key, self.config, self._pool, self._uploaded, self._entries.add)
         self._closed = False
         self._pid = os.getpid()
 
@@ -144,7 +152,8 @@ class ManifestWriter:
         checked_key(key)
         check_source(data)
         name = self._infer_id(key) if id is None else id
-        serialize_entry(file_entry(key, name, meta, content_type, None, None))
+        known = file_entry(key, name, meta, content_type, None, None)
+        serialize_entry(known)
         body: Any = data
         if isinstance(data, (bytearray, memoryview)):
             body = bytes(data)
@@ -153,16 +162,16 @@ class ManifestWriter:
                 with open_source(data) as file:
                     return self._put_file(key, file, name, meta, content_type)
             return self._put_file(key, data, name, meta, content_type)
-        meta = None if meta is None else {**meta}
+        known = {**known, "meta": deepcopy(meta), "size_bytes": len(body)}  # the caller may change what it gave
 
         def upload() -> FileEntry:
-            self._journal.note("object", key)
+            self._uploaded.note("object", key)
             result = self._store.put(key, body, content_type=content_type)
-            return file_entry(key, name, meta, content_type, len(body), result.etag)
+            return cast("FileEntry", {**known, "etag": result.etag})
 
         future = self._pool.submit(upload, len(body))
         self._entries.add(future)
-        return cast("FileEntry", PendingEntry(cast("Future[dict[str, Any]]", future)))
+        return cast("FileEntry", PendingEntry(known, cast("Future[dict[str, Any]]", future)))
 
     def _put_file(self, key: str, file: IO[bytes], id: str | None, meta: Any, content_type: str | None) -> FileEntry:
         """A file may change or vanish when the call is over: small ones are read, large ones uploaded, before it is."""
@@ -171,7 +180,7 @@ class ManifestWriter:
             while more := file.read(_READ_AT_ONCE):  # a pipe gives less than asked for
                 head += more
             return self.put_object(key, head, id=id, meta=meta, content_type=content_type)
-        self._journal.note("object", key)
+        self._uploaded.note("object", key)
         with self._store.multipart(key, content_type=content_type) as upload:
             upload.write(head)
             while chunk := file.read(_READ_AT_ONCE):
@@ -207,7 +216,9 @@ class ManifestWriter:
         size_bytes: int | None = None,
         content_type: str | None = None,
     ) -> None:
-        """Add one member to the growing shard; when that is full its entry takes this place in the manifest.
+        """Add one member to the growing shard. When that is full it is closed before the next sample begins.
+
+        Its entry takes that place in the manifest. Members of one sample follow one another; `add_sample` adds them at once.
 
         Args:
             member_path: Name in the archive: relative, without ``..``.
@@ -219,16 +230,42 @@ class ManifestWriter:
 
         Raises:
             WriterStateError: the writer has no `shard_size`.
-            ConfigError: an unsafe path, a source that is none, or of another length than it said.
+            ConfigError: an unsafe path, a source that is none, or of another length than it said; or the rest of the sample is
+                in a shard that was closed by `flush_shard` (with ``group="webdataset"`` also: elsewhere in this one).
             InvalidManifestError: `id` or `meta` is not JSON.
             SourceNotFoundError: there is no such local file.
         """
         self._check()
         if content_type is not None:
             meta = {**(meta or {}), "content_type": content_type}
-        full = self._shards.add(member_path, source, id, meta, size_bytes)
-        if full is not None:
-            self._entries.add(full)
+        self._shards.add(member_path, source, id, meta, size_bytes)
+
+    def add_sample(
+        self, key: str, values: Mapping[str, Source], *, id: str | None = None, meta: dict[str, Any] | None = None
+    ) -> None:
+        """Add one sample, all its members or none: ``add_sample("train/000001", {"jpg": image, "cls": b"3"})``.
+
+        A shard that has no room for it is closed first.
+
+        Args:
+            key: What its members are called before their extension; relative, without a dot in the last part.
+            values: Content by extension: bytes, the path of a local file, or a binary file; read before this returns.
+            id: Goes into the entry of each member.
+            meta: Goes into the entry of each member.
+
+        Raises:
+            WriterStateError: the writer has no `shard_size`.
+            ConfigError: no key or extension of a sample, a source that is none, or members of this key are in the shard
+                already.
+            InvalidManifestError: `id` or `meta` is not JSON.
+            SourceNotFoundError: there is no such local file.
+        """
+        self._check()
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"the members of a sample are a mapping, not {type(values).__name__}", hint='{"jpg": image, "cls": b"3"}'
+            )
+        self._shards.add_sample(key, values, id, meta)
 
     def flush_shard(self) -> ShardEntry | None:
         """Publish the growing shard now; its entry, or None where nothing waits."""
@@ -250,9 +287,9 @@ class ManifestWriter:
         self._pool.check()
 
     def flush_part(self) -> str | None:
-        """Upload the entries so far as a part; its key, or None in overwrite mode or without entries."""
+        """Upload the entries so far as a part; its key, or None without entries, and in the modes that write no parts."""
         self._check()
-        if self.config.mode == "overwrite":
+        if self.config.mode != "append_parts":
             return None
         return self._entries.flush_part()
 
@@ -288,8 +325,12 @@ class ManifestWriter:
 
         Raises:
             WriterClosedError: it was closed before.
-            ConflictError, ObjectExistsError, ObjectChangedError, OutcomeUnknownError: see `append_lines` and
-                `publish_manifest`.
+            ConflictError: other writers won every race for 600 s (append), or replaced the manifest at the same time on a
+                store without conditional writes.
+            ObjectExistsError: another manifest is there (``mode="create"``, ``publish="create"``).
+            ObjectChangedError: the manifest is another one by now (``publish=Update(etag)``).
+            OutcomeUnknownError: an answer was lost, and reading back did not tell.
+            InvalidManifestError: the manifest to append to cannot be parsed; it is left as it is.
             S3LoaderError: an upload failed; nothing is published.
         """
         if self._closed:
@@ -306,7 +347,7 @@ class ManifestWriter:
         self._closed = True
         self._pool.stop()
         self._entries.close()
-        self._journal.close()
+        self._uploaded.close()
 
     def __enter__(self) -> ManifestWriter:
         return self
@@ -335,9 +376,9 @@ class ManifestWriter:
         self._entries.close()
         for key, second in self._shards.drop():
             error.add_note(f"s3loader: {key} could not be cleaned up: {second}")
-        if len(self._journal):
+        if len(self._uploaded):
             error.add_note(
-                f"s3loader: {self.manifest_key} was not published; written before the error: {self._journal.summary()};"
+                f"s3loader: {self.manifest_key} was not published; written before the error: {self._uploaded.summary()};"
                 " writer.abandon() removes them"
             )
 
@@ -347,11 +388,89 @@ class ManifestWriter:
         For a writer that was left by an exception; one that is open is closed first, without publishing. After a
         successful `close` there is nothing to abandon.
         """
-        if self.published is not None or (self._closed and not len(self._journal)):
+        if self.published is not None or (self._closed and not len(self._uploaded)):
             return empty_report()
         if not self._closed:
             self._give_up(WriterStateError("abandoned"))
-        report = remove_written(self._store, self._journal)
+        report = remove_written(self._store, self._uploaded)
         if not report["errors"]:
-            self._journal.clear()
+            self._uploaded.clear()
         return report
+
+
+def _waiting(method: Callable[..., Any]) -> Any:
+    """A method of dict that waits for the upload first."""
+
+    @wraps(method)
+    def waits(self: PendingEntry, *args: Any, **options: Any) -> Any:
+        self._wait()
+        return method(self, *args, **options)
+
+    return waits
+
+
+class _NotYet:
+    """Stands for what only the store knows; it cannot be taken for a value by what reads a dict past its methods."""
+
+    def __repr__(self) -> str:
+        return "<not known before the upload has ended>"
+
+    def __reduce__(self) -> Any:
+        raise WriterStateError("an entry was copied past its methods, while its upload was under way", hint="copy dict(entry)")
+
+
+class PendingEntry(dict[str, Any]):
+    """A manifest entry, complete for whoever looks at it: looking waits for the upload.
+
+    So that a writer that doesn't look at its entries uploads in parallel, and one that does gets exact
+    ETags. If the upload failed, looking raises its error. Encoders written in C may ask a dict for its size, or for its
+    items, past its methods: what is known before the upload is there from the beginning.
+
+    Args:
+        known: The entry without its ETag.
+        future: The whole entry, with the same keys.
+    """
+
+    def __init__(self, known: Mapping[str, Any], future: Future[dict[str, Any]]) -> None:
+        super().__init__(known, etag=_NotYet())
+        self._future: Future[dict[str, Any]] | None = future
+
+    def _wait(self) -> None:
+        future = self._future
+        if future is not None:
+            try:
+                entry = future.result()
+            except CancelledError:
+                raise WriterStateError(
+                    "the upload was dropped: its writer was left by an exception", hint="write it again with a new writer"
+                ) from None
+            super().update(deepcopy(entry))  # the writer goes on to use its own
+            self._future = None
+
+    __contains__ = _waiting(dict.__contains__)
+    __delitem__ = _waiting(dict.__delitem__)
+    __eq__ = _waiting(dict.__eq__)
+    __getitem__ = _waiting(dict.__getitem__)
+    __ior__ = _waiting(dict.__ior__)
+    __iter__ = _waiting(dict.__iter__)
+    __len__ = _waiting(dict.__len__)
+    __ne__ = _waiting(dict.__ne__)
+    __or__ = _waiting(dict.__or__)
+    __repr__ = _waiting(dict.__repr__)
+    __reversed__ = _waiting(dict.__reversed__)
+    __ror__ = _waiting(dict.__ror__)
+    __setitem__ = _waiting(dict.__setitem__)
+    clear = _waiting(dict.clear)
+    copy = _waiting(dict.copy)
+    get = _waiting(dict.get)
+    items = _waiting(dict.items)
+    keys = _waiting(dict.keys)
+    pop = _waiting(dict.pop)
+    popitem = _waiting(dict.popitem)
+    setdefault = _waiting(dict.setdefault)
+    update = _waiting(dict.update)
+    values = _waiting(dict.values)
+    __hash__ = None
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)

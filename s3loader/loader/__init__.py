@@ -1,18 +1,26 @@
 """The loader engine: a plan run against a store, batches in order, without any framework."""
 
+from s3loader.loader.check import DatasetCheck, TornPlace, check_dataset
 from s3loader.loader.collate import Collate, Ragged, collate_fixed, collate_ragged
-from s3loader.loader.constructors import AdapterKeywords, FromSources, Source, SourceKeywords, open_source
+from s3loader.loader.constructors import AdapterKeywords, DatasetSource, FromSources, SourceKeywords, open_source
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
-from s3loader.loader.grain import GrainSource
 from s3loader.loader.loader import Batch, Loader
-from s3loader.loader.mds import from_mds
 from s3loader.loader.mixture import Mixture, mix_datasets
+from s3loader.loader.opening import open_dataset
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.quarantine import Quarantine, Quarantined, read_quarantine
-from s3loader.loader.reading import SampleReader
-from s3loader.loader.samples import Place
-from s3loader.loader.sources import from_manifest, from_objects, from_prefix, from_webdataset, open_dataset
+from s3loader.loader.reading import GrainSource, SampleReader
+from s3loader.loader.sample_stage import Place
+from s3loader.loader.sources import (
+    from_manifest,
+    from_mds,
+    from_objects,
+    from_parquet,
+    from_prefix,
+    from_tfrecord,
+    from_webdataset,
+)
 from s3loader.loader.stats import LoaderStats
 
 __all__ = [
@@ -20,6 +28,8 @@ __all__ = [
     "Batch",
     "Collate",
     "Dataset",
+    "DatasetCheck",
+    "DatasetSource",
     "Decode",
     "FromSources",
     "GrainSource",
@@ -34,14 +44,17 @@ __all__ = [
     "Quarantined",
     "Ragged",
     "SampleReader",
-    "Source",
     "SourceKeywords",
+    "TornPlace",
+    "check_dataset",
     "collate_fixed",
     "collate_ragged",
     "from_manifest",
     "from_mds",
     "from_objects",
+    "from_parquet",
     "from_prefix",
+    "from_tfrecord",
     "from_webdataset",
     "mix_datasets",
     "open_dataset",

@@ -6,11 +6,13 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
+from s3loader.arguments import checked
 from s3loader.errors import (
     ConfigError,
     IntegrityError,
@@ -20,16 +22,28 @@ from s3loader.errors import (
     ShardReadError,
     StateMismatchError,
 )
-from s3loader.loader.indexes import find_index
-from s3loader.loader.layout import Layout, LayoutCache, LooseRun, Shard
-from s3loader.loader.mds_format import MdsShard
+from s3loader.loader.catalog import (
+    ArchiveOptions,
+    absent_indexes,
+    copies,
+    current_index,
+    find_index,
+    kept_index,
+    take_index,
+)
+from s3loader.loader.layout import Layout, LayoutCache, LooseRun, MemberSavings, Shard, wrong_size
+from s3loader.loader.mds import MdsShard
 from s3loader.loader.options import LoaderOptions
-from s3loader.loader.shares import Shares
 from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
+from s3loader.plan.order import locate
 from s3loader.plan.permutation import Int64Array
-from s3loader.shard.index import ShardIndex, index_key, is_foreign, sample_key
+from s3loader.shard.build import no_random_access
+from s3loader.shard.index import ShardIndex, index_key
+from s3loader.shard.samples import LeftOut, sample_key
+from s3loader.store.backend import ReadResult
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.open import open_store
 from s3loader.types import ReadRequest
 from s3loader.units import MIB
 
@@ -37,7 +51,8 @@ __all__ = ["Dataset", "Group"]
 
 Group: TypeAlias = Literal["webdataset"] | None
 """None: each member (or object) is a sample. ``"webdataset"``: neighbours whose names agree up to the
-first dot of the base name are one sample, a dict by extension."""
+first dot of the base name are one sample, a dict by extension; hidden files, names without an extension and what stands under
+``__x__`` belong to none."""
 
 _LAYOUT_BYTES: Final = 64 * MIB
 _LOOKED_AT: Final = 4
@@ -50,10 +65,14 @@ class Dataset:
     Args:
         store: Where all parts are.
         parts: Shards and runs of loose objects, in order.
-        group: See `Group`.
+        group: ``"webdataset"``: neighbours whose names agree up to the first dot of the base name are one sample, a dict by
+            extension; None: each member (or object) is a sample.
         selected: For a filtered dataset: the samples kept of each part, by number.
         name: For messages.
-        index_dir: See `from_manifest`.
+        index_dir: Local folder for the indexes of shards that have none, if the store may not be written to.
+        archives: How indexes are made of archives that have none, in place of `index_dir`.
+        lower_extensions: Extensions in small letters, as WebDataset gives them: ``a.JPG`` is the ``jpg`` of its sample.
+        left_out: What its sources have that is not read, by kind.
     """
 
     def __init__(
@@ -64,21 +83,28 @@ class Dataset:
         group: Group = None,
         selected: Sequence[Int64Array] | None = None,
         name: str = "",
-        index_dir: str | None = None,
+        index_dir: str | os.PathLike[str] | None = None,
+        archives: ArchiveOptions | None = None,
+        lower_extensions: bool = False,
+        left_out: Mapping[str, LeftOut] | None = None,
     ) -> None:
         self.store = store
         self.parts = parts
         self.group: Group = group
         self.selected = selected
         self.name = name or store.url
-        self.index_dir = index_dir
+        self.archives = archives or ArchiveOptions(None if index_dir is None else os.fspath(index_dir))
+        self.index_dir = self.archives.index_dir
+        self.lower_extensions = lower_extensions
+        self.left_out: Mapping[str, LeftOut] = left_out or {}
         self.members: frozenset[str] | None = None
-        self._shares: Shares | None = None
+        self._member_savings: MemberSavings | None = None
         counts = [part.samples for part in parts] if selected is None else [len(kept) for kept in selected]
         self.catalog = Catalog(np.array(counts, dtype=np.int64), self._total_bytes(), self._digest())
         self.starts = np.cumsum(self.catalog.counts) - self.catalog.counts
         self._drop_layouts()
 
+    @checked
     def only(self, members: str | Iterable[str] | None) -> Dataset:
         """The same samples in the same order, with only the members of these extensions (what follows the first dot of the
         base name: ``"jpg"``, ``"seg.png"``); the bytes of the others are not fetched where that saves any. None: all.
@@ -95,40 +121,101 @@ class Dataset:
                 hint='give group="webdataset" and the extensions that are wanted, such as members=["jpg", "cls"]',
             )
         twin = copy.copy(self)
-        twin.members, twin._shares = wanted, None
+        twin.members, twin._member_savings = wanted, None
         twin._drop_layouts()
         return twin
 
+    @checked
+    def slice(self, start: int, stop: int) -> Dataset:
+        """The samples from number `start` to before `stop`, as a dataset that holds only the parts they lie in.
+
+        Raises:
+            ConfigError: there are no such samples.
+        """
+        if not 0 <= start < stop <= len(self):
+            raise ConfigError(f"there are no samples {start} to {stop} of {len(self)}", url=self.name, hint="count from 0")
+        first, last = (int(number) for number in locate(self.starts, np.array([start, stop - 1], dtype=np.int64))[0])
+        selected = []
+        for number in range(first, last + 1):
+            begin, count = int(self.starts[number]), int(self.catalog.counts[number])
+            low, high = max(0, start - begin), min(count, stop - begin)
+            kept = np.arange(low, high, dtype=np.int64) if self.selected is None else self.selected[number][low:high]
+            selected.append(kept)
+        whole = self.selected is None and sum(map(len, selected)) == sum(part.samples for part in self.parts[first : last + 1])
+        return self._of_parts(first, last + 1, None if whole else selected)
+
+    @checked
+    def of_parts(self, low: int, high: int) -> Dataset:
+        """The parts from number `low` to before `high`, as a dataset."""
+        return self._of_parts(low, high, None if self.selected is None else self.selected[low:high])
+
+    def _of_parts(self, low: int, high: int, selected: Sequence[Int64Array] | None) -> Dataset:
+        return Dataset(
+            self.store,
+            self.parts[low:high],
+            group=self.group,
+            selected=selected,
+            name=self.name,
+            archives=self.archives,
+            lower_extensions=self.lower_extensions,
+        ).only(self.members)
+
+    @checked
+    def without_store(self, place: Mapping[str, Any]) -> Callable[[], Dataset]:
+        """What makes this dataset again, on another machine: it pickles without the open store and the credentials that were
+        found for it, and opens the store's URL there with `place`, keywords of `open_store`."""
+        state = self.__getstate__()
+        del state["store"]
+        return partial(_reopened, state, self.store.url, dict(place))
+
     @property
-    def shares(self) -> Shares:
+    def member_savings(self) -> MemberSavings:
         """What of its bytes is used and fetched; where members are left out, as a few of its parts have it (read for this)."""
         if self.members is None or not len(self):
-            return Shares(1.0, 1.0, 0.0)
-        if self._shares is None:
+            return MemberSavings(1.0, 1.0, 0.0)
+        if self._member_savings is None:
             some = range(0, len(self.parts), max(1, len(self.parts) // _LOOKED_AT))
             layouts = [layout for layout in self.layouts(some).values() if not isinstance(layout, S3LoaderError)]
-            self._shares = Shares.of(layouts)
-        return self._shares
+            self._member_savings = MemberSavings.of(layouts)
+        return self._member_savings
 
     def _drop_layouts(self) -> None:
         self._pid = os.getpid()
         self._layouts = LayoutCache(_LAYOUT_BYTES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_layouts"}
+        absent = absent_indexes(self.store)
+        state = {name: value for name, value in vars(self).items() if name != "_layouts"}
+        return {**state, "_absent": {part.key for part in self.parts if isinstance(part, Shard) and part.key in absent}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        absent = state.pop("_absent")
         vars(self).update(state)
+        absent_indexes(self.store).update(absent)
         self._drop_layouts()
 
     def __len__(self) -> int:
         return self.catalog.samples
+
+    @property
+    def store_urls(self) -> tuple[str, ...]:
+        """URLs of the stores that its requests go to."""
+        return (self.store.url,)
 
     def _total_bytes(self) -> int:
         if self.selected is not None:
             kept = sum(len(numbers) for numbers in self.selected)
             return int(self._bytes_of_all() * kept / max(1, sum(part.samples for part in self.parts)))
         return self._bytes_of_all()
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """Bytes of all parts, those a filter leaves out included; None where some are unknown, or where it has no shards."""
+        shards = [max(part.size, part.now) for part in self.parts if isinstance(part, Shard)]
+        loose = [part.known_sizes for part in self.parts if isinstance(part, LooseRun)]
+        if not shards or min(shards) <= 0 or any(len(sizes) and int(sizes.min()) < 0 for sizes in loose):
+            return None
+        return sum(shards) + sum(int(sizes.sum()) for sizes in loose)
 
     def _bytes_of_all(self) -> int:
         return sum(part.size if isinstance(part, Shard) else int(np.maximum(part.sizes, 0).sum()) for part in self.parts)
@@ -146,6 +233,17 @@ class Dataset:
         for numbers in self.selected or ():
             hasher.update(b"\2" + numbers.tobytes())
         return hasher.hexdigest()[:32]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was accepted when the dataset was opened."""
+        return tuple(note for note in (copies(self.parts), self._left_out_note()) if note is not None)
+
+    def _left_out_note(self) -> str | None:
+        if not self.left_out:
+            return None
+        kinds = [f"{some.count:,} {kind} ({some.shown})" for kind, some in sorted(self.left_out.items())]
+        return f"not read, because they are no samples: {'; '.join(kinds)}"
 
     # -- layouts -----------------------------------------------------------------------------
 
@@ -168,8 +266,19 @@ class Dataset:
             else:
                 missing.append(number)
         if missing:
-            found |= self._load(missing)
+            found |= (loaded := self.load_layouts(missing))
+            self.keep_layouts(loaded)
         return found
+
+    def has_layout(self, part: int) -> bool:
+        """Whether the layout of `part` is at hand."""
+        return part in self._layouts and os.getpid() == self._pid
+
+    def keep_layouts(self, layouts: Mapping[int, Layout | S3LoaderError]) -> None:
+        """Have what `load_layouts` returned at hand, as far as there is room."""
+        for number, layout in layouts.items():
+            if not isinstance(layout, S3LoaderError):
+                self._layouts.put(number, layout)
 
     def layout(self, part: int) -> Layout:
         """The layout of one part.
@@ -185,11 +294,9 @@ class Dataset:
 
     def _of_loose(self, number: int, part: LooseRun) -> Layout | S3LoaderError:
         try:
-            return self._keep(number, self._select(number, Layout.of_loose(part)))
+            layout = self._select(number, Layout.of_loose(part, lower=self.lower_extensions))
         except ShardReadError as error:
             return error
-
-    def _keep(self, number: int, layout: Layout) -> Layout:
         self._layouts.put(number, layout)
         return layout
 
@@ -198,41 +305,69 @@ class Dataset:
             layout = layout.select(self.selected[number])
         return layout if self.members is None else layout.only(self.members)
 
-    def _load(self, missing: Sequence[int]) -> dict[int, Layout | S3LoaderError]:
+    def load_layouts(self, numbers: Sequence[int]) -> dict[int, Layout | S3LoaderError]:
+        """The layouts of these parts, which are shards, or why there is none; their indexes are read in bulk.
+
+        It changes nothing here, so it may run in a thread beside the others.
+        """
         found: dict[int, Layout | S3LoaderError] = {}
-        shards = [part for number in missing if isinstance(part := self.parts[number], Shard)]
-        requests = (
-            shard.head_request(number) if isinstance(shard, MdsShard) else ReadRequest(index_key(shard.key), tag=number)
-            for number, shard in zip(missing, shards, strict=True)
-        )
-        for shard, answer in zip(shards, self.store.read_many(requests, errors="return"), strict=True):
+        requests: list[ReadRequest] = []
+        absent = absent_indexes(self.store)
+        for number in numbers:
+            shard = self.parts[number]
+            assert isinstance(shard, Shard)
+            if isinstance(shard, MdsShard):
+                requests.append(shard.head_request(number))
+            elif shard.key in absent and (kept := kept_index(self.store, shard, self.index_dir)) is not None:
+                found[number] = self._layout_of(number, shard, kept)
+            elif (read := take_index(self.store, shard.key)) is not None:
+                found[number] = self._layout_of(number, shard, partial(self._index_of, shard, read))
+            else:
+                requests.append(ReadRequest(index_key(shard.key), tag=number))
+        for answer in self.store.read_many(requests, errors="return"):
             number = answer.request.tag
-            try:
-                # A copy: a view would keep a pooled buffer lent for as long as the layout is cached.
-                data = None if isinstance(answer, ReadFailure) else bytes(answer.data)
-                if isinstance(answer, ReadFailure) and not isinstance(answer.error, ObjectNotFoundError):
-                    raise answer.error
-                if isinstance(shard, MdsShard):
-                    if isinstance(answer, ReadFailure):
-                        raise answer.error
-                    index = shard.index_of(answer)
-                elif data is None or is_foreign(data):
-                    index = find_index(self.store, shard.key, self.index_dir)
-                else:
-                    index = ShardIndex.from_bytes(data)
-                found[number] = self._keep(number, self._check(number, shard, index))
-            except S3LoaderError as error:
-                found[number] = self._explain(shard, error)
+            shard = self.parts[number]
+            assert isinstance(shard, Shard)
+            found[number] = self._layout_of(number, shard, partial(self._index, shard, answer))
         return found
 
+    def _layout_of(self, number: int, shard: Shard, index: ShardIndex | Callable[[], ShardIndex]) -> Layout | S3LoaderError:
+        try:
+            return self._check(number, shard, index if isinstance(index, ShardIndex) else index())
+        except S3LoaderError as error:
+            return self._explain(shard, error)
+
+    def _index(self, shard: Shard, answer: ReadResult | ReadFailure) -> ShardIndex:
+        """The index in what the store answered, or one that is kept elsewhere."""
+        missing = isinstance(answer, ReadFailure) and isinstance(answer.error, ObjectNotFoundError)
+        if isinstance(answer, ReadFailure) and (isinstance(shard, MdsShard) or not missing):
+            raise answer.error
+        if isinstance(shard, MdsShard):
+            assert isinstance(answer, ReadResult)
+            return shard.index_of(answer)
+        # A copy: a view would keep a pooled buffer lent for as long as the layout is cached.
+        return self._index_of(shard, None if isinstance(answer, ReadFailure) else bytes(answer.data))
+
+    def _index_of(self, shard: Shard, beside: bytes | None) -> ShardIndex:
+        """The index in what stands beside the archive (None: nothing), or one that is kept elsewhere."""
+        try:
+            return find_index(self.store, shard, self.index_dir, beside, asked=True)
+        except ShardReadError:
+            if not shard.automatic:
+                raise
+            return current_index(self.store, shard, self.archives, asked=beside is None)
+
     def _check(self, number: int, shard: Shard, index: ShardIndex) -> Layout:
-        if shard.etag and index.etag and index.etag != shard.etag:
+        size = shard.size or shard.now
+        if shard.now >= 0 and size != shard.now:
+            raise wrong_size(f"{self.store.url}/{shard.key}", size, shard.now)
+        if size > 0 and index.archive_size != size:
+            raise ShardReadError(f"the index is of an archive of {index.archive_size} bytes, this one has {size}")
+        if shard.now < 0 and shard.etag and index.etag and index.etag != shard.etag:
             raise ShardReadError(f"the index was made for ETag {index.etag!r}, the dataset has {shard.etag!r}")
-        if index.compression not in (None, "zstd"):
-            raise ShardReadError(
-                f"{index.compression} shards cannot be read at random", hint="write shards plain or with zstd; convert these"
-            )
-        layout = Layout.of_shard(shard, index, grouped=self.group is not None)
+        if not index.random_access:
+            raise no_random_access(index.compression or "", f"{self.store.url}/{shard.key}")
+        layout = Layout.of_shard(shard, index, grouped=self.group is not None, lower=self.lower_extensions)
         if layout.samples != shard.samples:
             raise ShardReadError(f"the index has {layout.samples} samples, the dataset expects {shard.samples}")
         return self._select(number, layout)
@@ -266,15 +401,15 @@ class Dataset:
         """
         if not 0 <= sample < len(self):
             raise PlanError(f"sample {sample} of {len(self)} does not exist", hint="samples are numbered from 0")
-        part = int(np.searchsorted(self.starts + self.catalog.counts, sample, side="right"))
-        return part, sample - int(self.starts[part])
+        part, number = locate(self.starts, np.array([sample], dtype=np.int64))
+        return int(part[0]), int(number[0])
 
     def keys(self, samples: Int64Array) -> list[str]:
         """Key of each sample; empty where the index cannot be had."""
-        parts = np.searchsorted(self.starts + self.catalog.counts, samples, side="right")
+        parts, numbers = locate(self.starts, samples)
         layouts = self.layouts(np.unique(parts).tolist())
         out = []
-        for part, number in zip(parts.tolist(), (samples - self.starts[parts]).tolist(), strict=True):
+        for part, number in zip(parts.tolist(), numbers.tolist(), strict=True):
             layout = layouts[part]
             out.append("" if isinstance(layout, S3LoaderError) else self.sample_key(layout, int(layout.first[number])))
         return out
@@ -286,8 +421,9 @@ class Dataset:
             name = sample_key(name)
         return name if layout.loose else f"{layout.key(member)}#{name}"
 
+    @checked
     def find(self, key: str) -> int:
-        """Number of the sample with this key (see `sample_key`), or of the one that has a member of this name.
+        """Number of the sample with this key (as `sample_key` gives it), or of the one that has a member of this name.
 
         Raises:
             PlanError: there is none.
@@ -297,6 +433,7 @@ class Dataset:
             raise PlanError(f"no sample is called {key!r}", hint="keys are archive#name, or those of loose objects")
         return number
 
+    @checked
     def find_all(self, keys: Iterable[str]) -> dict[str, int | None]:
         """As `find`, of many at once; None for a key that no sample has."""
         found: dict[str, int | None] = dict.fromkeys(keys)
@@ -390,3 +527,9 @@ class Dataset:
                 hint="restore these options, or give allow_changed=True to go on with the new ones at the same count",
                 differs=differs,
             )
+
+
+def _reopened(state: dict[str, Any], url: str, place: dict[str, Any]) -> Dataset:
+    twin = Dataset.__new__(Dataset)
+    twin.__setstate__({**state, "store": open_store(url, **place)})
+    return twin

@@ -9,7 +9,8 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from s3loader.errors import ConfigError
+from s3loader.arguments import checked
+from s3loader.errors import CheckpointError, ConfigError
 
 __all__ = ["DECODERS", "Decode", "Decoder", "make_decoder", "register_decoder"]
 
@@ -47,9 +48,23 @@ def _npz(data: memoryview) -> dict[str, Any]:
 
 
 def _safetensors(data: memoryview) -> dict[str, Any]:
-    from safetensors.numpy import load
+    """Arrays of the types stored; bfloat16 and the like are those of `ml_dtypes`."""
+    from safetensors import deserialize
 
-    return dict(load(bytes(data)))
+    from s3loader.dtypes import numpy_dtype
+
+    arrays = {}
+    for name, stored in deserialize(bytes(data)):  # type: ignore[no-untyped-call]
+        try:
+            dtype = numpy_dtype(stored["dtype"])
+        except CheckpointError:
+            raise ConfigError(
+                f"numpy has no type for {stored['dtype']} of tensor {name!r}",
+                hint='pip install ml_dtypes, or give a function of your own: decode={"safetensors": f}',
+            ) from None
+        size = len(stored["data"])
+        arrays[name] = (np.frombuffer(stored["data"], dtype) if size else np.empty(0, dtype)).reshape(stored["shape"])
+    return arrays
 
 
 def _pil(data: memoryview) -> Any:
@@ -91,6 +106,7 @@ _BY_EXTENSION: Final[dict[str, str]] = {
 }
 
 
+@checked
 def register_decoder(name: str, decoder: Decoder, *, extensions: tuple[str, ...] = ()) -> None:
     """Add a decoder under `name`, for ``decode=name``, and for these extensions under ``decode="auto"``."""
     DECODERS[name] = decoder

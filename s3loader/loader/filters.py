@@ -13,7 +13,7 @@ from s3loader.exchange.types import ManifestEntry
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.layout import Layout
 from s3loader.plan.permutation import Int64Array
-from s3loader.shard.index import sample_key
+from s3loader.shard.samples import sample_key
 from s3loader.types import ReadRequest
 
 __all__ = ["Filter", "filtered"]
@@ -31,7 +31,7 @@ def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -
 
     Args:
         dataset: Not filtered yet.
-        keep: See `Filter`.
+        keep: Called with the manifest entry of each sample; it stays where True comes back.
         entries: The manifest's entries, in order.
 
     Raises:
@@ -46,7 +46,14 @@ def filtered(dataset: Dataset, keep: Filter, entries: Iterable[ManifestEntry]) -
         shards = _internal_manifests(dataset, [layout for layout in layouts if not layout.loose])
         selected += [_kept(dataset, layout, loose if layout.loose else next(shards), keep) for layout in layouts]
     return Dataset(
-        dataset.store, dataset.parts, group=dataset.group, selected=selected, name=dataset.name, index_dir=dataset.index_dir
+        dataset.store,
+        dataset.parts,
+        group=dataset.group,
+        selected=selected,
+        name=dataset.name,
+        archives=dataset.archives,
+        lower_extensions=dataset.lower_extensions,
+        left_out=dataset.left_out,
     )
 
 
@@ -88,6 +95,7 @@ def _kept(dataset: Dataset, layout: Layout, entries: Mapping[str, Any], keep: Fi
 def _merged(name: str, members: list[Any]) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     for member in members:
-        meta |= member.get("meta") or {}
-    sizes = [member.get("size_bytes") or 0 for member in members]
+        said = member.get("meta")
+        meta |= said if isinstance(said, Mapping) else {}
+    sizes = [size for member in members if type(size := member.get("size_bytes")) is int]
     return {"key": sample_key(name), "id": members[0].get("id"), "meta": meta, "size_bytes": sum(sizes), "members": members}

@@ -1,128 +1,242 @@
-"""Datasets from folders that MosaicML Streaming wrote: ``index.json`` and raw MDS shards."""
+"""Raw MDS shards of MosaicML Streaming: where their samples are, and what the columns of one mean.
+
+A shard file is all little-endian: u32 number of samples n; n + 1 u32 offsets from the file's start, of each sample and of
+the end; the writer's configuration as JSON, not needed here; the samples. A sample is the u32 size of each column
+that has no fixed size, then the contents of all columns, both in the order of ``column_names``. The format has no
+checksums of samples: a damaged one is noticed only if it no longer parses.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final, Unpack
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from typing import Any, Final
 
-from s3loader.errors import AccessDeniedError, IntegrityError, ObjectNotFoundError, ShardReadError
-from s3loader.loader.dataset import Dataset
-from s3loader.loader.mds_format import Columns, MdsShard, check_size
-from s3loader.store.objectstore import ObjectStore
-from s3loader.store.open import StoreKeywords, open_store
-from s3loader.types import ObjectMeta
+import numpy as np
 
-__all__ = ["from_mds", "holds_mds"]
+from s3loader.errors import FormatError, IntegrityError, S3LoaderError, ShardReadError
+from s3loader.loader.layout import Shard
+from s3loader.shard.index import ShardIndex
+from s3loader.shard.samples import Grouping
+from s3loader.store.backend import ReadResult
+from s3loader.types import ReadRequest
 
-_INDEX: Final = "index.json"
-_VERSION: Final = 2
+__all__ = ["Columns", "MdsShard"]
+
+_ARRAY_DTYPES: Final = {
+    8: "uint8",
+    9: "int8",
+    16: "uint16",
+    17: "int16",
+    18: "float16",
+    32: "uint32",
+    33: "int32",
+    34: "float32",
+    64: "uint64",
+    65: "int64",
+    66: "float64",
+}
+_NAMES: Final = frozenset(_ARRAY_DTYPES.values())
 
 
-def from_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> Dataset:
-    """The dataset in a folder of raw MDS shards; a sample is a dict of its columns, and ``__key__``, its number as text.
+def _little(name: str) -> np.dtype[Any]:
+    return np.dtype(name).newbyteorder("<")
 
-    Integers, floats, texts, JSON and arrays come decoded (numpy scalars and arrays; ``int`` as a Python int); ``bytes``,
-    ``jpeg``, ``png`` and encodings that are not known come as memoryviews, for `decode` by column name. The format has no
-    checksums of samples, so only sizes, offsets and ETags are verified.
 
-    Args:
-        url: The folder with ``index.json``; with `store`, its prefix there.
-        store: An open store. The folder is listed once, to pin sizes and ETags.
-        store_options: For `open_store`.
+def _int(data: memoryview) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
+def _scalar(dtype: np.dtype[Any], data: memoryview) -> Any:
+    return np.frombuffer(data, dtype)[0]
+
+
+def _text(data: memoryview) -> str:
+    return str(data, "utf-8")
+
+
+def _parsed(parse: Callable[[str], Any], data: memoryview) -> Any:
+    return parse(_text(data))
+
+
+def _encoded(data: memoryview) -> memoryview:
+    return data
+
+
+def _array(dtype: np.dtype[Any] | None, shape: tuple[int, ...] | None, data: memoryview) -> Any:
+    """A copy. What the column does not fix stands before the values: one byte for the dtype; one with the number of axes
+    times 4 plus log2 of the bytes of a length, and the length of each axis."""
+    at = 0
+    if dtype is None:
+        dtype, at = _little(_ARRAY_DTYPES[data[0]]), 1
+    if shape is None:
+        axes, width = data[at] >> 2, 1 << (data[at] & 3)
+        end = at + 1 + axes * width
+        shape = tuple(np.frombuffer(data[at + 1 : end], f"<u{width}").tolist()) if axes else ()
+        at = end
+    return np.frombuffer(data[at:], dtype).reshape(shape).copy()
+
+
+_TEXTS: Final[dict[str, Callable[[memoryview], Any]]] = {
+    "str": _text,
+    "json": partial(_parsed, json.loads),
+    "str_int": partial(_parsed, int),
+    "str_float": partial(_parsed, float),
+    "str_decimal": partial(_parsed, Decimal),
+}
+
+
+def _decoder(name: str, encoding: str) -> tuple[Callable[[memoryview], Any], int | None]:
+    """(function, fixed size in bytes or None) of an encoding; images and unknown ones stay encoded."""
+    if encoding == "int":
+        return _int, 8
+    if encoding in _NAMES:
+        return partial(_scalar, _little(encoding)), np.dtype(encoding).itemsize
+    kind, _, rest = encoding.partition(":")
+    if kind == "pkl":
+        raise ShardReadError(
+            f"column {name!r} is pickled, and unpickling runs whatever code the data brings",
+            hint="write the column as json, ndarray or bytes",
+            column=name,
+        )
+    if kind != "ndarray":
+        return _TEXTS.get(encoding, _encoded), None
+    wanted, _, axes = rest.partition(":")
+    if wanted and wanted not in _NAMES:
+        raise ShardReadError(f"column {name!r}: unknown dtype in {encoding!r}", column=name)
+    dtype = _little(wanted) if wanted else None
+    shape = tuple(int(axis) for axis in axes.split(",")) if axes else None
+    if shape is not None and min(shape) < 0:
+        raise ShardReadError(f"column {name!r}: negative axis in {encoding!r}", column=name)
+    size = None if dtype is None or shape is None else math.prod(shape) * dtype.itemsize
+    return partial(_array, dtype, shape), size
+
+
+class Columns:
+    """The columns of a shard, as its index describes them; picklable.
 
     Raises:
-        ObjectNotFoundError: ``index.json`` or a shard does not exist.
-        ShardReadError: the index is not understood, shards are compressed, or a column is pickled.
-        IntegrityError: a shard has another size than the index says.
+        ShardReadError: a column is pickled, or the description contradicts itself.
     """
-    store, prefix = _folder(url, store, store_options)
-    where = f"{store.url}/{prefix}"
-    described = _described(store.get(prefix + _INDEX), where + _INDEX)
-    found = {meta.key: meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)} if described else {}
-    shards: list[MdsShard] = []
-    first = 0
-    made: dict[str, Columns] = {}
-    for number, entry in enumerate(described):
-        try:
-            shard = _shard(entry, prefix, first, found, made)
-        except (ShardReadError, IntegrityError, ObjectNotFoundError) as error:
-            error.op, error.url = "read", f"{where}{_basename(entry) or _INDEX}"
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            text = f"shard {number} is not described as an MDS shard: {type(error).__name__}: {error}"
-            raise ShardReadError(text, op="read", url=where + _INDEX) from error
-        shards.append(shard)
-        first += shard.samples
-    return Dataset(store, shards, name=url)
+
+    def __init__(self, names: Sequence[str], encodings: Sequence[str], sizes: Sequence[int | None]) -> None:
+        if not all(isinstance(text, str) for text in (*names, *encodings)) or not all(
+            type(s) in (int, type(None)) for s in sizes
+        ):
+            raise ShardReadError("names and encodings of the columns are texts, sizes whole numbers or null")
+        if not len(names) == len(encodings) == len(sizes) == len(set(names)):
+            raise ShardReadError("names, encodings and sizes of the columns differ in number, or a name comes twice")
+        self._columns = []
+        for name, encoding, size in zip(names, encodings, sizes, strict=True):
+            decode, fixed = _decoder(name, encoding)
+            if fixed not in (None, size) or (size is not None and size < 0):
+                raise ShardReadError(f"column {name!r}, {encoding}, cannot have size {size}", column=name)
+            self._columns.append((name, size, decode))
+        self._head = struct.Struct(f"<{sum(size is None for size in sizes)}I")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_columns": self._columns, "_head": self._head.format}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._columns = state["_columns"]
+        self._head = struct.Struct(state["_head"])
+
+    def row(self, data: memoryview) -> dict[str, Any]:
+        """Column to value; ``bytes``, images and encodings that are not known are memoryviews.
+
+        Raises:
+            IntegrityError: the sizes do not add up to what there is.
+            FormatError: a value does not follow its encoding.
+        """
+        at = self._head.size
+        told = iter(self._head.unpack_from(data) if len(data) >= at else ())
+        ends = [at := at + (next(told, 0) if size is None else size) for _, size, _ in self._columns]
+        if at != len(data):
+            raise IntegrityError(f"its columns take {at} bytes, it has {len(data)}")
+        row: dict[str, Any] = {}
+        at = self._head.size
+        for (name, _, decode), end in zip(self._columns, ends, strict=True):
+            try:
+                row[name] = decode(data[at:end])
+            except (ValueError, ArithmeticError, LookupError, RecursionError) as error:
+                raise FormatError(f"column {name!r} does not follow its encoding: {error}", column=name) from error
+            at = end
+        return row
 
 
-def holds_mds(url: str, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> bool:
-    """Whether an ``index.json`` that describes MDS shards is, or stands in, the folder `url`. One GET."""
-    given = store
-    store, prefix = _folder(url, store, store_options)
-    try:
-        _, shards = _index(store.get(prefix + _INDEX))
-    except (ObjectNotFoundError, AccessDeniedError, ValueError, KeyError, TypeError):
-        return False  # where it may not be read, the samples will say so themselves
-    finally:
-        if given is None:
-            store.close()
-    return all(isinstance(entry, Mapping) and entry.get("format") == "mds" for entry in shards)
+@dataclass(frozen=True, slots=True)
+class MdsShard(Shard):
+    """One raw MDS shard; `size` is what its dataset's index says."""
 
+    first: int = 0
+    """Number of its first sample in the dataset."""
+    columns: Columns | None = None
 
-def _folder(url: str, store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, str]:
-    """(the store, the prefix in it) of the folder, or of its ``index.json``."""
-    folder = (url[: -len(_INDEX)] if url.rsplit("/", 1)[-1] == _INDEX else url).rstrip("/")
-    if store is None:
-        return open_store(folder or ".", **options), ""
-    return store, f"{folder}/" if folder else ""
+    @property
+    def head_size(self) -> int:
+        """Bytes up to the end of the offsets."""
+        return 4 * (self.samples + 2)
 
+    def head_request(self, tag: int) -> ReadRequest:
+        """The read of its offsets."""
+        return ReadRequest(self.key, 0, self.head_size, self.if_match, tag=tag)
 
-def _index(data: bytes) -> tuple[Any, list[Mapping[str, Any]]]:
-    index = json.loads(data)
-    version, shards = index["version"], index["shards"]
-    if not isinstance(shards, list):
-        raise TypeError("shards is no list")
-    return version, shards
+    def index_of(self, answer: ReadResult) -> ShardIndex:
+        """Its samples as members, each called by its number in the dataset.
 
-
-def _described(data: bytes, url: str) -> list[Mapping[str, Any]]:
-    try:
-        version, shards = _index(data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardReadError(f"not the index of MDS shards: {type(error).__name__}: {error}", op="read", url=url) from error
-    if version != _VERSION:
-        raise ShardReadError(f"version {version!r} of the index is not known, only {_VERSION}", op="read", url=url)
-    return shards
-
-
-def _basename(entry: Any) -> str | None:
-    raw = entry.get("raw_data") if isinstance(entry, Mapping) else None
-    name = raw.get("basename") if isinstance(raw, Mapping) else None
-    return name if isinstance(name, str) else None
-
-
-def _shard(
-    entry: Mapping[str, Any], prefix: str, first: int, found: Mapping[str, ObjectMeta], made: dict[str, Columns]
-) -> MdsShard:
-    if entry["format"] != "mds":
-        raise ShardReadError(f"format {entry['format']!r} cannot be read, only 'mds'")
-    if entry.get("compression") is not None or entry.get("zip_data") is not None:
-        raise ShardReadError(
-            f"the shard is compressed ({entry.get('compression')}), so no sample of it can be read alone",
-            hint="write the dataset with MDSWriter(compression=None)",
+        Raises:
+            IntegrityError: it has another size than the dataset's index says.
+            ShardReadError: the offsets are not in order.
+        """
+        check_size(self, answer.size)
+        if len(answer.data) != self.head_size:
+            raise ShardReadError(f"its offsets take {self.head_size} bytes, {len(answer.data)} came")
+        head = np.frombuffer(answer.data, "<u4").astype(np.int64)
+        offsets = head[1:]
+        if len(head) != self.samples + 2 or head[0] != self.samples:
+            raise ShardReadError(f"it has {int(head[0]) if len(head) else 0} samples, the dataset expects {self.samples}")
+        if offsets[0] < self.head_size or offsets[-1] != self.size or (np.diff(offsets) < 0).any():
+            raise ShardReadError("its offsets are out of order, or do not end where the file does")
+        names = [b"%d" % number for number in range(self.first, self.first + self.samples)]
+        return ShardIndex(
+            offsets=offsets[:-1].astype(np.uint64),
+            sizes=np.diff(offsets).astype(np.uint64),
+            crc32c=None,
+            names_blob=b"".join(names),
+            name_ends=np.cumsum([len(name) for name in names], dtype=np.uint64),
+            archive_size=self.size,
+            etag=answer.etag,
+            known_grouping=Grouping.each(self.samples),
         )
-    described = (entry["column_names"], entry["column_encodings"], entry["column_sizes"])
-    columns = made.setdefault(repr(described), Columns(*described))
-    samples, size, key = entry["samples"], entry["raw_data"]["bytes"], prefix + entry["raw_data"]["basename"]
-    if type(samples) is not int or type(size) is not int or samples < 0:
-        raise ShardReadError("the index gives no number of samples or bytes")
-    if key not in found:
-        raise ObjectNotFoundError("the index names a shard that is not there")
-    meta = found[key]
-    shard = MdsShard(key, samples, meta.etag, size, None, first, columns)
-    check_size(shard, meta.size)
-    if size < shard.head_size:
-        raise ShardReadError(f"{size} bytes cannot hold the offsets of {samples} samples")
-    return shard
+
+    def row(self, name: str, data: memoryview) -> dict[str, Any]:
+        """The sample called `name`; a column ``__key__`` of its own stands in place of that name.
+
+        Raises:
+            IntegrityError: it is damaged.
+            FormatError: a value does not follow its encoding.
+        """
+        assert self.columns is not None
+        try:
+            return {"__key__": name, **self.columns.row(data)}
+        except S3LoaderError as error:
+            error.op, error.url = "read", self.key
+            raise
+
+
+def check_size(shard: Shard, size: int) -> None:
+    """Refuse a file of another size than the dataset's index says.
+
+    Raises:
+        IntegrityError: it has.
+    """
+    if 0 <= size != shard.size:
+        raise IntegrityError(
+            f"it has {size} bytes, the dataset's index says {shard.size}",
+            hint="the copy is incomplete, or the shard was replaced: copy the whole folder again",
+        )

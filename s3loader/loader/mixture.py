@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from s3loader.arguments import checked
 from s3loader.errors import PlanError, StateMismatchError
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.layout import LooseRun, Shard
 from s3loader.loader.options import LoaderOptions
 from s3loader.plan import OrderSpec, Plan, mix
 from s3loader.plan.mixture import Length, quotas
-from s3loader.store.base import Backend
+from s3loader.shard.samples import LeftOut, add_left_out
+from s3loader.store.backend import Backend
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta
 
@@ -49,11 +51,32 @@ class Mixture(Dataset):
         name = " + ".join(dataset.name for dataset in datasets)
         if len({dataset.members for dataset in datasets}) > 1:
             raise PlanError("the datasets of a mixture must have the same members", hint="open them with the same members=")
-        super().__init__(store, parts, group=datasets[0].group, selected=selected, name=name, index_dir=datasets[0].index_dir)
+        if len({dataset.lower_extensions for dataset in datasets}) > 1:
+            raise PlanError(
+                "the datasets of a mixture must name extensions alike", hint="open them with the same lower_extensions="
+            )
+        left_out: dict[str, LeftOut] = {}
+        for dataset in datasets:
+            add_left_out(left_out, dataset.left_out)
+        super().__init__(
+            store,
+            parts,
+            group=datasets[0].group,
+            selected=selected,
+            name=name,
+            archives=datasets[0].archives,
+            lower_extensions=datasets[0].lower_extensions,
+            left_out=left_out,
+        )
         self.members = datasets[0].members
 
+    @property
+    def store_urls(self) -> tuple[str, ...]:
+        """URLs of the stores of all of them."""
+        return tuple(dict.fromkeys(dataset.store.url for dataset in self.datasets))
+
     def choose(self, options: LoaderOptions, world_size: int) -> Mapping[str, Any]:
-        """See `Dataset.choose`: an order for each dataset, with a seed of its own."""
+        """The spec for a new run: an order for each dataset, with a seed of its own."""
         counts = quotas(self.weights, self.period)
         specs = []
         for salt, (dataset, count) in enumerate(zip(self.datasets, counts, strict=True)):
@@ -63,7 +86,7 @@ class Mixture(Dataset):
         return dict(mix([dataset.catalog for dataset in self.datasets], specs, counts=counts, length=self.length).spec)
 
     def plan(self, spec: Mapping[str, Any], *, skip: Sequence[tuple[int, int, int]] = (), exclude: Sequence[int] = ()) -> Plan:
-        """See `Dataset.plan`."""
+        """The plan of a spec that `choose` made, or that a state holds."""
         try:
             specs = [OrderSpec.from_dict(one) for one in spec["mix"]]
             counts, length = [int(n) for n in spec["quotas"]], int(spec["length"])
@@ -77,7 +100,7 @@ class Mixture(Dataset):
         return mix(catalogs, specs, counts=counts, length=length, skip=skip, exclude=exclude)
 
     def check_spec(self, spec: Mapping[str, Any], options: LoaderOptions) -> None:
-        """See `Dataset.check_spec`; the weights must be the same, too."""
+        """Refuse a spec of a state that does not fit these options; the weights must be the same, too."""
         if list(spec.get("quotas", ())) != list(quotas(self.weights, self.period)):
             raise StateMismatchError(
                 "the state belongs to a mixture of other weights",
@@ -88,6 +111,7 @@ class Mixture(Dataset):
             self._check_spec(one, options, salt)
 
 
+@checked
 def mix_datasets(
     datasets: Sequence[Dataset],
     *,
@@ -157,17 +181,17 @@ class Router:
     def get(
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
-        """See `Backend.get`."""
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it)."""
         backend, rest = self._at(key)
         return backend.get(rest, start, end, if_match=if_match, version_id=version_id)
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        """See `Backend.read_into`."""
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`."""
         backend, rest = self._at(key)
         return backend.read_into(rest, start, buffer, if_match=if_match)
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
+        """What the store says of one object, without its bytes."""
         backend, rest = self._at(key)
         return backend.head(rest, version_id=version_id)
 

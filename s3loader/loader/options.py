@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, SupportsIndex, TypeAlias, TypedDict, get_args
 
+from s3loader.arguments import checked, local_path, unknown_option
 from s3loader.errors import ConfigError
+from s3loader.fetch.diskcache import OnFull
 from s3loader.loader.collate import Collate, make_collate
+from s3loader.loader.cursor import OnBreak
 from s3loader.loader.decode import Decode, make_decoder
 from s3loader.loader.quarantine import Quarantined
 from s3loader.plan import OrderSpec, Shuffle, Tail
-from s3loader.store.base import Driver
+from s3loader.store.backend import Driver
 from s3loader.store.objectstore import ObjectStore
-from s3loader.transfer.diskcache import OnFull
+from s3loader.types import Location
 from s3loader.units import parse_duration, parse_size
 
 __all__ = ["LoaderKeywords", "LoaderOptions", "OnError"]
@@ -25,6 +29,7 @@ place, so that all ranks stay in step. What was left out stands in `Loader.quara
 and where `quarantine` says."""
 
 
+@checked
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
     """How samples are ordered, fetched, decoded and batched.
@@ -51,20 +56,21 @@ class LoaderOptions:
     """Call it with ``(sample, key)``: ``archive#member``, or the key of a loose object."""
     collate: Collate = None
     on_error: OnError = "raise"
+    on_break: OnBreak = "next"
     verify: bool = True
     """Check the CRC32C of every member that has one."""
     memory_limit: int | str = "512MiB"
     """Bytes of samples that one rank holds: being fetched, waiting, and in open blocks. Worker processes (of a DataLoader, or
     `workers=`) get equal shares of it."""
-    prefetch: int | str = "64MiB"
-    """Of these, at most so many fetched ahead by each process."""
+    prefetch: int | str = "256MiB"
+    """Of these, at most so many fetched ahead by each process; of S3 as many as pay (docs/performance.md)."""
     driver: Driver = "auto"
     """``"threads"`` fetch beside your code; ``"pump"`` fetches while you wait, for processes that do nothing else."""
     concurrency: int | None = None
-    """Requests at a time; default: the store's."""
+    """Most requests at a time; default: the store's."""
     decode_threads: int = 0
     """Threads that decode and transform, for functions that release the GIL; 0: the calling thread."""
-    cache_dir: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
     """Keep fetched ranges in this folder, shared by all processes of the node."""
     cache_limit: int | str = "16GiB"
     """Most bytes in `cache_dir`; what was not used for longest goes first."""
@@ -78,7 +84,7 @@ class LoaderOptions:
     exclude: Sequence[str | Quarantined] = ()
     """Keys of samples to leave out; or what `read_quarantine` returns, of which samples that are not there any more are
     passed over."""
-    quarantine: str | ObjectStore | None = None
+    quarantine: Location | ObjectStore | None = None
     """Where the list of samples that were skipped or replaced is kept, for `read_quarantine`: a URL or absolute path, a key of
     the dataset's store, or an open store. Objects are written below it, before the batch that lacks a sample is given."""
 
@@ -98,6 +104,7 @@ class LoaderOptions:
             ("shuffle", Shuffle),
             ("tail", Tail),
             ("on_error", OnError),
+            ("on_break", OnBreak),
             ("driver", Driver),
             ("cache_on_full", OnFull),
         ):
@@ -110,8 +117,10 @@ class LoaderOptions:
             raise ConfigError(
                 f"decode_threads cannot be negative: {self.decode_threads}", hint="0 decodes in the calling thread"
             )
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", local_path(self.cache_dir, "cache_dir"))
         for name in ("memory_limit", "prefetch", "cache_limit"):
-            parse_size(getattr(self, name))
+            parse_size(getattr(self, name), name)
         if self.hedge_after is not None:
             parse_duration(self.hedge_after)
         make_decoder(self.decode)
@@ -124,11 +133,10 @@ class LoaderOptions:
         Raises:
             ConfigError: an option is unknown or unusable.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
+        unknown = set(values).difference(known)
         if unknown:
-            raise ConfigError(
-                f"unknown option: {', '.join(sorted(unknown))}", hint=f"use {', '.join(field.name for field in fields(cls))}"
-            )
+            raise unknown_option(unknown, known)
         if "batch_size" not in values:
             raise ConfigError("batch_size is missing", hint="give the samples per batch and rank")
         shuffle = values.get("shuffle")
@@ -153,16 +161,17 @@ class LoaderKeywords(TypedDict, total=False):
     transform_key: bool
     collate: Collate
     on_error: OnError
+    on_break: OnBreak
     verify: bool
     memory_limit: int | str
     prefetch: int | str
     driver: Driver
     concurrency: int | None
     decode_threads: int
-    cache_dir: str | None
+    cache_dir: str | os.PathLike[str] | None
     cache_limit: int | str
     cache_on_full: OnFull
     hedge_after: float | str | None
     skip_steps: Sequence[tuple[int, int]]
     exclude: Sequence[str | Quarantined]
-    quarantine: str | ObjectStore | None
+    quarantine: Location | ObjectStore | None

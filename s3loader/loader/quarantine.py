@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple, Unpack, overload
+from typing import Any, Final, NamedTuple, TypeAlias, Unpack, overload
 
+from s3loader.arguments import checked
+from s3loader.checksum import json_seal_holds, seal_json
 from s3loader.errors import ConfigError, FormatError, ObjectNotFoundError
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import StoreKeywords, open_store
-from s3loader.types import ObjectMeta, ReadRequest
+from s3loader.types import Buffer, Location, ObjectMeta, ReadRequest
 
 __all__ = ["Quarantine", "QuarantineLog", "Quarantined", "read_quarantine"]
 
@@ -31,6 +32,8 @@ _MOST: Final = 100_000
 _SHOWN: Final = 50
 _NAME: Final = re.compile(r"(?:^|/)\d{13}-r\d+-w\d+-[0-9a-f]{12}-\d{5}\.jsonl$")
 _HEADINGS: Final = ("epoch", "position", "sample", "key", "error")
+
+Target: TypeAlias = Location | ObjectStore
 
 
 class Quarantined(NamedTuple):
@@ -59,12 +62,12 @@ class QuarantineLog:
         ConfigError: the target cannot be written to.
     """
 
-    def __init__(self, target: str | ObjectStore, beside: ObjectStore, rank: int, worker: int) -> None:
+    def __init__(self, target: Target, beside: ObjectStore, rank: int, worker: int) -> None:
         self._store, self._prefix = _open(target, beside)
         self._place = {"rank": rank, "worker": worker}
         self._name = ""
         self._segment = 0
-        self._lines: list[str] = []
+        self._lines: list[bytes] = []
         self._noted = 0
         self._lock = threading.Lock()
 
@@ -84,7 +87,7 @@ class QuarantineLog:
                 if len(self._lines) == _TOGETHER:
                     self._write()
                     self._segment, self._lines = self._segment + 1, []
-                self._lines.append(json.dumps({**entry._asdict(), **self._place}) + "\n")
+                self._lines.append(seal_json(json.dumps({**entry._asdict(), **self._place}).encode("ascii")) + b"\n")
             if new:
                 self._write()
 
@@ -94,9 +97,10 @@ class QuarantineLog:
 
     def _write(self) -> None:
         self._name = self._name or self._new_name()
-        self._store.put(f"{self._name}-{self._segment:05d}.jsonl", "".join(self._lines).encode("utf-8", "surrogateescape"))
+        self._store.put(f"{self._name}-{self._segment:05d}.jsonl", b"".join(self._lines))
 
 
+@checked
 class Quarantine(Sequence[Quarantined]):
     """What `read_quarantine` returns: entries by epoch and position. Prints as a table; `LoaderOptions.exclude` takes it."""
 
@@ -142,8 +146,12 @@ class Quarantine(Sequence[Quarantined]):
         return f"<table><caption>{html.escape(self._summary())}</caption><tr>{head}</tr>{body}</table>"
 
 
+@checked
 def read_quarantine(
-    url: str | ObjectStore, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]
+    url: Target,
+    *,
+    store: ObjectStore | None = None,
+    **store_options: Unpack[StoreKeywords],
 ) -> Quarantine:
     """What all ranks, workers and attempts that were given this `quarantine` have left out so far.
 
@@ -166,34 +174,42 @@ def read_quarantine(
         names = []
     entries: dict[tuple[Any, ...], Quarantined] = {}
     for answer in found.read_many(ReadRequest(name) for name in sorted(names)):
-        for number, line in enumerate(bytes(answer.data).splitlines(), 1):
-            entry = _parse(line, f"{found.url}/{answer.request.key}", number)
+        key = answer.request.key
+        try:
+            listed = _parse_all(answer.data, f"{found.url}/{key}")
+        except FormatError:  # a bit may have flipped on the way
+            listed = _parse_all(found.get(key), f"{found.url}/{key}")
+        for entry in listed:
             entries.setdefault((entry.epoch, entry.position, entry.sample, entry.key), entry)
     ordered = sorted(entries.values(), key=lambda entry: (entry.epoch, entry.position))
     return Quarantine(ordered, f"{found.url}/{prefix}")
 
 
+def _parse_all(data: Buffer, url: str) -> list[Quarantined]:
+    return [_parse(line, url, number) for number, line in enumerate(bytes(data).split(b"\n"), 1) if line.strip()]
+
+
 def _parse(line: bytes, url: str, number: int) -> Quarantined:
     try:
+        if json_seal_holds(line, b'{"sample":') is False:
+            raise ValueError("its checksum does not match")
         values = json.loads(line)
         entry = Quarantined(*(values[name] for name in Quarantined._fields))
         for value, kind in zip(entry, (int, str, int, int, str), strict=True):
             if type(value) is not kind:
                 raise TypeError(f"{value!r} is no {kind.__name__}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         text = f"line {number} is no entry of a quarantine list: {type(error).__name__}: {error}"
         raise FormatError(text, op="read", url=url, line=number, hint="remove the file, or mend the line") from error
     return entry
 
 
-def _open(
-    target: str | ObjectStore, beside: ObjectStore | None, options: StoreKeywords | None = None
-) -> tuple[ObjectStore, str]:
+def _open(target: Target, beside: ObjectStore | None, options: StoreKeywords | None = None) -> tuple[ObjectStore, str]:
     """(store, prefix) of a target."""
     if isinstance(target, ObjectStore):
         return target, ""
-    if "://" in target or os.path.isabs(target) or target.startswith("."):
-        return open_store(target.rstrip("/"), **(options or {})), ""
+    if not isinstance(target, str) or "://" in target or target.startswith(("/", ".", "~")):
+        return open_store(target, **(options or {})), ""
     key = target.strip("/")
     if not key or beside is None or beside.engine == "mixture":
         raise ConfigError(

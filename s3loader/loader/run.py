@@ -1,42 +1,45 @@
-"""One iteration by one worker: positions are planned ahead, pieces fetched ahead, batches given in order."""
+"""One iteration by one worker: takes planned chunks, asks the store, slices samples out of what comes, gives batches in order.
+
+Planning happens between two turns of the network, never inside one: before each turn enough is planned that the store's bulk
+read finds a request whenever it has room for one.
+"""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from s3loader.errors import WorkerError
-from s3loader.loader.dataset import Dataset
-from s3loader.loader.fetch import Fetcher
-from s3loader.loader.pieces import Block, Piece, Slots, cut_into_pieces
+from s3loader.errors import FormatError, IntegrityError, S3LoaderError, ShardReadError, TruncatedError, WorkerError
+from s3loader.fetch.cached import CachedReads, close_iterator
+from s3loader.fetch.diskcache import DiskCache
+from s3loader.fetch.hedge import HedgedReads, hedged
+from s3loader.loader.layout import Layout, wrong_size
+from s3loader.loader.mds import MdsShard
+from s3loader.loader.planner import Chunk, Planner
+from s3loader.loader.reads import SampleBuffer, SampleRead
 from s3loader.loader.stats import LoaderStats
-from s3loader.plan import Gaps, Plan, Schedule, Topology
-from s3loader.plan.budget import Budget
-from s3loader.plan.order import Units
 from s3loader.plan.permutation import Int64Array
-from s3loader.store.base import Driver
+from s3loader.shard.samples import sample_key
+from s3loader.shard.spans import inflate
+from s3loader.store.backend import Driver
 from s3loader.store.buffers import shared_pool
-from s3loader.transfer.diskcache import DiskCache
-from s3loader.units import KIB, MIB
+from s3loader.store.bulk import ReadFailure, driver_of
+from s3loader.store.objectstore import ObjectStore
+from s3loader.store.options import MOST_THREADS
+from s3loader.types import Buffer, ReadRequest
+from s3loader.units import MIB
 
-__all__ = ["RawBatch", "Run"]
+__all__ = ["Failed", "Fetcher", "RawBatch", "Run"]
 
-_SLAB_POSITIONS: Final = 8192
-_CHUNK_POSITIONS: Final = 4096
-_FIRST_PIECE: Final = 512 * KIB
-_LARGEST_PIECE: Final = 8 * MIB
-_FIRST_BLOCKS: Final = 8 * MIB
-"""Blocks of the first batch beyond so many bytes are not waited for: its samples are fetched alone."""
-_MAX_GAP: Final = 256 * KIB
-_SEQUENTIAL_GAP: Final = 16 * KIB
-"""In sequential orders the gaps are other workers' samples: reading over them would read everything several times."""
+_FIRST_BYTES: Final = 8 * MIB
+_FIRST_READS: Final = 64
+"""What is planned before the first turn of the network at most, so that the first request is soon under way."""
+_MOST_READS: Final = 1 << 16
 
 
 class RawBatch(NamedTuple):
@@ -49,66 +52,398 @@ class RawBatch(NamedTuple):
     """memoryviews, dicts of memoryviews, or `Failed`."""
 
 
-@dataclass(slots=True, eq=False)
-class _Chunk:
-    """Some steps planned together."""
+class Failed:
+    """In place of a sample: why there is none. Raised when its turn comes."""
 
-    steps: range
-    lengths: Int64Array
-    positions: Int64Array
-    samples: Int64Array
-    starts: Int64Array
-    """First sample of each sample's block, -1 where it comes by itself."""
-    slots: Int64Array
-    """Slot of each sample in its block, or in `alone`."""
-    alone: Slots
-    blocks: dict[int, Block] = field(default_factory=dict)
+    __slots__ = ("error", "member")
+
+    def __init__(self, error: S3LoaderError, member: str = "") -> None:
+        self.error = error
+        self.member = member
 
 
-class _Slab(NamedTuple):
-    """What comes at many steps; all but `steps` and `ends` are parallel."""
+class SlicedSamples(NamedTuple):
+    """The samples of a read, as `SampleBuffer.put` takes them."""
 
-    steps: range
-    ends: Int64Array
-    """End of each step's positions, after a 0."""
-    positions: Int64Array
-    samples: Int64Array
-    units: Units | None
+    source: list[Any]
+    starts: list[int]
+    ends: list[int]
+    doubtful: bool
+    """A checksum or length did not fit: another copy of the bytes may be better."""
 
-
-class _Wanted(NamedTuple):
-    samples: Int64Array
-    """Rising."""
-    first_use: Int64Array | int
-    """Index in the chunk at which each is first needed, or all of them."""
-    target: Slots
-
-    def use(self, piece: Piece) -> int:
-        """Index in the chunk at which something of `piece` is first needed."""
-        if isinstance(self.first_use, int):
-            return self.first_use
-        return int(self.first_use[piece.at : piece.at + len(piece.numbers)].min())
+    @classmethod
+    def failed(cls, error: S3LoaderError, count: int, *, doubtful: bool = False) -> SlicedSamples:
+        """All `count` samples fail with `error`."""
+        return cls([Failed(error)] * count, [0] * count, [0] * count, doubtful)
 
 
-_END: Final = object()
-_NO_SLOTS: Final = Slots(0)
+class GroupedSamples:
+    """Samples of several members each, built as dicts when they are handed out."""
 
-
-class Run:
-    """The batches of one worker of one rank, from where `schedule` starts."""
+    __slots__ = ("_bounds", "_ends", "_lower", "_names", "_source", "_starts", "_url", "_wanted")
 
     def __init__(
         self,
-        dataset: Dataset,
-        plan: Plan,
-        epoch: int,
-        schedule: Schedule,
-        gaps: Gaps,
-        topology: Topology,
+        bounds: list[int],
+        names: list[str],
+        source: list[Any],
+        starts: list[int],
+        ends: list[int],
+        url: str,
+        wanted: frozenset[str] | None,
+        lower: bool,
+    ) -> None:
+        self._wanted = wanted
+        self._lower = lower
+        self._bounds = bounds
+        self._names = names
+        self._source = source
+        self._starts = starts
+        self._ends = ends
+        self._url = url
+
+    def build(self, i: int) -> Any:
+        """``__key__``, and each member by what follows the first dot of its base name."""
+        low, high = self._bounds[i], self._bounds[i + 1]
+        key = sample_key(self._names[low])
+        sample: dict[str, Any] = {"__key__": key}
+        at = len(key) + 1
+        for member in range(low, high):
+            name, source = self._names[member], self._source[member]
+            if type(source) is not memoryview:
+                return source
+            extension = name[at:].lower() if self._lower else name[at:]
+            if self._wanted is not None and extension not in self._wanted:
+                continue  # it stands for a sample that has none of them
+            if extension in sample:
+                return Failed(FormatError(f"two members of sample {key!r} are called {name!r}", url=self._url), name)
+            sample[extension] = source[self._starts[member] : self._ends[member]]
+        return sample
+
+
+class MdsSamples:
+    """Samples of an MDS shard, their columns decoded when they are handed out."""
+
+    __slots__ = ("_layout", "_members", "_slices")
+
+    def __init__(self, layout: Layout, members: list[int], slices: _Slices) -> None:
+        self._layout = layout
+        self._members = members
+        self._slices = slices
+
+    def build(self, i: int) -> Any:
+        """``__key__``, and each column by its name."""
+        source, starts, ends = self._slices
+        name, shard = self._layout.name(self._members[i]), self._layout.source
+        assert isinstance(shard, MdsShard)
+        try:
+            return shard.row(name, source[i][starts[i] : ends[i]])
+        except S3LoaderError as error:
+            return Failed(error, name)
+
+
+def slice_samples(read: SampleRead, bodies: Sequence[memoryview | Failed], *, grouped: bool, verify: bool) -> SlicedSamples:
+    """Verify what came for `read` and find its samples in it; nothing is copied.
+
+    Args:
+        read: What was asked for.
+        bodies: What came for each of its requests.
+        grouped: Make dicts of neighbours.
+        verify: Check checksums.
+    """
+    layout = read.layout
+    assert layout is not None
+    members = read.members()
+    if not layout.loose:
+        for body in bodies:
+            if isinstance(body, Failed):
+                return SlicedSamples.failed(body.error, len(read.numbers))
+    try:
+        source, starts, ends = _loose(layout, members, bodies) if layout.loose else _slices(layout, read, members, bodies)
+    except S3LoaderError as error:
+        return SlicedSamples.failed(error, len(read.numbers), doubtful=isinstance(error, IntegrityError))
+    bad = _mismatches(layout, members, source, starts, ends) if verify and layout.crc32c is not None else []
+    for i in bad:
+        source[i] = _corrupt(layout, int(members[i]))
+    if isinstance(layout.source, MdsShard):
+        rows = MdsSamples(layout, members.tolist(), (source, starts, ends))
+        return SlicedSamples([rows] * len(members), list(range(len(members))), layout.sizes[members].tolist(), False)
+    if not grouped:
+        return SlicedSamples(source, starts, ends, bool(bad))
+    lengths = layout.first[read.numbers + 1] - layout.first[read.numbers]
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    names = [layout.name(i) for i in members.tolist()]
+    groups = GroupedSamples(bounds, names, source, starts, ends, layout.key(int(members[0])), layout.wanted, layout.lower)
+    count = len(read.numbers)
+    sums = np.concatenate([[0], np.cumsum(np.array(ends, dtype=np.int64) - starts)])
+    return SlicedSamples([groups] * count, list(range(count)), np.diff(sums[bounds]).tolist(), bool(bad))
+
+
+_Slices: TypeAlias = tuple[list[Any], list[int], list[int]]
+
+
+def _slices(layout: Layout, read: SampleRead, members: Int64Array, bodies: Sequence[Any]) -> _Slices:
+    assert layout.index is not None
+    if read.ranges is None:
+        base, data = _range(layout, read.start, read.end, bodies[0] if bodies else memoryview(b""))
+        starts = layout.offsets[members] - base
+        return [data] * len(members), starts.tolist(), (starts + layout.sizes[members]).tolist()
+    pairs = zip(read.ranges, bodies, strict=True)
+    parts = [_range(layout, start, end, body) for (start, end), body in pairs] or [(0, memoryview(b""))]
+    which = np.searchsorted([start for start, _ in read.ranges], layout.offsets[members], side="right") - 1
+    which = np.maximum(which, 0)  # a member without bytes may lie before all of them
+    starts = layout.offsets[members] - np.array([base for base, _ in parts], dtype=np.int64)[which]
+    starts[layout.sizes[members] == 0] = 0
+    return [parts[k][1] for k in which.tolist()], starts.tolist(), (starts + layout.sizes[members]).tolist()
+
+
+def _range(layout: Layout, start: int, end: int, data: memoryview) -> tuple[int, memoryview]:
+    """(tar offset of its first byte, plain bytes) of what came for bytes ``[start, end)`` of the tar stream."""
+    base = start
+    if layout.index is not None and layout.index.compression is not None and start < end:
+        base, plain = _inflate(layout, start, end, data)
+        data = memoryview(plain).toreadonly()
+    if len(data) < end - base:
+        raise TruncatedError(f"{end - base} bytes were expected at {base}, {len(data)} came", op="read", url=layout.key(0))
+    return base, data
+
+
+def _inflate(layout: Layout, start: int, end: int, packed: memoryview) -> tuple[int, Buffer]:
+    """(tar offset, plain bytes) of the frames around bytes ``[start, end)`` of the tar stream."""
+    index = layout.index
+    assert index is not None
+    if not index.random_access:
+        raise ShardReadError(f"{index.compression} shards cannot be read at random", op="read", url=layout.key(0))
+    try:
+        return inflate(index, packed, index.fetch_range(start, end)[0], end, layout.key(0))
+    except ShardReadError as error:  # the frames may have been hurt on their way: another copy of them may be better
+        raise IntegrityError(error.message, op="read", url=layout.key(0)) from error
+
+
+def _loose(layout: Layout, members: Int64Array, bodies: Sequence[memoryview | Failed]) -> _Slices:
+    views: list[Any] = []
+    ends, given = [], iter(bodies)
+    for i, expected in zip(members.tolist(), layout.sizes[members].tolist(), strict=True):
+        view = next(given) if layout.asks(i) else memoryview(b"")
+        size = 0 if isinstance(view, Failed) else len(view)
+        there = layout.wrong_size(i)
+        if not isinstance(view, Failed) and expected >= 0 and (size != expected or there is not None):
+            view = Failed(wrong_size(layout.key(i), expected, size if there is None else there), layout.name(i))
+            size = 0
+        views.append(view)
+        ends.append(size)
+    return views, [0] * len(views), ends
+
+
+def _mismatches(layout: Layout, members: Int64Array, source: list[Any], starts: list[int], ends: list[int]) -> list[int]:
+    from awscrt.checksums import crc32c  # the bare function: this loop runs for every sample
+
+    assert layout.crc32c is not None
+    expected = layout.crc32c[members].tolist()
+    rows = enumerate(zip(source, starts, ends, expected, strict=True))
+    return [i for i, (data, start, end, crc) in rows if crc32c(data[start:end]) != crc]
+
+
+def _corrupt(layout: Layout, member: int) -> Failed:
+    start = int(layout.offsets[member])
+    end = start + int(layout.sizes[member])
+    name = layout.name(member)
+    error = IntegrityError(
+        f"member {name!r}, bytes [{start}, {end}), does not match its CRC32C",
+        op="read",
+        url=layout.key(member),
+        member=name,
+        range=(start, end),
+        hint="the shard was damaged where it is stored, or changed without a new index",
+    )
+    return Failed(error, name)
+
+
+# -- fetching --------------------------------------------------------------------------------------
+
+
+class Fetcher:
+    """Makes reads of a store with at most `max_bytes` fetched and not yet taken; the only place that reads sample bytes.
+
+    A range whose checksum does not fit is fetched once more, by itself; then its bad samples fail.
+
+    Attributes:
+        queue: Reads to make. They are drawn ahead of delivery, as far as the byte budget reaches.
+        queued: Their bytes.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
         *,
-        first_step: int,
+        grouped: bool,
+        verify: bool,
+        max_bytes: int,
+        driver: Driver,
+        concurrency: int | None,
+        stats: LoaderStats,
+        cache: DiskCache | None = None,
+        hedge_after: float | None = None,
+    ) -> None:
+        self.queue: deque[SampleRead] = deque()
+        self.queued = 0
+        self._hedged: HedgedReads | None = None
+        if hedge_after is not None:
+            store, self._hedged = hedged(store, hedge_after)
+        self._store = store
+        self._cache = cache
+        self._grouped = grouped
+        self._verify = verify
+        self._max_bytes = max_bytes
+        self._driver: Driver = driver
+        self._concurrency = concurrency
+        self._stats = stats
+        self._network = store.network()
+        self._cached: CachedReads | None = None
+        stats.engine = store.engine
+        stats.driver = driver_of(store.backend, driver, concurrency or store.options.concurrency or MOST_THREADS)
+
+    def close(self) -> None:
+        """End what hedges the reads."""
+        if self._hedged is not None:
+            self._stats.hedged += self._hedged.hedged
+            self._hedged.close()
+        self._note_network()
+
+    def _note_network(self) -> None:
+        """Take what was measured of the store since the last time into the stats."""
+        now, before = self._store.network(), self._network
+        if now is None or before is None:
+            return
+        self._stats.connections, self._stats.first_byte = now.connections, now.first_byte
+        self._stats.hedged += max(0, now.hedged - before.hedged)
+        self._network = now
+
+    def add(self, reads: Sequence[SampleRead]) -> None:
+        """Have more reads to make."""
+        self.queue.extend(reads)
+        self.queued += sum(read.nbytes for read in reads)
+
+    def run(self) -> Generator[None, None, None]:
+        """Make the reads of the queue; yields once after each whose samples are in their place.
+
+        It ends when the queue is found empty and everything drawn from it was delivered.
+        """
+        pending: deque[tuple[SampleRead, int]] = deque()
+        requests = self._requests(pending)
+        if self._cache is not None:
+            self._cached = CachedReads(self._cache, self._store.url, self._read, self._max_bytes)
+        results = self._read(requests) if self._cached is None else self._cached.run(requests)
+        try:
+            yield from self._deliver(results, pending)
+        finally:
+            close_iterator(results)
+
+    def _requests(self, pending: deque[tuple[SampleRead, int]]) -> Iterator[ReadRequest]:
+        queue = self.queue
+        while queue:
+            read = queue.popleft()
+            self.queued -= read.nbytes
+            requests = read.requests()
+            pending.append((read, len(requests)))
+            yield from requests
+
+    def _read(self, requests: Iterable[ReadRequest]) -> Iterator[Any]:
+        return self._store.read_many(
+            requests, max_bytes=self._max_bytes, concurrency=self._concurrency, driver=self._driver, errors="return"
+        )
+
+    def _disk_time(self) -> float:
+        """Seconds that the disk of the cache took since the last call; they and the hits are noted."""
+        if self._cached is None:
+            return 0.0
+        taken, self._cached.seconds = self._cached.seconds, 0.0
+        self._stats.wait_cache += taken
+        self._stats.cache_hits += self._cached.hits
+        self._cached.hits = 0
+        return taken
+
+    def _deliver(self, results: Iterator[Any], pending: deque[tuple[SampleRead, int]]) -> Iterator[None]:
+        bodies: list[Any] = []
+        stats, clock = self._stats, time.perf_counter
+        while True:
+            begun = clock()
+            result = next(results, None)
+            stats.wait_network += clock() - begun - self._disk_time()  # the disk is not the network
+            while pending and pending[0][1] == len(bodies):  # reads that need nothing, or nothing more
+                self._finish(pending.popleft()[0], bodies)
+                bodies = []
+                yield
+            if result is None:
+                return
+            bodies.append(result)
+            del result
+            if pending and pending[0][1] == len(bodies):
+                self._finish(pending.popleft()[0], bodies)
+                bodies = []
+                yield
+
+    def _finish(self, read: SampleRead, results: Sequence[Any]) -> None:
+        begun = time.perf_counter()
+        found = self._slice(read, results)
+        if found.doubtful:
+            found = self._once_more(read, found)
+        read.target.put(read.at, found.source, found.starts, found.ends)
+        self._stats.cut += time.perf_counter() - begun
+
+    def _slice(self, read: SampleRead, results: Sequence[Any]) -> SlicedSamples:
+        if read.error is not None:
+            return SlicedSamples.failed(read.error, len(read.numbers))
+        self._stats.requests += len(results)
+        bodies = [_body(read, result) for result in results]
+        self._stats.bytes_fetched += sum(len(body) for body in bodies if not isinstance(body, Failed))
+        return slice_samples(read, bodies, grouped=self._grouped, verify=self._verify)
+
+    def _once_more(self, read: SampleRead, before: SlicedSamples) -> SlicedSamples:
+        """Fetch `read` once more; what is wrong both times is wrong."""
+        self._stats.refetched += 1
+        if self._cached is not None:
+            self._cached.discard(read.requests())
+        results = list(self._store.read_many(read.requests(), driver=self._driver, errors="return"))
+        if any(isinstance(result, ReadFailure) for result in results):
+            return before
+        return self._slice(read, results)
+
+
+def _body(read: SampleRead, result: Any) -> Any:
+    """The bytes of an answer, or why there are none: also where the whole object has another size than it should have."""
+    if isinstance(result, ReadFailure):
+        return Failed(result.error)
+    index = None if read.layout is None else read.layout.index
+    whole = result.request.end if index is None else index.archive_size
+    if whole is not None and 0 <= result.size != whole:  # an answer of the cache does not tell
+        return Failed(wrong_size(result.request.key, whole, result.size))
+    return result.data
+
+
+class Run:
+    """The batches of a planner's steps.
+
+    Args:
+        planner: Whose chunks are read.
+        store: Where the dataset is.
+        grouped: Whether samples are made of several members.
+        memory_limit: Bytes that this process may hold.
+        driver: As in `LoaderOptions`.
+        concurrency: Requests at a time; None: the store's.
+        verify: Check checksums.
+        stats: Where it is noted what was done.
+        cache: Where ranges are kept.
+        hedge_after: Seconds after which a range is asked for a second time.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        store: ObjectStore,
+        *,
+        grouped: bool,
         memory_limit: int,
-        prefetch: int,
         driver: Driver,
         concurrency: int | None,
         verify: bool,
@@ -116,221 +451,102 @@ class Run:
         cache: DiskCache | None = None,
         hedge_after: float | None = None,
     ) -> None:
-        self._dataset = dataset
-        self._plan = plan
-        self._epoch = epoch
-        self._schedule = schedule
-        self._gaps = gaps
-        self._topology = topology
-        steps = schedule.worker_steps(topology)
-        self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
+        self._planner = planner
         self._stats = stats
-        total_bytes = round(plan.total_bytes * dataset.shares.fetched)
-        self._average = max(1, total_bytes // max(1, plan.samples))
         self._memory_limit = memory_limit
-        self.budget = Budget.divide(memory_limit, prefetch, open_bytes=self._open_bytes(), total_bytes=total_bytes)
         self._fetcher = Fetcher(
-            dataset.store,
-            grouped=dataset.group is not None,
+            store,
+            grouped=grouped,
             verify=verify,
-            max_bytes=self.budget.in_flight,
+            max_bytes=planner.budget.in_flight,
             driver=driver,
             concurrency=concurrency,
             stats=stats,
             cache=cache,
             hedge_after=hedge_after,
         )
-        self._chunks: deque[_Chunk] = deque()
-        self._open: dict[int, Block] = {}
-        self._begun = False
-        self._spread = 1.0
-        """Bytes that are kept for each byte of a sample: gaps are read over, and stay while a neighbour waits."""
-        self._piece_size = _FIRST_PIECE
-        self._max_gap = _SEQUENTIAL_GAP if plan.spec.get("shuffle") in ("none", "shard") else _MAX_GAP
-
-    def _open_bytes(self) -> int:
-        """Bytes of the blocks that are open side by side for this worker; 0 where the order has no blocks."""
-        some = self._schedule.positions(self._topology.rank, self._steps[:4096])[0][: 1 << 20]
-        return self._plan.order.open_samples(self._gaps.expand(some)) * self._average
-
-    # -- planning (drawn by the fetcher) -----------------------------------------------------
-
-    def _pieces(self) -> Iterator[Piece]:
-        some = 1
-        for slab in self._slabs():
-            at = 0
-            while at < len(slab.steps):
-                end = min(at + some, len(slab.steps))
-                begun = time.perf_counter()
-                pieces = self._plan_chunk(slab, at, end)
-                self._stats.plan += time.perf_counter() - begun
-                if not self.budget.whole_blocks:
-                    useful = self._average * int(slab.ends[end] - slab.ends[at])
-                    self._spread = max(self._spread, sum(piece.end - piece.start for piece in pieces) / useful)
-                yield from pieces
-                at = end
-                some = max(1, min(self._positions_ahead() // self._schedule.batch_size, 2 * some))
-                self._piece_size = min(_LARGEST_PIECE, 2 * self._piece_size)
-
-    def _slabs(self) -> Iterator[_Slab]:
-        """Which samples come, thousands of positions at a time; the first few soon."""
-        steps, at, some = self._steps, 0, 1
-        most = max(1, _SLAB_POSITIONS // self._schedule.batch_size)
-        while at < len(steps):
-            begun = time.perf_counter()
-            part = steps[at : at + some]
-            kept, lengths = self._schedule.positions(self._topology.rank, part)
-            positions = self._gaps.expand(kept)
-            samples = self._plan.samples_at(positions, self._epoch)
-            units = self._plan.units(positions, samples, self._epoch) if self.budget.whole_blocks else None
-            ends = np.concatenate([[0], np.cumsum(lengths)])
-            slab = _Slab(part, ends, positions, samples, units)
-            self._stats.plan += time.perf_counter() - begun
-            yield slab
-            at += some
-            some = min(most, 4 * some)
-
-    def _positions_ahead(self) -> int:
-        return min(_CHUNK_POSITIONS, int(self.budget.look_ahead / (self._average * self._spread)))
-
-    def _plan_chunk(self, slab: _Slab, low: int, high: int) -> list[Piece]:
-        """Plan steps `low` to `high` of a slab; what they need and no earlier ones have asked for, in order of first use."""
-        here = slice(int(slab.ends[low]), int(slab.ends[high]))
-        samples = slab.samples[here]
-        none = np.full(len(samples), -1, dtype=np.int64)
-        chunk = _Chunk(
-            slab.steps[low:high], np.diff(slab.ends[low : high + 1]), slab.positions[here], samples, none, none, _NO_SLOTS
-        )
-        wanted: list[_Wanted] = []
-        gap = self._max_gap
-        if slab.units is not None:
-            units = Units(*(column[here] for column in slab.units))
-            if self._begins_alone(units):
-                gap = _SEQUENTIAL_GAP
-            else:
-                wanted += self._open_blocks(chunk, units)
-        where = np.flatnonzero(chunk.starts < 0)
-        if len(where):
-            alone, first, which = np.unique(samples[where], return_index=True, return_inverse=True)
-            chunk.alone = Slots(len(alone))
-            chunk.slots = chunk.slots.copy()
-            chunk.slots[where] = which
-            wanted.append(_Wanted(alone, where[first], chunk.alone))
-        pieces = self._cut(wanted, gap)
-        self._chunks.append(chunk)
-        return pieces
-
-    def _begins_alone(self, units: Units) -> bool:
-        """Whether this is the first batch and its blocks are many bytes to wait for, as in the middle of a window where another
-        run stopped: then its samples are fetched alone, and the blocks come right behind them."""
-        if self._begun:
-            return False
-        self._begun = True
-        blocks = np.unique(units.start, return_index=True)[1]
-        return int(np.maximum(units.length[blocks], 0).sum()) * self._average > _FIRST_BLOCKS
-
-    def _open_blocks(self, chunk: _Chunk, units: Units) -> list[_Wanted]:
-        """Note which block each sample comes from; open those that are not, in order of first use."""
-        # Padding goes back to the start of the epoch, whose blocks are closed.
-        forward = np.maximum.accumulate(chunk.positions) == chunk.positions
-        inside = (units.length > 0) & forward
-        if not inside.any() and not self._open:
-            return []
-        now = int(chunk.positions[0])
-        self._open = {start: block for start, block in self._open.items() if block.until > now}
-        chunk.starts = np.where(inside, units.start, -1)
-        new = list(self._missing_blocks(chunk, units))
-        late = (units.length < 0) & forward
-        if late.any() and (kept := late & np.isin(units.start, list(self._open))).any():
-            chunk.starts[kept] = units.start[kept]
-            chunk.blocks |= {start: self._open[start] for start in np.unique(units.start[kept]).tolist()}
-        chunk.slots = chunk.samples - chunk.starts
-        return new
-
-    def _missing_blocks(self, chunk: _Chunk, units: Units) -> Iterator[_Wanted]:
-        """Open the blocks of `chunk` that are not."""
-        first = np.sort(np.unique(chunk.starts, return_index=True)[1])
-        rows = zip(*(column[first].tolist() for column in (chunk.starts, units.length, units.until)), strict=True)
-        for i, (start, length, until) in zip(first.tolist(), rows, strict=True):
-            if start < 0:
-                continue
-            block = self._open.get(start)
-            if block is None:
-                block = self._open[start] = Block(start, length, until)
-                yield _Wanted(np.arange(start, start + length, dtype=np.int64), i, block)
-            block.until = max(block.until, until)
-            chunk.blocks[start] = block
-
-    def _cut(self, wanted: list[_Wanted], max_gap: int) -> list[Piece]:
-        if not wanted:
-            return []
-        # All at once: a few calls of numpy for hundreds of blocks.
-        parts, numbers = self._plan.locate(np.concatenate([want.samples for want in wanted]))
-        changes = np.flatnonzero(np.diff(parts)) + 1
-        layouts = self._dataset.layouts(parts[[0, *changes.tolist()]].tolist())
-        bounds = list(itertools.accumulate((len(want.samples) for want in wanted), initial=0))
-        edges = sorted({*bounds, *changes.tolist()})
-        of_part = parts[edges[:-1]].tolist()
-        keyed: list[tuple[int, Piece]] = []
-        run = 0
-        for want, begin, end in zip(wanted, bounds, bounds[1:], strict=False):
-            while edges[run] < end:
-                low, high = edges[run : run + 2]
-                layout = layouts[of_part[run]]
-                pieces = cut_into_pieces(
-                    layout, numbers[low:high], want.target, low - begin, max_gap=max_gap, max_size=self._piece_size
-                )
-                keyed += [(want.use(piece), piece) for piece in pieces]
-                run += 1
-        keyed.sort(key=lambda pair: pair[0])
-        return [piece for _, piece in keyed]
-
-    # -- delivery ----------------------------------------------------------------------------
+        self._chunks: deque[Chunk] = deque()
+        self._turns: Generator[None, None, None] | None = None
+        self._first = True
 
     def __iter__(self) -> Generator[RawBatch, None, None]:
-        arrivals = self._fetcher.run(self._pieces())
-        with shared_pool().bounded(self._memory_limit), closing(arrivals):
-            while True:
-                while not self._chunks:
-                    if next(arrivals, _END) is _END and not self._chunks:
-                        return
-                yield from self._batches(self._chunks.popleft(), arrivals)
+        with shared_pool().bounded(self._memory_limit), closing(self):
+            while self._chunks or not self._planner.done:
+                if not self._chunks:
+                    self._plan()
+                yield from self._batches(self._chunks.popleft())
 
-    def _batches(self, chunk: _Chunk, arrivals: Iterator[None]) -> Iterator[RawBatch]:
+    def close(self) -> None:
+        """Let go of what is under way."""
+        if self._turns is not None:
+            self._turns.close()
+        self._planner.close()
+        self._fetcher.close()
+
+    # -- planning and fetching ---------------------------------------------------------------
+
+    def _plan(self) -> None:
+        begun = time.perf_counter()
+        chunk = self._planner.next_chunk()
+        self._chunks.append(chunk)
+        self._fetcher.add(chunk.reads)
+        self._stats.plan += time.perf_counter() - begun
+
+    def _plan_ahead(self) -> None:
+        """Have planned all that may be under way, as far as indexes are here; less of it before the first turn."""
+        planner, fetcher = self._planner, self._fetcher
+        most, reads = (_FIRST_BYTES, _FIRST_READS) if self._first else (planner.budget.in_flight, _MOST_READS)
+        while fetcher.queued < most and len(fetcher.queue) < reads and not planner.done and planner.ready:
+            self._plan()
+
+    def _advance(self) -> None:
+        """Have one more read in its place."""
+        while True:
+            if self._turns is None or not self._first:
+                self._plan_ahead()
+            if self._turns is None:
+                if not self._fetcher.queue:
+                    if self._planner.done:
+                        raise WorkerError("all reads were made, and samples are missing")  # a defect of ours, never silent
+                    self._plan()
+                self._turns = self._fetcher.run()
+            for _ in self._turns:
+                return
+            self._turns, self._first = None, False  # it found the queue empty
+
+    # -- batches -----------------------------------------------------------------------------
+
+    def _batches(self, chunk: Chunk) -> Iterator[RawBatch]:
         at = 0
         for step, length in zip(chunk.steps, chunk.lengths.tolist(), strict=True):
             here = slice(at, at + length)
-            items = self._collect(chunk, chunk.starts[here].tolist(), chunk.slots[here].tolist(), arrivals)
+            items = self._collect(chunk, chunk.starts[here].tolist(), chunk.slots[here].tolist())
             yield RawBatch(step, chunk.positions[here], chunk.samples[here], items)
             at += length
 
-    def _collect(self, chunk: _Chunk, starts: list[int], slots: list[int], arrivals: Iterator[None]) -> list[Any]:
+    def _collect(self, chunk: Chunk, starts: list[int], slots: list[int]) -> list[Any]:
+        """The samples of one batch, when all of them are there."""
         blocks, alone = chunk.blocks, chunk.alone
         for start in set(starts):
             if start >= 0:
                 block = blocks[start]
                 while block.left:
-                    _advance(arrivals)
+                    self._advance()
         items: list[Any] = []
         add = items.append
         used = 0
         for start, slot in zip(starts, slots, strict=True):
-            place: Slots = blocks[start] if start >= 0 else alone
-            source = place.source[slot]
+            buffer: SampleBuffer = blocks[start] if start >= 0 else alone
+            source = buffer.source[slot]
             while source is None:
-                _advance(arrivals)
-                source = place.source[slot]
-            if type(source) is memoryview:  # the usual case of `Slots.take`, without the call
-                start, end = place.starts[slot], place.ends[slot]
-                add(source[start:end])
-                used += end - start
+                self._advance()
+                source = buffer.source[slot]
+            if type(source) is memoryview:  # the usual case of `SampleBuffer.take`, without the call
+                first, end = buffer.starts[slot], buffer.ends[slot]
+                add(source[first:end])
+                used += end - first
             else:
-                add(place.take(slot))
-                used += place.ends[slot]
+                add(buffer.take(slot))
+                used += buffer.ends[slot]
         self._stats.bytes_used += used
         return items
-
-
-def _advance(arrivals: Iterator[None]) -> None:
-    if next(arrivals, _END) is _END:
-        raise WorkerError("the fetcher ended before it delivered all samples")  # a defect of ours, never silent

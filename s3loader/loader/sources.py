@@ -1,182 +1,65 @@
-"""Datasets from what people have: a manifest, a prefix, a list of objects, WebDataset URLs."""
+"""Datasets from what people have: a manifest, a prefix, a list of objects, WebDataset URLs, MDS folders."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final, Unpack
 
-import numpy as np
-
-from s3loader.errors import ConfigError, InvalidManifestError, ObjectNotFoundError, S3LoaderError, ShardReadError
-from s3loader.exchange.keys import is_manifest_key, is_shard_key, is_sidecar_key
+from s3loader.arguments import checked, local_path
+from s3loader.errors import (
+    AccessDeniedError,
+    ConfigError,
+    IntegrityError,
+    InvalidManifestError,
+    ObjectNotFoundError,
+    ShardReadError,
+)
+from s3loader.exchange.keys import is_sidecar_key
 from s3loader.exchange.reading import iter_manifest
 from s3loader.exchange.types import ManifestEntry
+from s3loader.loader.catalog import ArchiveOptions, look
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.filters import Filter, filtered
-from s3loader.loader.indexes import find_index, make_indexes
 from s3loader.loader.layout import LooseRun, Shard
-from s3loader.loader.mds import from_mds, holds_mds
-from s3loader.shard.index import index_key, is_foreign, read_counts, sample_key
-from s3loader.store.bulk import ReadFailure
+from s3loader.loader.mds import Columns, MdsShard, check_size
+from s3loader.loader.parts import Parts, counted, parts_of
+from s3loader.loader.urls import Locations, expand_braces, names_of, one_store, split_url
+from s3loader.shard.build import OnTorn, check_on_torn
+from s3loader.shard.parquet import FOOTER
+from s3loader.shard.samples import LeftOut, extension_of
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import StoreKeywords, open_store
-from s3loader.types import Buffer, ObjectMeta, ObjectURL, ReadRequest
-from s3loader.units import KIB
+from s3loader.types import Location, ObjectMeta, ObjectURL
 
-__all__ = ["from_manifest", "from_objects", "from_prefix", "from_webdataset", "open_dataset"]
-
-_HEAD: Final = 4 * KIB
-_MAX_EXPANSION: Final = 10_000_000
-
-
-# -- URLs -----------------------------------------------------------------------------------------
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """(URL of the bucket or root folder, key) of an object URL."""
-    target = ObjectURL.parse(url)
-    if target.scheme == "file":
-        return "file:///", target.key.lstrip("/")
-    return f"{target.scheme}://{target.bucket}", target.key
+__all__ = [
+    "from_manifest",
+    "from_mds",
+    "from_objects",
+    "from_parquet",
+    "from_prefix",
+    "from_tfrecord",
+    "from_webdataset",
+    "holds_mds",
+    "rooted",
+]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """``a-{000..002}.tar`` and ``{train,val}.tar`` as WebDataset and bash expand them; ``::`` joins patterns.
-
-    Raises:
-        ConfigError: a range is too long.
-    """
-    if "::" in pattern:
-        return [url for part in pattern.split("::") for url in expand_braces(part)]
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [head + middle + rest for middle in _alternatives(match.group(1)) for rest in expand_braces(tail)]
-
-
-def _alternatives(text: str) -> list[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if numbers is None:
-        return text.split(",")
-    low, high = int(numbers.group(1)), int(numbers.group(2))
-    width = len(numbers.group(1)) if numbers.group(1).startswith("0") else 0
-    if abs(high - low) > _MAX_EXPANSION:
-        raise ConfigError(
-            f"{{{text}}} stands for more than {_MAX_EXPANSION} URLs",
-            hint="check the numbers of the range, or pass a list of URLs",
-        )
-    step = 1 if high >= low else -1
-    return [str(n).zfill(width) for n in range(low, high + step, step)]
-
-
-# -- from entries to parts ------------------------------------------------------------------------
-
-
-def _etag(value: Any) -> str:
-    return str(value).strip('"') if value else ""
-
-
-class _Parts:
-    """Collects shards and runs of loose objects in order."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.done: list[Shard | LooseRun] = []
-        self._keys: list[str] = []
-        self._sizes: list[int] = []
-        self._etags: list[str] = []
-
-    def add_object(self, key: str, size: int | None, etag: str) -> None:
-        self._keys.append(key)
-        self._sizes.append(-1 if size is None else size)
-        self._etags.append(etag)
-
-    def add_shard(self, shard: Shard) -> None:
-        self.close_run()
-        self.done.append(shard)
-
-    def close_run(self) -> None:
-        if not self._keys:
-            return
-        names = [sample_key(key) for key in self._keys] if self.group else []
-        first = [0, *(i for i in range(1, len(self._keys)) if not names or names[i] != names[i - 1]), len(self._keys)]
-        sizes = np.array(self._sizes, dtype=np.int64)
-        self.done.append(LooseRun(tuple(self._keys), sizes, tuple(self._etags), np.array(first, dtype=np.int64)))
-        self._keys, self._sizes, self._etags = [], [], []
-
-    def finish(self) -> list[Shard | LooseRun]:
-        self.close_run()
-        return self.done
-
-
-def _parts_of(entries: Iterable[ManifestEntry], group: Group) -> list[Shard | LooseRun]:
-    parts = _Parts(group)
-    for entry in entries:
-        if entry["kind"] == "file":
-            parts.add_object(entry["key"], entry.get("size_bytes"), _etag(entry.get("etag")))
-        elif entry["kind"] == "shard":
-            meta = entry.get("meta") or {}
-            count = entry.get("count")
-            parts.add_shard(
-                Shard(
-                    entry["archive_key"],
-                    -1 if count is None else count,
-                    _etag(meta.get("etag")),
-                    entry.get("size_bytes") or 0,
-                    count,
-                )
-            )
-    return parts.finish()
-
-
-def _counted(store: ObjectStore, parts: list[Shard | LooseRun], group: Group, index_dir: str | None) -> list[Shard | LooseRun]:
-    """`parts` with the number of samples of each shard, from the heads of the indexes where the manifest does not tell."""
-    shards = {i: part for i, part in enumerate(parts) if isinstance(part, Shard) and (group is not None or part.samples < 0)}
-    heads: dict[int, Buffer | S3LoaderError] = {}
-    if shards:
-        requests = (ReadRequest(index_key(shard.key), 0, _HEAD, tag=i) for i, shard in shards.items())
-        for answer in store.read_many(requests, errors="return"):
-            heads[answer.request.tag] = answer.error if isinstance(answer, ReadFailure) else bytes(answer.data)
-    missing = [shards[i].key for i, head in heads.items() if isinstance(head, ObjectNotFoundError)]
-    if missing:
-        make_indexes(store, missing, index_dir)
-    for i, head in heads.items():
-        parts[i] = _with_counts(store, shards[i], head, group, index_dir)
-    return parts
-
-
-def _with_counts(store: ObjectStore, shard: Shard, head: Buffer | S3LoaderError, group: Group, index_dir: str | None) -> Shard:
-    if isinstance(head, S3LoaderError) and not isinstance(head, ObjectNotFoundError):
-        raise head
-    try:
-        if isinstance(head, S3LoaderError) or is_foreign(head):
-            index = find_index(store, shard.key, index_dir)
-            members, samples, etag, size = len(index), index.samples, index.etag, index.archive_size
-        else:
-            counts = read_counts(head)
-            members, samples, etag, size = counts.members, counts.samples, counts.archive_etag, counts.archive_size
-    except ShardReadError as error:
-        raise ShardReadError(error.message, op="read", url=f"{store.url}/{index_key(shard.key)}", hint=error.hint) from error
-    if shard.members is not None and shard.members != members:
-        raise ShardReadError(
-            f"the index has {members} members, the manifest says {shard.members}", op="read", url=f"{store.url}/{shard.key}"
-        )
-    return Shard(shard.key, samples if group is not None else members, shard.etag or etag, shard.size or size, members)
-
-
-# -- constructors ---------------------------------------------------------------------------------
-
-
+@checked
 def from_manifest(
-    manifest: str,
+    manifest: Location,
     *,
     store: ObjectStore | None = None,
     group: Group = None,
     members: str | Iterable[str] | None = None,
     where: Filter | None = None,
-    index_dir: str | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
+    on_torn: OnTorn = "error",
+    allow_missing_end: bool = False,
+    allow_trailing: bool = False,
+    lower_extensions: bool = False,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """The dataset a manifest lists: shards and loose objects, also mixed, references followed.
@@ -185,191 +68,446 @@ def from_manifest(
         manifest: URL of the manifest; with `store`, its key there.
         store: The store whose keys the manifest lists. Without it: the folder or bucket above the manifest, as far up as is
             needed for the first key to exist.
-        group: See `Group`.
-        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
-        where: Keep only samples whose entry passes; see `Filter`.
+        group: ``"webdataset"``: neighbours whose names agree up to the first dot of the base name are one sample, a dict by
+            extension; None: each member (or object) is a sample.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); the others are not fetched
+            where that saves bytes.
+        where: Called with the manifest entry of each sample (``key id meta size_bytes ...``); those stay for which it returns
+            True.
         index_dir: Where indexes of shards that have none are kept, if the store may not be written to.
+        on_torn: Members of one sample that lie apart (in a shard, or at the end of one and the start of another), and members
+            that stand there twice, are an error when samples are grouped; ``"split"`` takes each stretch for a sample.
+        allow_missing_end: Of shards without an index: accept one without the zero blocks that end it (it may be truncated).
+        allow_trailing: Of shards without an index: leave out what follows the end of one.
+        lower_extensions: Extensions in small letters, as WebDataset gives them: ``a.JPG`` is the ``jpg`` of its sample.
         store_options: For `open_store`, where no store is given.
 
     Raises:
         ManifestNotFoundError: there is no such manifest.
         InvalidManifestError: a line is not understood.
-        ShardReadError: a shard has no usable index.
+        ShardReadError: a shard has no usable index, cannot be read at random, or tears a sample.
     """
     if store is None:
         root, key = split_url(manifest)
-        store, key = _rooted(open_store(root, **store_options), root, key, store_options)
+        above = open_store(root, **store_options)
+        above.open_ahead(_AHEAD)
+        store, key, own = rooted(above, root, key, store_options)
     else:
-        key = manifest
-    parts = _counted(store, _parts_of(iter_manifest(store, key), group), group, index_dir)
-    dataset = Dataset(store, parts, group=group, name=f"{store.url}/{key}", index_dir=index_dir)
+        (key,) = names_of(manifest, "manifest")
+        own = None
+    options = ArchiveOptions(
+        None if index_dir is None else local_path(index_dir, "index_dir"), on_torn, allow_missing_end, allow_trailing
+    )
+    found = Parts(group, on_torn, where=f"{store.url}/{key}")
+    parts = counted(store, parts_of(iter_manifest(store, key, own=own), found), group, options, found.left_out)
+    dataset = Dataset(
+        store,
+        parts,
+        group=group,
+        name=f"{store.url}/{key}",
+        archives=options,
+        lower_extensions=lower_extensions,
+        left_out=found.left_out,
+    )
     dataset = dataset if where is None else filtered(dataset, where, iter_manifest(store, key))
     return dataset.only(members)
 
 
-def _rooted(store: ObjectStore, root: str, key: str, options: StoreKeywords) -> tuple[ObjectStore, str]:
-    """The store relative to which the manifest's keys exist, and the manifest's key in it."""
-    first = next((entry for entry in iter_manifest(store, key, resolve_refs=False, limit=1)), None)
+def rooted(
+    store: ObjectStore, root: ObjectURL, key: str, options: StoreKeywords
+) -> tuple[ObjectStore, str, Iterator[ManifestEntry]]:
+    """The store relative to which the manifest's keys exist, the manifest's key in it, and its own entries."""
+    own = iter_manifest(store, key, resolve_refs=False)
+    first = next(own, None)
     if first is None:
-        return store, key
+        return store, key, iter(())
     wanted = str(first.get("archive_key") or first.get("key"))
     folders = key.split("/")[:-1]
-    for depth in range(len(folders), -1, -1):
-        folder = "/".join(folders[:depth])
-        if store.exists(f"{folder}/{wanted}" if folder else wanted):
+    above = ["/".join(folders[:depth]) for depth in range(len(folders), -1, -1)]
+    for folder, there in zip(above, look(store, [f"{folder}/{wanted}" if folder else wanted for folder in above]), strict=True):
+        if there is not None:
+            own = chain([first], own)
             if not folder:
-                return store, key
-            return open_store(f"{root}{folder}" if root.endswith("/") else f"{root}/{folder}", **options), key[
-                len(folder) + 1 :
-            ]
+                return store, key, own
+            found = open_store(root.joined(folder), **options) if root.scheme == "file" else store.below(folder)
+            return found, key[len(folder) + 1 :], own
     raise InvalidManifestError(
         f"its first entry {wanted!r} exists neither beside it nor in a folder above",
         op="read",
-        url=f"{root}/{key}",
+        url=str(root.joined(key)),
         hint="give store=open_store(...) at the URL that the manifest's keys are relative to",
     )
 
 
+@checked
 def from_prefix(
-    url: str,
+    url: Location,
     *,
     store: ObjectStore | None = None,
     group: Group = None,
     members: str | Iterable[str] | None = None,
+    lower_extensions: bool = False,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
-    """Every object whose key starts with the prefix, one sample each (or grouped), in order of their keys.
+    """Every object of a folder, one sample each (or grouped), in order of their keys.
 
     Indexes of shards, and empty objects that stand for folders, are left out.
 
     Args:
-        url: ``s3://bucket/prefix``; with `store`, a prefix of its keys. A file URL is a folder.
+        url: ``s3://bucket/folder/``; with `store`, a prefix of its keys. Without a slash at its end it is that folder too; only
+            where there is none, every object whose key starts so. A file URL is always a folder.
         store: An open store.
-        group: See `Group`.
-        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
+        group: ``"webdataset"``: neighbours whose names agree up to the first dot of the base name are one sample, a dict by
+            extension; None: each member (or object) is a sample.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); the others are not fetched
+            where that saves bytes.
+        lower_extensions: Extensions in small letters, as WebDataset gives them: ``a.JPG`` is the ``jpg`` of its sample.
         store_options: For `open_store`.
     """
-    prefix = url
-    if store is None:
-        target = ObjectURL.parse(url)
-        root, prefix = (str(target), "") if target.scheme == "file" else split_url(url)
-        store = open_store(root, **store_options)
-    parts = _Parts(group)
-    for meta in store.list(prefix):
-        if isinstance(meta, ObjectMeta) and not is_sidecar_key(meta.key) and not (meta.size == 0 and meta.key.endswith("/")):
+    (name,) = names_of(url)
+    store, prefix = open_prefix(name, store, store_options)
+    return of_listing(store, prefix, listed(store, prefix), group, name, lower_extensions).only(members)
+
+
+def open_prefix(name: str, store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, str]:
+    """The store that a folder's keys are relative to, and the folder's prefix there.
+
+    Raises:
+        ObjectNotFoundError: there is no such local folder.
+    """
+    if store is not None:
+        return store, name
+    target = ObjectURL.parse(name)
+    if target.scheme == "file" and not os.path.isdir(target.key):  # a store would be an empty one, and hide the typing mistake
+        raise ObjectNotFoundError("there is no such folder", op="open", url=str(target), hint="check the path")
+    root, prefix = (target, "") if target.scheme == "file" else split_url(target)
+    return open_store(root, **options), prefix
+
+
+def listed(store: ObjectStore, prefix: str) -> list[ObjectMeta]:
+    """The objects of a folder; of keys that start with `prefix` where there is no such folder."""
+    folder = prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+    found = [meta for meta in store.list(folder) if isinstance(meta, ObjectMeta)]
+    return found if found or folder == prefix else [meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)]
+
+
+def of_listing(
+    store: ObjectStore, prefix: str, metas: Iterable[ObjectMeta], group: Group, name: str, lower_extensions: bool
+) -> Dataset:
+    """Each object a sample; indexes of shards and what stands for a folder are left out."""
+    parts = Parts(group, "split", gather=True, where=name, root=prefix[: prefix.rfind("/") + 1])
+    for meta in metas:
+        if not is_sidecar_key(meta.key) and not (meta.size == 0 and meta.key.endswith("/")):
             parts.add_object(meta.key, meta.size, meta.etag)
-    return Dataset(store, parts.finish(), group=group, name=url).only(members)
+    return Dataset(store, parts.finish(), group=group, name=name, lower_extensions=lower_extensions, left_out=parts.left_out)
 
 
+@checked
 def from_objects(
-    urls: str | Iterable[str],
+    urls: Locations,
     *,
     store: ObjectStore | None = None,
     group: Group = None,
     members: str | Iterable[str] | None = None,
+    on_torn: OnTorn = "error",
+    lower_extensions: bool = False,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
     """These objects, one sample each (or grouped), in this order; one that is listed twice is two samples.
 
     Args:
-        urls: Their URLs, all of one bucket; with `store`, their keys.
+        urls: Their URLs or paths, all of one bucket, taken as they stand; with `store`, their keys.
         store: An open store.
-        group: See `Group`.
-        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
+        group: ``"webdataset"``: neighbours whose names agree up to the first dot of the base name are one sample, a dict by
+            extension; None: each member (or object) is a sample.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); the others are not fetched
+            where that saves bytes.
+        on_torn: Objects of one sample that do not follow one another are an error when they are grouped; ``"split"`` takes
+            each stretch for a sample.
+        lower_extensions: Extensions in small letters, as WebDataset gives them: ``a.JPG`` is the ``jpg`` of its sample.
         store_options: For `open_store`.
     """
-    names = [urls] if isinstance(urls, str) else [str(url) for url in urls]
-    store, keys = _one_store(names, store, store_options)
-    parts = _Parts(group)
+    names = names_of(urls, "urls")
+    store, keys = one_store(names, store, store_options)
+    check_on_torn(on_torn)
+    parts = Parts(group, on_torn, where=store.url)
     for key in keys:
         parts.add_object(key, None, "")
-    return Dataset(store, parts.finish(), group=group, name=names[0] if names else "").only(members)
+    name = names[0] if names else ""
+    return Dataset(
+        store, parts.finish(), group=group, name=name, lower_extensions=lower_extensions, left_out=parts.left_out
+    ).only(members)
 
 
-def _one_store(urls: Sequence[str], store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, list[str]]:
-    if store is not None:
-        return store, list(urls)
-    pairs = [split_url(url) for url in urls]
-    roots = {root for root, _ in pairs}
-    if len(roots) != 1:
-        problem = "there are no URLs" if not roots else f"the URLs lie in several buckets: {', '.join(sorted(roots)[:3])}"
-        raise ConfigError(problem, hint="make one dataset of each bucket, and mix them")
-    return open_store(roots.pop(), **options), [key for _, key in pairs]
-
-
+@checked
 def from_webdataset(
-    urls: str | Iterable[str],
+    urls: Locations,
     *,
     store: ObjectStore | None = None,
     group: Group = "webdataset",
     members: str | Iterable[str] | None = None,
-    index_dir: str | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
+    on_torn: OnTorn = "error",
+    allow_missing_end: bool = False,
+    allow_trailing: bool = False,
+    lower_extensions: bool = False,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
-    """Tar shards by their URLs, with braces: ``s3://bucket/train-{000000..000146}.tar``.
+    """Tar shards by their URLs, with braces: ``s3://bucket/train-{000000..000146}.tar``, ``s3://bucket/*.tar``, or a folder.
 
     A shard without an index is read once to make one, which is kept beside it.
 
     Args:
-        urls: One pattern or several, all of one bucket; with `store`, patterns of its keys.
+        urls: One pattern or several, all of one bucket; with `store`, patterns of its keys. Braces expand as in bash
+            (`expand_braces`); ``*``, ``?``, ``[...]`` and, across folders, ``**`` list what there is. What ends with a
+            slash is a folder, all tar archives below which are meant.
         store: An open store.
         group: ``"webdataset"``: dicts by extension; None: each member is a sample.
-        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
+        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); the others are not fetched
+            where that saves bytes.
         index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
+        on_torn: Members of one sample that lie apart (in a shard, or at the end of one and the start of another), and members
+            that stand there twice, are an error when samples are grouped; ``"split"`` takes each stretch for a sample.
+        allow_missing_end: Of shards without an index: accept one without the zero blocks that end it (it may be truncated).
+        allow_trailing: Of shards without an index: leave out what follows the end of one.
+        lower_extensions: Extensions in small letters, as WebDataset gives them: ``a.JPG`` is the ``jpg`` of its sample.
         store_options: For `open_store`.
 
     Raises:
         ObjectNotFoundError: there is no such shard.
-        ShardReadError: a shard is damaged, or its index is unusable.
+        ShardReadError: a shard is damaged, cannot be read at random, or tears a sample; or its index is unusable.
     """
-    patterns = [urls] if isinstance(urls, str) else list(urls)
-    names = [name for pattern in patterns for name in expand_braces(pattern)]
-    store, keys = _one_store(names, store, store_options)
-    parts: list[Shard | LooseRun] = [Shard(key, -1) for key in keys]
-    parts = _counted(store, parts, group, index_dir)
+    patterns = names_of(urls, "urls")
+    names = [name for pattern in patterns for name in expand_braces(pattern, keep_escapes=True)]
+    store, keys = one_store(names, store, store_options, patterns=True)
+    store.open_ahead(min(_AHEAD, 1 + len(keys)))
+    options = ArchiveOptions(
+        None if index_dir is None else local_path(index_dir, "index_dir"), on_torn, allow_missing_end, allow_trailing
+    )
+    left_out: dict[str, LeftOut] = {}
+    shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
+    parts = counted(store, shards, group, options, left_out)
     name = patterns[0] if patterns else ""
-    return Dataset(store, parts, group=group, name=name, index_dir=index_dir).only(members)
+    dataset = Dataset(
+        store,
+        parts,
+        group=group,
+        name=name,
+        archives=options,
+        lower_extensions=lower_extensions,
+        left_out=left_out,
+    )
+    return dataset.only(members)
 
 
-def open_dataset(
-    url: str | Iterable[str],
+@checked
+def from_tfrecord(
+    urls: Locations,
     *,
     store: ObjectStore | None = None,
-    group: Group = None,
-    members: str | Iterable[str] | None = None,
-    where: Filter | None = None,
-    index_dir: str | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
-    """The dataset at a URL, by what it looks like: ``.jsonl`` is a manifest, ``.tar`` (with braces) are shards, a list is
-    objects, a folder whose ``index.json`` describes MDS shards is such a dataset, anything else a prefix.
+    """The records of uncompressed TFRecord files; a sample is the bytes of one (a serialized ``tf.train.Example``, mostly).
+
+    A file without an index is read once to make one (lengths and checksums; of large records not the data), which is kept
+    beside it. Each record is held against the CRC-32C that its writer stored.
 
     Args:
-        url: Of the dataset; with `store`, keys of it.
+        urls: One URL or pattern or several, all of one bucket; with `store`, keys. Braces, ``*``, ``?`` and ``[...]`` as for
+            `from_webdataset`. What ends with a slash is a folder, all objects below which are meant.
         store: An open store.
-        group: See `Group`.
-        members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); see `Dataset.only`.
-        where: Keep only samples whose manifest entry passes (manifests only).
-        index_dir: See `from_webdataset`.
-        store_options: For `open_store`, where no store is given.
+        index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
+        store_options: For `open_store`.
 
     Raises:
-        ConfigError: the URL or an option is unusable.
-        S3LoaderError: see the function for each kind, `from_manifest` and so on.
+        ObjectNotFoundError: there is no such file.
+        ShardReadError: a file is damaged, cut off, compressed, or holds no records; or its index is unusable.
     """
-    options: dict[str, Any] = {"store": store, "group": group, "members": members, **store_options}
-    if isinstance(url, str) and is_manifest_key(url):
-        return from_manifest(url, where=where, index_dir=index_dir, **options)
-    if where is not None:
-        raise ConfigError("where= needs a manifest, whose entries it looks at", hint="write one over these objects")
-    if isinstance(url, str) and is_shard_key(expand_braces(url)[0]):
-        return from_webdataset(url, index_dir=index_dir, **options)
-    if not isinstance(url, str):
-        return from_objects(url, **options)
-    if not holds_mds(url, store=store, **store_options):
-        return from_prefix(url, **options)
-    if group is not None or members is not None:
-        raise ConfigError(
-            f"group={group!r} and members={members!r} mean nothing to MDS shards, whose samples are whole", hint="leave it out"
+    store, parts, options, name = _files_with_indexes(urls, store, index_dir, None, store_options)
+    return Dataset(store, parts, name=name, archives=options)
+
+
+@checked
+def from_parquet(
+    urls: Locations,
+    *,
+    members: str | Iterable[str] | None = None,
+    store: ObjectStore | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
+    **store_options: Unpack[StoreKeywords],
+) -> Dataset:
+    """The row groups of Parquet files; a sample is one of them, of which only the columns wanted are fetched.
+
+    Give ``transform=s3loader.decode_row_group``, and samples are `pyarrow.Table`s; without, dicts of the columns' bytes. A
+    file's footer is read once to make an index, which is kept beside it. `batch_size` counts row groups.
+
+    Args:
+        urls: One URL or pattern or several, all of one bucket; with `store`, keys. Braces, ``*``, ``?`` and ``[...]`` as for
+            `from_webdataset`. What ends with a slash is a folder, all objects below which are meant.
+        members: Only these columns: their paths in the schema, as ``"price"`` or ``"tags.list.element"``; None: all.
+        store: An open store.
+        index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
+        store_options: For `open_store`.
+
+    Raises:
+        ObjectNotFoundError: there is no such file.
+        ShardReadError: a file is damaged, or no Parquet file; or its index is unusable.
+        ConfigError: there is no such column; or pyarrow is not installed.
+    """
+    wanted = None if members is None else list(dict.fromkeys([members] if isinstance(members, str) else members))
+    store, parts, options, name = _files_with_indexes(urls, store, index_dir, "webdataset", store_options)
+    dataset = Dataset(store, parts, group="webdataset", name=name, archives=options)
+    if wanted is None:
+        return dataset
+    if len(dataset):
+        layout = dataset.layout(next(i for i, part in enumerate(parts) if part.samples))
+        assert layout.index is not None
+        known = {extension_of(each) for each in layout.index.names()}
+        if missing := [column for column in wanted if column not in known]:
+            raise ConfigError(f"{name} has no column {missing[0]!r}", hint=f"it has {', '.join(sorted(known - {FOOTER}))}")
+    return dataset.only([*wanted, FOOTER])
+
+
+def _files_with_indexes(
+    urls: Locations,
+    store: ObjectStore | None,
+    index_dir: str | os.PathLike[str] | None,
+    group: Group,
+    store_options: StoreKeywords,
+) -> tuple[ObjectStore, list[Shard | LooseRun], ArchiveOptions, str]:
+    """Files that are archives, though no tars: their store, the files as parts, how their indexes are kept, and a name."""
+    patterns = names_of(urls, "urls")
+    names = [name for pattern in patterns for name in expand_braces(pattern, keep_escapes=True)]
+    names = [f"{name}**" if name.endswith("/") else name for name in names]
+    store, keys = one_store(names, store, store_options, patterns=True)
+    keys = [key for key in keys if not key.endswith((".idx", "/"))]  # indexes, ours and DALI's, and what stands for a folder
+    options = ArchiveOptions(None if index_dir is None else local_path(index_dir, "index_dir"), "split")
+    shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
+    return store, counted(store, shards, group, options, {}), options, patterns[0] if patterns else ""
+
+
+# -- MosaicML Streaming ----------------------------------------------------------------------------
+
+_AHEAD: Final = 12
+"""Connections that are opened while the first thing is asked for."""
+_INDEX: Final = "index.json"
+_VERSION: Final = 2
+_MALFORMED: Final = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+_WORDS: Final = (b'"shards"', b'"raw_data"', b'"column_encodings"')
+
+
+@checked
+def from_mds(url: Location, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> Dataset:
+    """The dataset in a folder of raw MDS shards; a sample is a dict of its columns, and ``__key__``, its number as text.
+
+    Integers, floats, texts, JSON and arrays come decoded (numpy scalars and arrays; ``int`` as a Python int); ``bytes``,
+    ``jpeg``, ``png`` and encodings that are not known come as memoryviews, for `decode` by column name. The format has no
+    checksums of samples, so only sizes, offsets and ETags are verified.
+
+    Args:
+        url: The folder with ``index.json``; with `store`, its prefix there.
+        store: An open store. The folder is listed once, to pin sizes and ETags.
+        store_options: For `open_store`.
+
+    Raises:
+        ObjectNotFoundError: ``index.json`` or a shard does not exist.
+        ShardReadError: the index is not understood, shards are compressed, or a column is pickled.
+        IntegrityError: a shard has another size than the index says.
+    """
+    store, prefix = _folder(url, store, store_options)
+    where = f"{store.url}/{prefix}"
+    described = _described(store.get(prefix + _INDEX), where + _INDEX)
+    found = {meta.key: meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)} if described else {}
+    shards: list[MdsShard] = []
+    first = 0
+    made: dict[str, Columns] = {}
+    for number, entry in enumerate(described):
+        try:
+            shard = _shard(entry, prefix, first, found, made)
+        except (ShardReadError, IntegrityError, ObjectNotFoundError) as error:
+            error.op, error.url = "read", f"{where}{_basename(entry) or _INDEX}"
+            raise
+        except _MALFORMED as error:
+            text = f"shard {number} is not described as an MDS shard: {type(error).__name__}: {error}"
+            raise ShardReadError(text, op="read", url=where + _INDEX) from error
+        shards.append(shard)
+        first += shard.samples
+    return Dataset(store, shards, name=str(url))
+
+
+def holds_mds(url: Location, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> bool:
+    """Whether an ``index.json`` that describes MDS shards is, or stands in, the folder `url`. One GET."""
+    given = store
+    store, prefix = _folder(url, store, store_options)
+    try:
+        data = store.get(prefix + _INDEX)
+    except (ObjectNotFoundError, AccessDeniedError):
+        return False  # where it may not be read, the samples will say so themselves
+    finally:
+        if given is None:
+            store.close()
+    try:
+        _, shards = _index(data)
+    except _MALFORMED:
+        return any(word in data for word in _WORDS)  # one that is damaged must not make samples of its shards
+    is_mds = (isinstance(entry, Mapping) and entry.get("format") == "mds" for entry in shards)
+    return not shards or b'"column_encodings"' in data or any(is_mds)
+
+
+def _folder(url: Location, store: ObjectStore | None, options: StoreKeywords) -> tuple[ObjectStore, str]:
+    """(the store, the prefix in it) of the folder, or of its ``index.json``."""
+    (name,) = names_of(url)
+    folder = (name[: -len(_INDEX)] if name.rsplit("/", 1)[-1] == _INDEX else name).rstrip("/")
+    if store is None:
+        return open_store(folder or ("/" if name.startswith("/") else "."), **options), ""
+    return store, f"{folder}/" if folder else ""
+
+
+def _index(data: bytes) -> tuple[Any, list[Mapping[str, Any]]]:
+    index = json.loads(data)
+    version, shards = index["version"], index["shards"]
+    if not isinstance(shards, list):
+        raise TypeError("shards is no list")
+    return version, shards
+
+
+def _described(data: bytes, url: str) -> list[Mapping[str, Any]]:
+    try:
+        version, shards = _index(data)
+    except _MALFORMED as error:
+        raise ShardReadError(f"not the index of MDS shards: {type(error).__name__}: {error}", op="read", url=url) from error
+    if version != _VERSION:
+        raise ShardReadError(f"version {version!r} of the index is not known, only {_VERSION}", op="read", url=url)
+    return shards
+
+
+def _basename(entry: Any) -> str | None:
+    raw = entry.get("raw_data") if isinstance(entry, Mapping) else None
+    name = raw.get("basename") if isinstance(raw, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _shard(
+    entry: Mapping[str, Any], prefix: str, first: int, found: Mapping[str, ObjectMeta], made: dict[str, Columns]
+) -> MdsShard:
+    if entry["format"] != "mds":
+        raise ShardReadError(f"format {entry['format']!r} cannot be read, only 'mds'")
+    if entry.get("compression") is not None or entry.get("zip_data") is not None:
+        raise ShardReadError(
+            f"the shard is compressed ({entry.get('compression')}), so no sample of it can be read alone",
+            hint="write the dataset with MDSWriter(compression=None)",
         )
-    return from_mds(url, store=store, **store_options)
+    described = tuple(list(entry[name]) for name in ("column_names", "column_encodings", "column_sizes"))
+    columns = made.setdefault(repr(described), Columns(*described))
+    samples, size, key = entry["samples"], entry["raw_data"]["bytes"], prefix + entry["raw_data"]["basename"]
+    if type(samples) is not int or type(size) is not int or samples < 0:
+        raise ShardReadError("the index gives no number of samples or bytes")
+    if key not in found:
+        raise ObjectNotFoundError("the index names a shard that is not there")
+    meta = found[key]
+    shard = MdsShard(key, samples, meta.etag, size, pin=meta.etag, now=meta.size, first=first, columns=columns)
+    check_size(shard, meta.size)
+    if size < shard.head_size:
+        raise ShardReadError(f"{size} bytes cannot hold the offsets of {samples} samples")
+    return shard

@@ -30,6 +30,10 @@ class LoaderStats:
     """Ranges fetched a second time because a checksum did not fit."""
     hedged: int = 0
     """Ranges asked for a second time because they took long."""
+    connections: int = 0
+    """Requests that may be under way at a time, as measured last; 0: not measured."""
+    first_byte: float = 0.0
+    """Seconds to the first byte of an answer where nothing is in the way; 0: not measured."""
     cache_hits: int = 0
     skipped: int = 0
     replaced: int = 0
@@ -42,7 +46,9 @@ class LoaderStats:
     first_batch: float | None = None
     """Seconds from the start of the iteration to its first batch."""
     engine: str = ""
+    """What fetches: `ObjectStore.engine`; empty before the first iteration."""
     driver: str = ""
+    """How: ``"pump"`` (while you wait) or ``"threads"`` (beside your code)."""
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
@@ -79,6 +85,8 @@ class LoaderStats:
             mine, theirs = getattr(self, name), getattr(other, name)
             if name in ("engine", "driver"):
                 setattr(self, name, mine or theirs)
+            elif name in ("connections", "first_byte"):
+                setattr(self, name, max(mine, theirs))
             elif name == "first_batch":
                 self.first_batch = theirs if mine is None else mine if theirs is None else min(mine, theirs)
             elif name != "started":

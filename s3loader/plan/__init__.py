@@ -1,7 +1,7 @@
 """The order of samples as a pure function: no I/O, no framework, no state but ``{epoch, consumed}``."""
 
-from s3loader.plan.explain import Explanation, explain_plan
-from s3loader.plan.plan import Catalog, Place, Plan, mix, plan_for
+from s3loader.plan.explain import DryRun, Explanation, explain_runs
+from s3loader.plan.plan import Catalog, Occurrence, Plan, mix, plan_for
 from s3loader.plan.schedule import Gaps, Schedule, Tail, Topology
 from s3loader.plan.spec import ALGORITHM, OrderSpec, Shuffle, choose_spec
 from s3loader.plan.state import PlanState
@@ -9,10 +9,11 @@ from s3loader.plan.state import PlanState
 __all__ = [
     "ALGORITHM",
     "Catalog",
+    "DryRun",
     "Explanation",
     "Gaps",
+    "Occurrence",
     "OrderSpec",
-    "Place",
     "Plan",
     "PlanState",
     "Schedule",
@@ -20,7 +21,7 @@ __all__ = [
     "Tail",
     "Topology",
     "choose_spec",
-    "explain_plan",
+    "explain_runs",
     "mix",
     "plan_for",
 ]

@@ -1,26 +1,18 @@
-"""What an epoch of a plan costs, before anything is read: an estimate from averages, by arithmetic alone."""
+"""What an epoch costs, before any sample is read: the sum of what each process's planner would read."""
 
 from __future__ import annotations
 
 import html
-import math
-from dataclasses import dataclass
-from typing import Any, Final
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from s3loader.plan.budget import Budget
-from s3loader.plan.mixture import MixtureOrder
-from s3loader.plan.order import BlockOrder, Order
 from s3loader.plan.plan import Plan
-from s3loader.plan.schedule import Tail
-from s3loader.units import KIB, format_size
+from s3loader.plan.schedule import Schedule
+from s3loader.units import format_size
 
-__all__ = ["Explanation", "explain_plan"]
-
-_LOOK: Final = 1_000_000
-"""Steps of all ranks looked at to see who reads which lane."""
-_GAP: Final = 256 * KIB
+__all__ = ["DryRun", "Explanation", "explain_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +21,30 @@ class Explanation:
 
     order: str
     samples: int
+    """Positions of the epoch."""
     bytes_used: int
     """Content of the samples."""
     bytes_fetched: int
+    """As they are stored."""
     requests: int
     """GETs for samples; indexes come on top, one each."""
     steps: int
     """Batches per rank."""
     readers: float
-    """Processes that read each block, on average."""
+    """Processes that read each block, on average; 1.0 where no blocks are kept."""
     resident: int
-    """Bytes each process keeps in open blocks (or in a look-ahead)."""
+    """Most bytes that a process keeps between batches."""
     peak: int
     """With what is fetched ahead."""
     whole_blocks: bool
-    """Whether blocks are fetched whole and kept, or samples one by one."""
+    """Whether blocks of the order are fetched whole and kept while their windows last."""
     price: float
     """Of the requests and bytes, in the unit of the prices given."""
     notes: tuple[str, ...]
+    exact: bool = True
+    """Whether all reads of the epoch were planned; else requests and bytes were extrapolated from some of them."""
+    strategy: str = "blocks"
+    """How samples are fetched: a `Strategy`."""
 
     @property
     def amplification(self) -> float:
@@ -55,14 +53,15 @@ class Explanation:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line."""
+        about = "" if self.exact else "about "
         return [
             ("order", self.order),
             ("samples", f"{self.samples:,}"),
             ("batches per rank", f"{self.steps:,}"),
-            ("content", format_size(self.bytes_used)),
-            ("fetched", f"{format_size(self.bytes_fetched)} ({self.amplification:.2f}x)"),
-            ("requests", f"{self.requests:,} GET"),
-            ("way", "whole blocks, kept while open" if self.whole_blocks else "samples of a look-ahead, neighbours together"),
+            ("content", about + format_size(self.bytes_used)),
+            ("fetched", f"{about}{format_size(self.bytes_fetched)} ({self.amplification:.2f}x)"),
+            ("requests", f"{about}{self.requests:,} GET"),
+            ("way", _WAYS[self.strategy]),
             ("readers per block", f"{self.readers:.2f}"),
             ("kept per process", format_size(self.resident)),
             ("peak per process", format_size(self.peak)),
@@ -82,147 +81,102 @@ class Explanation:
         return f"<table>{cells}</table>"
 
 
-def lane_readers(order: BlockOrder, batch_size: int, world_size: int, workers: int) -> float:
-    """How many processes take from each lane, on average."""
-    spec = order.spec
-    around = math.lcm(spec.lanes * spec.chunk, batch_size * world_size) // (batch_size * world_size)
-    steps = max(1, min(math.lcm(around, workers), _LOOK // world_size))
-    k, r = np.divmod(np.arange(steps * world_size, dtype=np.int64), world_size)
-    first = (k * world_size + r) * batch_size
-    reader = r * workers + k % workers
-    pairs = []
-    for offset in sorted({*range(0, batch_size, spec.chunk), batch_size - 1}):
-        lane = (first + offset) // spec.chunk % spec.lanes
-        pairs.append(np.unique(lane * (world_size * workers) + reader))
-    both = np.unique(np.concatenate(pairs))
-    return len(both) / max(1, len(np.unique(both // (world_size * workers))))
+_WAYS = {
+    "whole": "all that is needed, once, in large ranges, kept until it was used",
+    "blocks": "whole blocks, kept while open",
+    "samples": "samples of a look-ahead, neighbours together",
+}
 
 
-def _random_reads(samples: float, ahead: float, average: float, total: float) -> tuple[float, float]:
-    """(requests, bytes) for `samples` read in random order, `ahead` at a time, joined over gaps.
+@dataclass(slots=True, eq=False)
+class DryRun:
+    """What one process's planner would read."""
 
-    Gaps between `ahead` random samples in `total` bytes are about exponential with mean ``total / ahead``.
-    """
-    gap = max(0.0, total / max(1.0, ahead) - average)
-    if gap == 0:
-        return max(1.0, samples * average / (8 << 20)), samples * average
-    alone = math.exp(-_GAP / gap)
-    bridged = gap - alone * (_GAP + gap)
-    return samples * alone + samples / max(1.0, ahead), samples * (average + bridged)
+    budget: Budget
+    open_bytes: int
+    """Of the blocks that its order has open side by side."""
+    samples: int
+    """Its samples of the whole epoch."""
+    planned: int = 0
+    """Of them, those that were planned."""
+    requests: float = 0
+    bytes_fetched: float = 0
+    bytes_used: int = 0
+    blocks: set[tuple[int, int]] = field(default_factory=set)
+    """Of the blocks it opened, first sample and the position until which it is open."""
+    unreadable: set[int] = field(default_factory=set)
+    """Shards whose index cannot be had."""
 
 
-def explain_plan(
+def explain_runs(
     plan: Plan,
+    schedule: Schedule,
+    runs: Sequence[DryRun],
     *,
-    batch_size: int,
-    world_size: int = 1,
-    workers: int = 1,
-    tail: Tail = "short",
-    memory_limit: int,
-    prefetch: int,
-    price_per_1000_gets: float = 0.0004,
-    price_per_gb: float = 0.0,
-    shares: tuple[float, float, float] = (1.0, 1.0, 0.0),
+    exact: bool,
+    epoch_samples: int,
+    price_per_1000_gets: float,
+    price_per_gb: float,
 ) -> Explanation:
-    """Estimate an epoch's requests, bytes, memory and price from average sample sizes.
+    """Sum up dry runs of all processes, or of some; what was not planned is extrapolated.
 
     Args:
-        plan: The plan.
-        batch_size: Samples per batch and rank.
-        world_size: Ranks.
-        workers: Processes per rank.
-        tail: See `Schedule`.
-        memory_limit: Bytes per process.
-        prefetch: Bytes fetched ahead.
-        price_per_1000_gets: Of the store (the default is S3 Standard's in us-east-1, in dollars).
+        plan: The order.
+        schedule: How the epoch is cut into batches.
+        runs: One for each process that was looked at.
+        exact: Every read of every process was planned, from the indexes of the shards.
+        epoch_samples: Samples that all processes together take.
+        price_per_1000_gets: Of the store.
         price_per_gb: Of traffic.
-        shares: Of a dataset's bytes: those used, those fetched with them; and further ranges per sample.
     """
-    used_share, fetched_share, splits = shares
-    schedule = plan.schedule(0, batch_size, world_size=world_size, tail=tail)
-    whole_average = plan.total_bytes / max(1, plan.samples)
-    average, total = whole_average * fetched_share, round(plan.total_bytes * fetched_share)
+    planned = sum(run.planned for run in runs)
+    scale = 1.0 if exact else epoch_samples / max(1, planned)
+    requests = round(scale * sum(run.requests for run in runs))
+    fetched = round(scale * sum(run.bytes_fetched for run in runs))
+    used = round(scale * sum(run.bytes_used for run in runs))
+    distinct = len(set().union(*(run.blocks for run in runs))) if runs else 0
+    readers = sum(len(run.blocks) for run in runs) / distinct if distinct else 1.0
+    strategies = [run.budget.strategy for run in runs]
+    strategy = max(set(strategies), key=strategies.count) if strategies else "samples"
     notes: list[str] = []
-    resident, readers = _resident(plan.order, average, batch_size, world_size, workers)
-    budget = Budget.divide(memory_limit, prefetch, open_bytes=resident, total_bytes=total)
-    whole = budget.whole_blocks
-    ahead = budget.look_ahead / max(1.0, average)
-    if whole:
-        requests, fetched = _block_reads(plan.order, average, len(plan.counts), readers, world_size * workers)
-    else:
-        if resident > budget.resident:
-            notes.append(
-                f"open blocks would fill {format_size(resident)}: samples are fetched one by one; give a larger"
-                " memory_limit, more workers, or fewer lanes"
-            )
-        readers, resident = 1.0, min(budget.resident, total)
-        shuffled = plan.spec.get("shuffle", "block") in ("full", "block")
-        if shuffled:
-            requests, fetched = _random_reads(plan.size, ahead, average, total)
-        else:
-            runs = plan.size / batch_size if world_size * workers > 1 else total / (8 << 20) + len(plan.counts)
-            requests, fetched = runs, plan.size * average
-    requests += splits * plan.size * (readers if whole else 1.0)
-    used = round(plan.size * whole_average * used_share)
-    if whole and readers > 1.05:
+    if not exact:
+        notes.append(
+            f"extrapolated from {planned:,} of {epoch_samples:,} samples with average sizes: requests and bytes are estimates"
+        )
+    too_large = [run.open_bytes for run in runs if run.budget.strategy == "samples" and run.open_bytes > run.budget.resident]
+    if too_large:
+        notes.append(
+            f"open blocks would fill {format_size(max(too_large))}: samples are fetched one by one; give a larger"
+            " memory_limit, more workers, or fewer lanes"
+        )
+    if readers > 1.05:
         notes.append(
             f"each block is read by {readers:.1f} processes: they do not keep to whole lanes. A number of workers that"
             " divides the lanes per rank reads each block once"
         )
-    if fetched > 2 * used > 0 and not whole:
+    if fetched > 2 * used > 0 and strategy == "samples":
         notes.append('small samples in random order cost many requests; shuffle="block" costs few')
-    if tail == "drop" and schedule.steps() * schedule.stride < schedule.size:
+    if schedule.tail == "drop" and schedule.steps() * schedule.stride < schedule.size:
         notes.append(f"{schedule.size - schedule.steps() * schedule.stride} samples of each epoch are dropped at its end")
+    unreadable = len(set().union(*(run.unreadable for run in runs))) if runs else 0
+    if unreadable:
+        notes.append(f"{unreadable:,} shards have no index that can be used: their samples fail, and are not counted")
     return Explanation(
         order=_describe(plan.spec),
         samples=plan.size,
         bytes_used=used,
-        bytes_fetched=max(used, round(fetched)),
-        requests=max(1, round(requests)) if plan.size else 0,
+        bytes_fetched=fetched,
+        requests=requests,
         steps=schedule.steps(),
         readers=readers,
-        resident=resident,
-        peak=resident + budget.in_flight,
-        whole_blocks=whole,
+        resident=max((run.budget.resident for run in runs), default=0),
+        peak=max((run.budget.resident + run.budget.in_flight for run in runs), default=0),
+        whole_blocks=strategy == "blocks",
         price=requests / 1000 * price_per_1000_gets + fetched / 1e9 * price_per_gb,
         notes=tuple(notes),
+        exact=exact,
+        strategy=strategy,
     )
-
-
-def _blocks_of(order: Order) -> list[BlockOrder]:
-    if isinstance(order, MixtureOrder):
-        return [part for part in order.orders if isinstance(part, BlockOrder)]
-    return [order] if isinstance(order, BlockOrder) else []
-
-
-def _resident(order: Order, average: float, batch_size: int, world_size: int, workers: int) -> tuple[int, float]:
-    """(bytes of the blocks that one process has open, processes per block)."""
-    blocks = _blocks_of(order)
-    if not blocks:
-        return 0, 1.0
-    total, weighted = 0.0, 0.0
-    for block in blocks:
-        mixed = isinstance(order, MixtureOrder)  # its lanes move against those who read them
-        readers = float(world_size * workers) if mixed else lane_readers(block, batch_size, world_size, workers)
-        lanes = min(block.spec.lanes, math.ceil(block.spec.lanes * readers / (world_size * workers)))
-        total += lanes * block.spec.window * block.spec.block * average
-        weighted += readers * block.size
-    return round(total), weighted / max(1, sum(block.size for block in blocks))
-
-
-def _block_reads(order: Order, average: float, shards: int, readers: float, processes: int) -> tuple[float, float]:
-    requests = fetched = 0.0
-    for block in _blocks_of(order):
-        spec = block.spec
-        in_lanes = block.lane_blocks * spec.lanes
-        straddling = min(shards, in_lanes)
-        requests += (in_lanes * max(1.0, spec.block * average / (8 << 20)) + straddling) * readers
-        # At the end of the epoch a process has the last blocks of its own lanes still open.
-        left_in_lanes = in_lanes * spec.block - block.lane_samples
-        alone = block.size - in_lanes * spec.block + left_in_lanes * max(0.0, 1 - readers / processes)
-        requests += alone / spec.run
-        fetched += (in_lanes * spec.block * readers + alone) * average
-    return requests, fetched
 
 
 def _describe(spec: Any) -> str:

@@ -133,7 +133,7 @@ class MixtureOrder:
         return groups
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The sample at each position."""
         out = np.empty_like(positions)
         for d, own_epoch, where, own in self._split(positions, epoch):
             out[where] = self.orders[d].samples_at(own, own_epoch) + self._base[d]
@@ -155,7 +155,7 @@ class MixtureOrder:
         return out
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`."""
+        """What to fetch for `positions`, whose samples are `samples`."""
         parts = []
         for d, own_epoch, where, own in self._split(positions, epoch):
             unit = self.orders[d].units(own, samples[where] - self._base[d], own_epoch)
@@ -165,5 +165,6 @@ class MixtureOrder:
         return join_units(parts, len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
-        """See `Order`: of all datasets together."""
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks. Of all datasets
+        together."""
         return sum(self.orders[d].open_samples(own) for d, own_epoch, _, own in self._split(positions, 0) if own_epoch == 0)

@@ -14,7 +14,7 @@ from s3loader.errors import PlanError
 from s3loader.plan.permutation import MAX_SIZE, Int64Array, derive, derive_each, permute, unpermute
 from s3loader.plan.spec import OrderSpec
 
-__all__ = ["BlockOrder", "FullOrder", "Order", "SequentialOrder", "ShardOrder", "Units", "make_order"]
+__all__ = ["BlockOrder", "FullOrder", "Order", "SequentialOrder", "ShardOrder", "Units", "locate", "make_order"]
 
 _BLOCKS: Final = 1
 _WINDOWS: Final = 2
@@ -33,6 +33,17 @@ class Units(NamedTuple):
     is so unless the block happens to be open still."""
     until: Int64Array
     """No position from here on needs this block."""
+
+
+def locate(starts: Int64Array, samples: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """(part, number in the part) of each sample, int64.
+
+    Args:
+        starts: Number of the first sample of each part; parts lie end to end and may be empty.
+        samples: Numbers of samples that exist.
+    """
+    part = np.searchsorted(starts, samples, side="right") - 1
+    return part, samples - starts[part]
 
 
 def no_units(size: int) -> Units:
@@ -82,19 +93,19 @@ class SequentialOrder:
         self.size = size
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The sample at each position."""
         return positions
 
     def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
         return samples
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`."""
+        """What to fetch for `positions`, whose samples are `samples`."""
         return no_units(len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
-        """See `Order`."""
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks."""
         return 0
 
 
@@ -106,19 +117,19 @@ class FullOrder:
         self.seed = seed
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The sample at each position."""
         return permute(positions, self.size, derive(self.seed, epoch, _FULL))
 
     def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
         return unpermute(samples, self.size, derive(self.seed, epoch, _FULL))
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`."""
+        """What to fetch for `positions`, whose samples are `samples`."""
         return no_units(len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
-        """See `Order`."""
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks."""
         return 0
 
 
@@ -143,25 +154,25 @@ class ShardOrder:
         return self._order, self._ends
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The sample at each position."""
         order, ends = self._at(epoch)
         slot = np.searchsorted(ends, positions, side="right")
         shard = order[slot]
         return self._starts[shard] + positions - (ends[slot] - self._counts[shard])
 
     def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
         _, ends = self._at(epoch)
-        shard = np.searchsorted(self._starts + self._counts, samples, side="right")
+        shard, number = locate(self._starts, samples)
         slot = unpermute(shard.astype(np.int64), len(self._counts), derive(self.seed, epoch, _SHARDS))
-        return samples - self._starts[shard] + ends[slot] - self._counts[shard]
+        return number + ends[slot] - self._counts[shard]
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`."""
+        """What to fetch for `positions`, whose samples are `samples`."""
         return no_units(len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
-        """See `Order`."""
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks."""
         return 0
 
 
@@ -256,7 +267,7 @@ class BlockOrder:
     # -- both ways ---------------------------------------------------------------------------
 
     def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The sample at each position."""
         in_lane = positions < self.lane_samples
         if in_lane.all():
             return self._lane_to_sample(*self.lane_of(positions), epoch)
@@ -267,7 +278,7 @@ class BlockOrder:
         return out
 
     def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
-        """See `Order`."""
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
         m, lanes = self.spec.block, self.spec.lanes
         block, inner = np.divmod(samples, m)
         slot = block.copy()
@@ -286,7 +297,8 @@ class BlockOrder:
         return out
 
     def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
-        """See `Order`: in lanes the block, until its window is over; the last of a lane until the end of the epoch,
+        """What to fetch for `positions`, whose samples are `samples`. In lanes the block, until its window is over; the last of
+        a lane until the end of the epoch,
         where what whole rounds left of them comes."""
         m = self.spec.block
         in_lane = positions < self.lane_samples
@@ -304,7 +316,8 @@ class BlockOrder:
         return join_units(parts, len(positions))
 
     def open_samples(self, positions: Int64Array) -> int:
-        """See `Order`: a window of each lane."""
+        """Samples in the blocks that are open at a time for whoever takes `positions`; 0 without blocks. A window of each
+        lane."""
         lanes, _ = self.lane_of(positions[positions < self.lane_samples])
         return len(np.unique(lanes)) * self.spec.window * self.spec.block
 

@@ -27,7 +27,7 @@ _MASK: Final = (1 << 64) - 1
 _A: Final = 0xBF58476D1CE4E5B9
 _B: Final = 0x94D049BB133111EB
 _FEW: Final = 16
-"""Up to so many values, Python's integers are faster than numpy's calls."""
+"""Up to this number of values, Python's integers are faster than numpy's calls."""
 _U: Final = [np.uint64(n) for n in range(64)]
 _NA, _NB, _NG = np.uint64(_A), np.uint64(_B), np.uint64(_GOLDEN)
 

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from s3loader.arguments import checked
 from s3loader.errors import PlanError, StateMismatchError
 from s3loader.plan.mixture import Length, MixtureOrder, quotas
-from s3loader.plan.order import Order, Units, make_order
+from s3loader.plan.order import Order, Units, locate, make_order
 from s3loader.plan.permutation import Int64Array
 from s3loader.plan.schedule import Gaps, Schedule, Tail, Topology
 from s3loader.plan.spec import ALGORITHM, OrderSpec
 from s3loader.plan.state import PlanState
 
-__all__ = ["Catalog", "Place", "Plan", "mix", "plan_for"]
+__all__ = ["Catalog", "Occurrence", "Plan", "mix", "plan_for"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +38,7 @@ class Catalog:
         return int(self.counts.sum())
 
 
-class Place(NamedTuple):
+class Occurrence(NamedTuple):
     """Where one sample stands in one epoch."""
 
     position: int
@@ -52,6 +53,7 @@ class Place(NamedTuple):
     rank: int
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A pure function of (data, spec, seed, epoch): which sample at which position, and back.
@@ -67,17 +69,18 @@ class Plan:
     total_bytes: int
     skip: tuple[tuple[int, int, int], ...] = ()
     exclude: tuple[int, ...] = ()
-    _ends: Int64Array = field(init=False, repr=False)
+    starts: Int64Array = field(init=False, repr=False)
+    """First sample of each shard."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", np.cumsum(self.counts))
+        object.__setattr__(self, "starts", np.cumsum(self.counts) - self.counts)
         if any(not 0 <= sample < self.samples for sample in self.exclude):
             raise PlanError(f"exclude names samples that are not among {self.samples}", hint="samples are numbered from 0")
 
     @property
     def samples(self) -> int:
         """Samples in the data."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.starts[-1] + self.counts[-1]) if len(self.counts) else 0
 
     @property
     def size(self) -> int:
@@ -101,8 +104,8 @@ class Plan:
         return Gaps(intervals, self.size)
 
     def base(self, epoch: int, kept: int) -> int:
-        """The position of a kept position (see `Gaps`)."""
-        return int(self.gaps(epoch).expand(np.array([kept], dtype=np.int64))[0])
+        """The position of a kept position: one counted without the gaps."""
+        return self.gaps(epoch).position(kept)
 
     def schedule(
         self, epoch: int, batch_size: int, *, world_size: int = 1, tail: Tail = "short", consumed: int = 0
@@ -123,8 +126,7 @@ class Plan:
 
     def locate(self, samples: Int64Array) -> tuple[Int64Array, Int64Array]:
         """(shard, number in the shard) of each sample."""
-        shard = np.searchsorted(self._ends, samples, side="right")
-        return shard, samples - (self._ends[shard] - self.counts[shard])
+        return locate(self.starts, samples)
 
     def batches(
         self, epoch: int, topology: Topology, batch_size: int, *, tail: Tail = "short", consumed: int = 0
@@ -142,7 +144,7 @@ class Plan:
 
     def where(
         self, position: int, epoch: int = 0, *, batch_size: int = 1, world_size: int = 1, tail: Tail = "short", start: int = 0
-    ) -> Place:
+    ) -> Occurrence:
         """What stands at `position`, and which rank gets it at which step of a run that began at position `start`.
 
         Raises:
@@ -155,11 +157,11 @@ class Plan:
         sample = self.samples_at(np.array([position], dtype=np.int64), epoch)
         shard, number = self.locate(sample)
         step, rank = self._step(position, epoch, batch_size, world_size, tail, start)
-        return Place(position, epoch, int(sample[0]), int(shard[0]), int(number[0]), step, rank)
+        return Occurrence(position, epoch, int(sample[0]), int(shard[0]), int(number[0]), step, rank)
 
     def find(
         self, sample: int, epoch: int = 0, *, batch_size: int = 1, world_size: int = 1, tail: Tail = "short", start: int = 0
-    ) -> Place | None:
+    ) -> Occurrence | None:
         """The inverse of `where`; None where the sample does not occur in this epoch of a mixture.
 
         Raises:
@@ -246,8 +248,8 @@ def mix(
         length: Positions in an epoch: until each dataset was seen whole (``"all"``), until the first was (``"first"``),
             or a number.
         counts: Quotas as a state has them, instead of weights.
-        skip: See `PlanState`.
-        exclude: See `PlanState`.
+        skip: ``(epoch, start, end)``: positions to leave out.
+        exclude: Numbers of samples to leave out, in every epoch.
     """
     if not catalogs or len(catalogs) != len(specs):
         raise PlanError("a mixture needs datasets, and a spec for each", hint="one spec for each dataset")

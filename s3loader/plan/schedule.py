@@ -71,6 +71,10 @@ class Gaps:
         out = kept + np.where(before > 0, self._removed[before - 1], 0)
         return np.where(kept >= self.kept, self.size, out)
 
+    def position(self, kept: int) -> int:
+        """The position of one kept position."""
+        return int(self.expand(np.array([kept], dtype=np.int64))[0]) if self.intervals else kept
+
     def shrink(self, position: int) -> int:
         """How many kept positions lie before `position`."""
         return position - sum(min(b, position) - a for a, b in self.intervals if a < position)
@@ -80,7 +84,8 @@ class Gaps:
 class Schedule:
     """Step k of rank r takes positions ``start + (k * world_size + r) * batch_size`` and on, for one batch.
 
-    Worker w of W takes the steps ``k = w (mod W)``. All numbers here are kept positions (see `Gaps`).
+    Worker w of W takes the steps ``k = w (mod W)``. All numbers here are kept positions (those that are left when gaps are
+    taken out).
     """
 
     start: int
@@ -146,6 +151,14 @@ class Schedule:
         if self.tail == "pad":
             out %= max(1, self.size)
         return out, lengths
+
+    def samples_in(self, rank: int, steps: range) -> int:
+        """Samples of the batches `steps` of `rank`, padding included."""
+        samples = len(steps) * self.batch_size
+        if steps and self.tail == "short" and steps[-1] >= self.full_steps:
+            left = (self.size - self.start) % self.stride
+            samples += self._share(left, rank + 1) - self._share(left, rank) - self.batch_size
+        return samples
 
     def consumed_after(self, step: int) -> int:
         """Positions consumed when `step` steps are done on every rank."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from s3loader.arguments import checked
 from s3loader.errors import PlanError, StateMismatchError
 from s3loader.units import KIB, MIB
 
@@ -24,6 +25,7 @@ SMALL_WINDOW_BLOCKS: Final = 16
 RUN_BYTES: Final = 256 * KIB
 
 
+@checked
 @dataclass(frozen=True, slots=True)
 class OrderSpec:
     """What, beside the data and the epoch, decides which sample comes at which position."""
@@ -99,7 +101,7 @@ def choose_spec(
         total_bytes: Their bytes, for the average size.
         batch_size: Samples per batch and rank.
         world_size: Ranks of the run; the default `lanes` is 8 for each.
-        shuffle: See `OrderSpec`, as for the rest.
+        shuffle: ``"block"``, ``"full"``, ``"shard"`` or ``"none"``.
         seed: Any integer; it is taken modulo 2**64.
     """
     seed %= 1 << 64

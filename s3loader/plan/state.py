@@ -20,7 +20,7 @@ class PlanState:
     """
 
     plan_digest: str
-    """Identifies data, order spec and seed; see `Plan.digest`."""
+    """Identifies data, order spec and seed: 16 hex digits."""
     spec: Mapping[str, Any]
     """The order spec, so that another run continues this very sequence whatever its own defaults are."""
     epoch: int = 0
@@ -70,7 +70,7 @@ class PlanState:
                 exclude=tuple(_natural(sample) for sample in values.get("exclude", ())),
                 version=version,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, StateMismatchError):
                 raise
             raise StateMismatchError(

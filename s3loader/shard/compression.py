@@ -16,10 +16,22 @@ from array import array
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
-from s3loader.errors import ConfigError, ShardReadError
+from s3loader.errors import ConfigError, FormatError, ShardReadError
 from s3loader.types import Buffer
 
-__all__ = ["COMPRESSIONS", "Compressor", "FrameTable", "compressor", "decompressor", "infer_archive_format", "read_seek_table"]
+__all__ = [
+    "COMPRESSIONS",
+    "LARGEST_FRAME",
+    "Compressor",
+    "FrameTable",
+    "compressor",
+    "decompressor",
+    "infer_archive_format",
+    "most_inside",
+    "read_seek_table",
+    "unpack",
+    "unread_compression",
+]
 
 COMPRESSIONS: Final = ("gzip", "bz2", "xz", "zstd")
 _SUFFIXES: Final = {
@@ -33,12 +45,29 @@ _SUFFIXES: Final = {
     ".tar.zst": "zstd",
     ".tar.zstd": "zstd",
 }
+_UNREAD: Final = {
+    ".tar.lzma": "lzma",
+    ".tlz": "lzma",
+    ".tar.z": "compress (.Z)",
+    ".taz": "compress (.Z)",
+    ".tar.lz4": "lz4",
+    ".tar.lz": "lzip",
+    ".tar.lzo": "lzop",
+    ".tar.sz": "snappy",
+    ".tar.br": "brotli",
+}
+"""Archives that are known by their names, and not read."""
 _ALIASES: Final = {"gz": "gzip", "bzip2": "bz2", "lzma": "xz", "zst": "zstd", "none": None, "": None}
 
 SKIPPABLE_MAGIC: Final = 0x184D2A5E
 SEEKABLE_MAGIC: Final = 0x8F92EAB1
 MAX_FRAME: Final = 8 << 20
-"""Most plain bytes in one zstd frame: bounds the memory of reader and writer."""
+"""Most plain bytes in one zstd frame that we write: bounds the memory of reader and writer."""
+LARGEST_FRAME: Final = 8 * MAX_FRAME
+"""Most plain bytes in one zstd frame that is read at random; archives with larger ones are streamed."""
+_MAX_WINDOW: Final = 1 << 27
+_MOST_PER_BYTE: Final = 1 << 15  # a zstd block of one repeated byte: 4 bytes for 128 KiB
+_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 
 
 def infer_archive_format(key: str) -> tuple[str, str | None]:
@@ -51,7 +80,15 @@ def infer_archive_format(key: str) -> tuple[str, str | None]:
     for suffix in sorted(_SUFFIXES, key=len, reverse=True):
         if lower.endswith(suffix):
             return "tar", _SUFFIXES[suffix]
-    raise ConfigError(f"Unsupported archive format: {key}", hint=f"known suffixes: {' '.join(_SUFFIXES)}")
+    unread = unread_compression(key)
+    kind = f" ({unread} is not read)" if unread else ""
+    raise ConfigError(f"Unsupported archive format: {key}{kind}", hint=f"known suffixes: {' '.join(_SUFFIXES)}")
+
+
+def unread_compression(key: str) -> str | None:
+    """What compresses an archive of this name, where that is known and not read."""
+    lower = key.lower()
+    return next((name for suffix, name in _UNREAD.items() if lower.endswith(suffix)), None)
 
 
 def normalize_compression(name: str | None) -> str | None:
@@ -192,6 +229,8 @@ def read_seek_table(tail: Buffer, archive_size: int) -> FrameTable | None:
     if len(view) < 17 or struct.unpack_from("<I", view, len(view) - 4)[0] != SEEKABLE_MAGIC:
         return None
     count, descriptor, _ = struct.unpack_from("<IBI", view, len(view) - 9)
+    if descriptor & 0x7F:
+        raise ShardReadError(f"zstd seek table with unknown flags {descriptor:#x}")
     width = 12 if descriptor & 0x80 else 8
     needed = 8 + count * width + 9
     if needed > archive_size:
@@ -205,11 +244,73 @@ def read_seek_table(tail: Buffer, archive_size: int) -> FrameTable | None:
     table = FrameTable()
     for i in range(count):
         packed, plain = struct.unpack_from("<II", body, 8 + i * width)
+        if packed < 8 or plain > most_inside(packed):
+            raise ShardReadError(f"zstd seek table: frame {i} cannot hold {plain} bytes in {packed}")
         table.packed.append(packed)
         table.plain.append(plain)
     if sum(table.packed) + needed != archive_size:
         raise ShardReadError("zstd seek table does not add up to the archive")
     return table
+
+
+def most_inside(packed: int) -> int:
+    """The most plain bytes that `packed` bytes of zstd frames can stand for: whoever claims more is wrong."""
+    return packed * _MOST_PER_BYTE
+
+
+def unpack(frame: Buffer, size: int | None = None, *, at_most: int = LARGEST_FRAME) -> bytes:
+    """The content of one zstd frame, which must be all of `frame`.
+
+    What the frame's header states is compared with what is expected before anything is inflated, so that
+    no memory beyond the expected size is ever taken.
+
+    Args:
+        frame: The frame, without a byte more.
+        size: Bytes it must hold; None where only a bound is known.
+        at_most: The bound, for frames of unknown size.
+
+    Raises:
+        FormatError: it is damaged, no frame, more than one, or holds another number of bytes.
+    """
+    import zstandard
+
+    view = memoryview(frame)
+    most = at_most if size is None else size
+    if most > most_inside(len(view)):
+        if size is not None:
+            raise FormatError(f"{len(view)} bytes of zstd cannot hold {size} bytes")
+        most = most_inside(len(view))
+    if len(view) >= 8 and _is_skippable(view):
+        if struct.unpack_from("<I", view, 4)[0] + 8 != len(view) or size:
+            raise FormatError(f"a skippable frame where {size} bytes should be")
+        return b""
+    try:
+        if bytes(view[:4]) != _MAGIC:
+            raise FormatError("not a zstd frame")
+        head = zstandard.get_frame_parameters(view[:18])
+        if head.dict_id:
+            raise FormatError(f"it needs the dictionary {head.dict_id}")
+        stated = (
+            None if head.content_size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) else head.content_size
+        )
+        if head.window_size > max(_MAX_WINDOW, most):
+            raise FormatError(f"it needs a window of {head.window_size} bytes")
+        if stated is not None and (stated > most or (size is not None and stated != size)):
+            raise FormatError(f"it holds {stated} bytes, {'at most ' if size is None else ''}{most} are expected")
+        inflater = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        plain = inflater.decompress(view, max_output_size=max(most, 1), allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError, MemoryError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"it is damaged: {error}") from error
+    if len(plain) > most or (size is not None and len(plain) != size):
+        raise FormatError(f"it holds {len(plain)} bytes, {most} are expected")
+    return plain
+
+
+def _is_skippable(view: memoryview) -> bool:
+    magic: int = struct.unpack_from("<I", view)[0]
+    return magic & 0xFFFFFFF0 == 0x184D2A50
 
 
 class _Decompressor(Protocol):
@@ -298,7 +399,7 @@ class _Zstd:
     def __init__(self) -> None:
         import zstandard
 
-        self._in = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        self._in = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
         self._head = b""
         self._skip: int | None = None
         self._eof = False

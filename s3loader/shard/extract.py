@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from s3loader.arguments import checked
 from s3loader.errors import ConfigError, ShardReadError
 from s3loader.shard.reader import ShardReader
 from s3loader.shard.source import StreamSource, get_from_start, sniff_compression
@@ -14,13 +15,26 @@ from s3loader.store.objectstore import ObjectStore
 __all__ = ["extract", "list_archive"]
 
 
-def list_archive(store: ObjectStore, key: str) -> list[TarMember]:
-    """All members of an archive, links and folders too, as they are named; nothing is written anywhere."""
+def list_archive(
+    store: ObjectStore, key: str, *, allow_missing_end: bool = False, allow_trailing: bool = False
+) -> list[TarMember]:
+    """All members of an archive, links and folders too, as they are named; nothing is written anywhere.
+
+    Args:
+        store: Where the archive is.
+        key: Its key.
+        allow_missing_end: Accept an archive without the zero blocks that end one (it may be truncated).
+        allow_trailing: Leave out what follows the end of the archive.
+
+    Raises:
+        ShardReadError: it is damaged, or no tar.
+    """
     _, head = get_from_start(store, key, 0, 512)
     source = StreamSource(store, key, sniff_compression(head))
-    return list(walk(source.read))
+    return list(walk(source.read, allow_missing_end=allow_missing_end, allow_trailing=allow_trailing))
 
 
+@checked
 def extract(store: ObjectStore, key: str, folder: str | os.PathLike[str]) -> list[Path]:
     """Write the files of an archive below `folder`, contents verified where the index knows their CRC32C.
 
@@ -38,7 +52,7 @@ def extract(store: ObjectStore, key: str, folder: str | os.PathLike[str]) -> lis
     """
     for entry in list_archive(store, key):
         reason = unsafe_reason(entry.name)
-        if entry.kind in ("symlink", "hardlink", "device"):
+        if entry.kind not in ("file", "dir", "volume label"):
             reason = f"is a {entry.kind}"
         if reason is not None:
             raise ShardReadError(

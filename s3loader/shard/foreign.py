@@ -7,14 +7,13 @@ one line per sample with four fields for each of its files: extension, offset of
 Energon (megatron/energon/flavors/webdataset/itar.py), ``shard.tar.idx``: u64 little-endian offsets of the
 first header of each sample, then the end of the last one.
 
-Neither holds checksums or says which version of the archive it belongs to, so both are checked against the
-archive's headers where they are used: every entry that is taken must be where the file says.
+Neither holds checksums or says which version of the archive it belongs to, so both are held against the archive
+where they are used: the header of every entry, that nothing else stands between, and that the archive ends there.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -22,16 +21,19 @@ import numpy.typing as npt
 
 from s3loader.errors import ObjectNotFoundError, ShardReadError
 from s3loader.shard.compression import infer_archive_format
-from s3loader.shard.index import MemberRange, ShardIndex, index_key, sample_key
+from s3loader.shard.index import index_key
 from s3loader.shard.source import RangeSource
-from s3loader.shard.tar import BLOCK, walk
+from s3loader.shard.tar import BLOCK, Reader, TarMember, padding, walk
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta
 
-__all__ = ["WdsComponent", "index_from_side_car", "parse_energon", "parse_wds2idx", "wds2idx_key"]
+__all__ = ["WdsComponent", "members_from_side_car", "parse_energon", "parse_wds2idx", "wds2idx_key"]
 
-_CHECKED: Final = 16
-"""Members of a wds2idx file whose headers are compared with the archive, spread over it."""
+_TOGETHER: Final = 256
+"""Pieces of an archive that are held at a time."""
+_MOST_HEADERS: Final = 1 << 20
+"""More bytes than this between two contents are no headers."""
+_NOTHING: Final = TarMember("", 0, 0, 0, "")
 
 
 class WdsComponent(NamedTuple):
@@ -61,7 +63,7 @@ def parse_wds2idx(data: Buffer) -> list[WdsComponent]:
         lines = bytes(data).decode("utf-8").split("\n")
         version, count = lines[0].split()
         width = {"v1.1": 3, "v1.2": 4}[version]
-        samples = int(count)
+        samples = int(count) if _is_number(count) else -1
     except (ValueError, KeyError) as error:
         raise ShardReadError(f"not a wds2idx file: {error}") from error
     rows = [line for line in lines[1:] if line.strip()]
@@ -74,11 +76,15 @@ def parse_wds2idx(data: Buffer) -> list[WdsComponent]:
             raise ShardReadError(f"wds2idx line {number + 2} has {len(fields)} fields, not a multiple of {width}")
         for i in range(0, len(fields), width):
             extension, offset, size = fields[i : i + 3]
-            if not (offset.isdecimal() and size.isdecimal()):
+            if not (_is_number(offset) and _is_number(size)):
                 raise ShardReadError(f"wds2idx line {number + 2}: {offset!r} and {size!r} are no offset and size")
             name = fields[i + 3] if width == 4 else ""
             components.append(WdsComponent(number, extension, int(offset), int(size), name))
     return components
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
 
 
 def parse_energon(data: Buffer) -> npt.NDArray[np.uint64]:
@@ -95,8 +101,8 @@ def parse_energon(data: Buffer) -> npt.NDArray[np.uint64]:
     return offsets
 
 
-def index_from_side_car(store: ObjectStore, key: str, meta: ObjectMeta, internal_path: str) -> ShardIndex | None:
-    """An index (without checksums) from another tool's side-car, or None where there is none that fits the archive."""
+def members_from_side_car(store: ObjectStore, key: str, meta: ObjectMeta) -> list[TarMember] | None:
+    """The members of an archive by another tool's side-car, or None where there is none that fits the archive."""
     try:
         compressed = infer_archive_format(key)[1] is not None
     except ValueError:
@@ -109,71 +115,57 @@ def index_from_side_car(store: ObjectStore, key: str, meta: ObjectMeta, internal
         except ObjectNotFoundError:
             continue
         try:
-            rows = list(read(store, key, meta, data))
+            return read(store, key, meta, data)
         except ShardReadError:
             continue  # another file of that name, or of another version of the archive: the archive itself decides
-        return _index(rows, meta, internal_path)
     return None
 
 
-class _Row(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
-def _from_wds2idx(store: ObjectStore, key: str, meta: ObjectMeta, data: bytes) -> Iterator[_Row]:
+def _from_wds2idx(store: ObjectStore, key: str, meta: ObjectMeta, data: bytes) -> list[TarMember]:
+    """What stands between the contents is read, many pieces at a time: it must be the headers of just these members."""
     components = parse_wds2idx(data)
-    if not components or not all(c.name for c in components):
+    if not all(c.name for c in components):
         raise ShardReadError("wds2idx file without names")
-    rows = [_Row(c.name, c.offset, c.size) for c in components]
-    if min(row.offset for row in rows) < BLOCK:
-        raise ShardReadError("wds2idx file with content where the first header must be")
-    last = max(rows, key=lambda row: row.offset)
-    if last.offset + last.size > meta.size:
-        raise ShardReadError("wds2idx file goes beyond the archive")
-    step = max(1, len(rows) // _CHECKED)
-    for row in [*rows[::step], last]:
-        _, header = store.backend.get(key, row.offset - BLOCK, row.offset, if_match=meta.etag or None)
-        if _header_size(bytes(header)) != row.size:
-            raise ShardReadError("wds2idx file does not fit the archive")
-    return iter(rows)
+    between: list[tuple[int, int]] = []
+    end = 0
+    for component in components:
+        if not (end + BLOCK <= component.offset <= end + _MOST_HEADERS and component.size <= meta.size - component.offset):
+            raise ShardReadError(f"wds2idx file does not fit the archive at {component.name!r}")
+        between.append((end, component.offset))
+        end = component.offset + component.size
+        end += padding(end)
+    if end > meta.size or meta.size - end > _MOST_HEADERS:
+        raise ShardReadError("wds2idx file does not end where the archive does")
+    found: list[TarMember] = []
+    pin = meta.etag or None
+    for some in range(0, len(between), _TOGETHER):
+        ranges = between[some : some + _TOGETHER]
+        blocks = store.get_ranges(key, ranges, if_match=pin)
+        for component, (low, high), block in zip(components[some:], ranges, blocks, strict=False):
+            *others, last = list(walk(_reader(block, low), start=low, end=high)) or [_NOTHING]
+            same = (last.name, last.offset, last.size, last.kind) == (component.name, component.offset, component.size, "file")
+            if not same or any(other.kind == "file" for other in others):
+                raise ShardReadError(f"wds2idx file does not fit the archive at {component.name!r}")
+            found += [*others, last]
+    (rest,) = store.get_ranges(key, [(end, meta.size)], if_match=pin)
+    if any(member.kind == "file" for member in walk(_reader(rest, end), start=end)):
+        raise ShardReadError("wds2idx file lacks members of the archive")
+    return found
 
 
-def _header_size(block: bytes) -> int | None:
-    member = next(walk(lambda offset, size: block[offset : offset + size], allow_missing_end=True), None)
-    return None if member is None else member.size
+def _reader(block: Buffer, start: int) -> Reader:
+    view = memoryview(block)
+    return lambda offset, size: view[max(0, offset - start) : max(0, offset - start + size)]
 
 
-def _from_energon(store: ObjectStore, key: str, meta: ObjectMeta, data: bytes) -> Iterator[_Row]:
+def _from_energon(store: ObjectStore, key: str, meta: ObjectMeta, data: bytes) -> list[TarMember]:
+    """The file says where samples begin, not where members do: all headers are walked, and compared with it."""
     offsets = parse_energon(data)
     if int(offsets[0]) != 0 or int(offsets[-1]) > meta.size:
         raise ShardReadError("Energon index does not fit the archive")
-    source = RangeSource(store, key, etag=meta.etag or None)
-    starts = set(offsets[:-1].tolist())
-    seen = 0
-    for member in walk(source.read, end=int(offsets[-1])):
-        seen += member.header_offset in starts
-        if member.kind == "file":
-            yield _Row(member.name, member.offset, member.size)
-    if seen != len(starts):
+    members = list(walk(RangeSource(store, key, etag=meta.etag or None).read))
+    starts = {member.header_offset for member in members}
+    end = max((member.offset + member.size + padding(member.size) for member in members), default=0)
+    if end != int(offsets[-1]) or not starts.issuperset(offsets[:-1].tolist()):
         raise ShardReadError("Energon index does not fit the archive")
-
-
-def _index(rows: list[_Row], meta: ObjectMeta, internal_path: str) -> ShardIndex:
-    internal = next((MemberRange(row.offset, row.size, None) for row in rows if row.name == internal_path), None)
-    rows = [row for row in rows if row.name != internal_path]
-    names = [row.name.encode("utf-8", "surrogateescape") for row in rows]
-    keys = [sample_key(row.name) for row in rows]
-    steps = [i > 0 and keys[i] != keys[i - 1] for i in range(len(keys))]
-    return ShardIndex(
-        offsets=np.array([row.offset for row in rows], dtype=np.uint64),
-        sizes=np.array([row.size for row in rows], dtype=np.uint64),
-        crc32c=None,
-        groups=np.cumsum(np.array(steps, dtype=np.uint32)).astype(np.uint32),
-        names_blob=b"".join(names),
-        name_ends=np.cumsum(np.array([len(name) for name in names], dtype=np.uint64)).astype(np.uint64),
-        archive_size=meta.size,
-        etag=meta.etag,
-        internal_manifest=internal,
-    )
+    return members

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, NamedTuple
 
+from s3loader.arguments import checked
 from s3loader.checksum import crc32c
-from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundError, ShardReadError
+from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundError, RangeError, ShardReadError, TruncatedError
+from s3loader.fetch.verified import mismatch, once_more
 from s3loader.shard.body import ArchiveMemberBody
 from s3loader.shard.build import index_archive
-from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, load_index
-from s3loader.shard.runs import AT_ONCE, SPAN, Run, plan_runs, unpack_frames
+from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, is_internal, load_index
 from s3loader.shard.source import CHUNK, StreamSource, TarSource, get_from_start, read_chunks, sniff_compression
+from s3loader.shard.spans import AT_ONCE, SPAN, Run, plan_runs, unpack_frames
 from s3loader.shard.tar import walk
-from s3loader.store.base import ReadResult
+from s3loader.store.backend import ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 
@@ -33,17 +35,22 @@ class Member(NamedTuple):
     body: ArchiveMemberBody
 
 
+@checked
 class ShardReader:
     """The members of one archive; keep it to keep the index. Safe for several threads.
 
     The index is read on first use from its side-car. Where there is none, or it is stale, it is made by
     walking the archive's headers (plain tar) or reading it once (compressed), and kept in memory.
 
+    What is read first pins the version that is read from then on. An index with checksums that was made under
+    another ETag is one of a copy where the sizes are equal: every member is verified.
+
     Args:
         store: Where the archive is.
         key: Key of the archive.
         index: An index already at hand.
-        etag: The archive's ETag, where it is known: any other version is an `ObjectChangedError`.
+        etag: Read this version only: any other is an `ObjectChangedError`.
+        size: Bytes the archive must have, where that is known.
         internal_manifest_path: The member that is not a sample.
         verify: Check every member's CRC32C where the index knows it.
     """
@@ -55,6 +62,7 @@ class ShardReader:
         *,
         index: ShardIndex | None = None,
         etag: str | None = None,
+        size: int | None = None,
         internal_manifest_path: str = INTERNAL_MANIFEST,
         verify: bool = True,
     ) -> None:
@@ -64,6 +72,8 @@ class ShardReader:
         self._verify = verify
         self._index = index
         self._etag = etag or None
+        self._pin = self._etag
+        self._size = size
         self._has_none = False
         self._lock = threading.RLock()
 
@@ -79,23 +89,54 @@ class ShardReader:
         Raises:
             ObjectNotFoundError: there is no such archive.
             ShardReadError: the archive is damaged.
+            IntegrityError: it has not the size it should have.
         """
         with self._lock:
             if self._index is None:
                 self._index = self._side_car() or self._made()
             return self._index
 
+    def accept(self, index: ShardIndex, etag: str, size: int) -> None:
+        """Pin the version that an answer came from, if that can be one that `index` is of.
+
+        Raises:
+            ObjectChangedError: it cannot, or another one is pinned.
+            IntegrityError: the archive has not the size it should have.
+        """
+        self._check_size(size)
+        with self._lock:
+            if size != index.archive_size or (etag != index.etag and index.crc32c is None):
+                raise self._changed(f"it has {size} bytes, its index is of an archive of {index.archive_size}")
+            if self._pin is None:
+                self._pin = etag or None
+            elif etag != self._pin:
+                raise self._changed("it was replaced while it was read")
+
+    def _changed(self, text: str) -> ObjectChangedError:
+        return ObjectChangedError(text, op="read", url=self.url)
+
     def _side_car(self) -> ShardIndex | None:
         if not self._has_none:
             try:
-                return load_index(self.store, self.key, etag=self._etag)
+                index = load_index(self.store, self.key, etag=self._etag)
+                if self._size in (None, index.archive_size):
+                    return index
             except (ObjectNotFoundError, ShardReadError):
-                self._has_none = True  # none, another tool's, corrupt: the archive itself is the truth
+                pass
+            self._has_none = True  # none, another tool's, corrupt, of another archive: the archive itself is the truth
         return None
 
     def _made(self) -> ShardIndex:
         internal = self.internal_manifest_path
-        return index_archive(self.store, self.key, etag=self._etag, internal_manifest_path=internal, checksums=False)
+        index = index_archive(self.store, self.key, etag=self._etag, internal_manifest_path=internal, checksums=False)
+        self._check_size(index.archive_size)
+        return index
+
+    def _check_size(self, size: int) -> None:
+        if self._size not in (None, size):
+            kind = TruncatedError if size < (self._size or 0) else IntegrityError
+            text = f"the archive has {size} bytes, the manifest says {self._size}"
+            raise kind(text, op="read", url=self.url, hint="it was replaced, or its copy is not complete")
 
     @property
     def is_loaded(self) -> bool:
@@ -138,11 +179,15 @@ class ShardReader:
         """
         try:
             return self._open(name)
-        except ObjectChangedError:
-            if self._etag is not None:
+        except (IntegrityError, ObjectChangedError) as error:
+            if self._etag is not None or (isinstance(error, IntegrityError) and not self._may_be_stale()):
                 raise
             self._refresh()
             return self._open(name)
+
+    def _may_be_stale(self) -> bool:
+        """Whether the index is of another version of the archive, and nobody vouches for the archive either."""
+        return self._size is None and self._index is not None and self._index.etag != (self._pin or "")
 
     def _open(self, name: str) -> ArchiveMemberBody:
         index = self.index
@@ -168,28 +213,29 @@ class ShardReader:
         return self._fetch(index, self.internal_manifest_path, index.internal_manifest)
 
     def _fetch(self, index: ShardIndex, name: str, member: MemberRange) -> Buffer:
-        found = 0
-        for _ in range(2):  # a mismatch may be the way here: fetch again once
-            data = self._tar_range(index, member.offset, member.offset + member.size)
-            if not self._verify or member.crc32c is None or (found := crc32c(data)) == member.crc32c:
-                return data
-        raise self._mismatch(name, member, found)
+        data = self._tar_range(index, member.offset, member.offset + member.size)
+        return self._proven(index, name, member, data)
+
+    def _proven(self, index: ShardIndex, name: str, member: MemberRange, data: Buffer) -> Buffer:
+        """`data` of a member, or what comes the second time; raises if that is wrong, too."""
+        if not self._verify or member.crc32c is None or crc32c(data) == member.crc32c:
+            return data
+        end = member.offset + member.size
+        return once_more(
+            member.crc32c,
+            lambda: self._tar_range(index, member.offset, end),
+            lambda found: self._mismatch(name, member, found),
+        )
 
     def _mismatch(self, name: str, member: MemberRange, found: int) -> IntegrityError:
-        return IntegrityError(
-            f"CRC32C of member {name!r} (bytes {member.offset} to {member.offset + member.size} of the tar) is"
-            f" {found:08x}, should be {member.crc32c:08x}",
-            op="read",
-            url=self.url,
-            archive=self.key,
-            member=name,
-            range=(member.offset, member.offset + member.size),
-        )
+        start, end = member.offset, member.offset + member.size
+        what = f"CRC32C of member {name!r} (bytes {start} to {end} of the tar) is {found:08x}, should be {member.crc32c:08x}"
+        return mismatch(what, self.url, start, end, archive=self.key, member=name)
 
     def _refresh(self) -> None:
         """The archive is not the one the index was made for: take the newer side-car, or make an index."""
         with self._lock:
-            old, self._has_none = self._index, False
+            old, self._has_none, self._pin = self._index, False, None
             fresh = self._side_car()
             self._index = fresh if fresh is not None and old is not None and fresh.etag != old.etag else self._made()
 
@@ -198,13 +244,22 @@ class ShardReader:
             return b""
         if index.random_access:
             low, high = index.fetch_range(start, end)
-            _, data = self.store.backend.get(self.key, low, high, if_match=index.etag or None)
+            try:
+                meta, data = self.store.backend.get(self.key, low, high, if_match=self._pin)
+            except RangeError as error:
+                raise self._changed("it ends before its index does") from error
+            self.accept(index, meta.etag, meta.size)
             return self._decode(index, data, low, start, end)
-        source = StreamSource(self.store, self.key, index.compression, etag=index.etag or None)
+        source = self._from_the_beginning(index)
         data = source.read(start, end - start)
         if len(data) < end - start:
             raise ShardReadError(f"{index.compression} stream ends before byte {end}", op="read", url=self.url)
         return data
+
+    def _from_the_beginning(self, index: ShardIndex) -> StreamSource:
+        source = StreamSource(self.store, self.key, index.compression, etag=self._pin)
+        self.accept(index, source.meta.etag, source.meta.size)
+        return source
 
     def _decode(self, index: ShardIndex, data: Buffer, low: int, start: int, end: int) -> Buffer:
         """Bytes ``[start, end)`` of the tar stream out of archive bytes that begin at `low`."""
@@ -223,14 +278,15 @@ class ShardReader:
     def _pieces(self, index: ShardIndex, member: MemberRange) -> Iterator[Buffer]:
         end = member.offset + member.size
         if index.compression is None:
-            _, chunks = read_chunks(self.store, self.key, start=member.offset, end=end, etag=index.etag or None)
+            meta, chunks = read_chunks(self.store, self.key, start=member.offset, end=end, etag=self._pin)
+            self.accept(index, meta.etag, meta.size)
             yield from chunks
             return
         if index.random_access:
             for low in range(member.offset, end, SPAN):
                 yield self._tar_range(index, low, min(low + SPAN, end))
             return
-        source = StreamSource(self.store, self.key, index.compression, etag=index.etag or None)
+        source = self._from_the_beginning(index)
         yield from _source_pieces(source, member.offset, member.size)
 
     def _checked(self, name: str, member: MemberRange, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
@@ -250,13 +306,16 @@ class ShardReader:
         if held is not None:
             yield held
 
+    def _is_internal(self, name: str, first: bool) -> bool:
+        return is_internal(name, first, self.internal_manifest_path)
+
     def peek_internal_manifest(self) -> Buffer:
         """The internal manifest without making an index: only the first member is looked at."""
         if self.has_side_car():
             return self.read_internal_manifest()
-        source = self._stream_source(self._etag, chunk=256 << 10)
+        source = self._stream_source(self._pin, chunk=256 << 10)
         first = next(walk(source.read), None)
-        if first is None or first.kind != "file" or first.name != self.internal_manifest_path:
+        if first is None or first.kind != "file" or not self._is_internal(first.name, True):
             return b""
         return b"".join(_source_pieces(source, first.offset, first.size))
 
@@ -299,7 +358,7 @@ class ShardReader:
 
     def request(self, index: ShardIndex, run: Run) -> ReadRequest:
         """What to fetch for a run of members."""
-        return ReadRequest(self.key, *index.fetch_range(run.low, run.high), if_match=index.etag or None)
+        return ReadRequest(self.key, *index.fetch_range(run.low, run.high), if_match=self._pin)
 
     def cut(self, index: ShardIndex, run: Run, answer: ReadResult | None) -> Iterator[Member]:
         """The members of a run out of the answer to its `request`, verified; None where there was nothing to fetch."""
@@ -307,22 +366,29 @@ class ShardReader:
             for i in run.positions:
                 yield Member(index.name(i), index.member(i).size, self._open_at(index, i))
             return
+        self.accept(index, answer.etag, answer.size)
         plain = memoryview(self._decode(index, answer.data, answer.request.start, run.low, run.high))
         for i in run.positions:
             member = index.member(i)
             data: Buffer = plain[member.offset - run.low : member.offset - run.low + member.size]
-            if self._verify and member.crc32c is not None and crc32c(data) != member.crc32c:
-                data = self._fetch(index, index.name(i), member)  # once more, alone; raises if it is the archive
-            yield Member(index.name(i), member.size, _body(data))
+            name = index.name(i)
+            yield Member(name, member.size, _body(self._proven(index, name, member, data)))
 
     def _iter_stream(self) -> Iterator[Member]:
         """All members of an archive without random access, in one pass."""
         index = self._index
-        pin = index.etag or None if index is not None else self._etag
-        source = self._stream_source(pin)
+        source = self._stream_source(self._pin)
+        if index is not None:
+            self.accept(index, source.meta.etag, source.meta.size)
         position = 0
-        for member in walk(source.read):
-            if member.kind != "file" or member.name == self.internal_manifest_path:
+        for number, member in enumerate(walk(source.read)):
+            if member.kind in ("hardlink", "symlink"):
+                index = index or self._made()  # it knows whether the link leads to a file, and where that is
+                if position < len(index) and index.name(position) == member.name:
+                    yield Member(member.name, index.member(position).size, self._open_at(index, position))
+                    position += 1
+                continue
+            if member.kind != "file" or self._is_internal(member.name, number == 0):
                 continue
             known = index.crc32c if index is not None else None
             extent = MemberRange(member.offset, member.size, None if known is None else int(known[position]))

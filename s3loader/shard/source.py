@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
-from s3loader.errors import RangeError
+from s3loader.errors import RangeError, ShardReadError
 from s3loader.shard.compression import decompressor
-from s3loader.store.base import ReadResult
+from s3loader.shard.tar import BLOCK, is_header
+from s3loader.store.backend import ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
@@ -123,7 +124,7 @@ class RangeSource(TarSource):
         self.meta, self._window = get_from_start(store, key, 0, self.SMALL, etag=etag)
 
     def read(self, offset: int, size: int) -> Buffer:
-        """See `TarSource.read`."""
+        """The bytes there, fewer only at the end of the stream."""
         end = min(offset + size, self.meta.size)
         if offset >= end:
             return b""
@@ -140,11 +141,28 @@ class RangeSource(TarSource):
 
 
 class StreamSource(TarSource):
-    """A tar read from its beginning to its end in bounded memory, decompressed on the way."""
+    """A tar read from its beginning to its end in bounded memory, decompressed on the way.
+
+    Args:
+        store: Where it is.
+        key: Its key.
+        compression: Its compression.
+        etag: Only this version.
+        chunk: Bytes of the archive that are fetched at a time.
+        most: Bytes that the tar is known to have; a stream that gives more is refused.
+    """
 
     def __init__(
-        self, store: ObjectStore, key: str, compression: str | None, *, etag: str | None = None, chunk: int = CHUNK
+        self,
+        store: ObjectStore,
+        key: str,
+        compression: str | None,
+        *,
+        etag: str | None = None,
+        chunk: int = CHUNK,
+        most: int | None = None,
     ) -> None:
+        self._most = most
         self.meta, chunks = read_chunks(store, key, etag=etag, chunk=chunk, ahead=AHEAD if chunk >= CHUNK else 1)
         self._plain = chunks if compression is None else decompressor(compression, chunks)
         self._pieces: deque[Buffer] = deque()
@@ -152,7 +170,7 @@ class StreamSource(TarSource):
         self._end = 0  # of the last
 
     def read(self, offset: int, size: int) -> Buffer:
-        """See `TarSource.read`; `offset` may not lie before the last one asked for."""
+        """The bytes there, fewer only at the end of the stream; `offset` may not lie before the last one asked for."""
         end = offset + size
         while self._pieces and self._start + len(self._pieces[0]) <= offset:
             self._start += len(self._pieces.popleft())
@@ -161,6 +179,8 @@ class StreamSource(TarSource):
             if piece is None:
                 break
             self._end += len(piece)
+            if self._most is not None and self._end > self._most:
+                raise ShardReadError(f"the archive holds more than the {self._most} bytes that its seek table tells")
             if self._end > offset:
                 self._pieces.append(memoryview(piece))
             else:
@@ -171,15 +191,48 @@ class StreamSource(TarSource):
         return b"".join(self._pieces)[low : low + size] if self._end > offset else b""
 
 
+_DECOMPRESS: Final = "decompress it, and use the plain .tar, or compress that with zstd"
+_REPACK: Final = "extract it, and pack the files into .tar shards"
+_FETCH: Final = "fetch the archive again: a server answered with a page, perhaps of an error, in its place"
+_OTHERS: Final = (
+    (b"]\0\0", "lzma", _DECOMPRESS),
+    (b"\x1f\x9d", "compress (.Z)", _DECOMPRESS),
+    (b"\x04\x22\x4d\x18", "lz4", _DECOMPRESS),
+    (b"\x02\x21\x4c\x18", "lz4", _DECOMPRESS),
+    (b"LZIP", "lzip", _DECOMPRESS),
+    (b"\x89LZO", "lzop", _DECOMPRESS),
+    (b"\xff\x06\0\0sNaPpY", "snappy", _DECOMPRESS),
+    (b"PK\x03\x04", "zip", _REPACK),
+    (b"7z\xbc\xaf", "7-zip", _REPACK),
+    (b"Rar!", "rar", _REPACK),
+    (b"!<arch>", "an ar archive", _REPACK),
+    (b"070701", "cpio", _REPACK),
+    (b"070707", "cpio", _REPACK),
+    (b"PAR1", "Parquet", "read it with a Parquet library, and pack its rows into .tar shards"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the archive itself: git lfs pull"),
+    (b"<!doctype html", "an HTML page", _FETCH),
+    (b"<html", "an HTML page", _FETCH),
+    (b"<?xml", "an XML document", _FETCH),
+)
+"""First bytes, what they show, and what helps."""
+
+
 def sniff_compression(head: Buffer) -> str | None:
-    """Which compression the first bytes of an archive show; None: a plain tar (or nothing known)."""
-    start = bytes(head[:6])
+    """Which compression the first block (512 bytes) of an archive shows; None: a plain tar (or nothing known).
+
+    Raises:
+        ShardReadError: it is something else that is known, such as lz4 or zip.
+    """
+    start = bytes(head[:32])
     if start[:2] == b"\x1f\x8b":
         return "gzip"
     if start[:3] == b"BZh":
         return "bz2"
-    if start == b"\xfd7zXZ\0":
+    if start[:6] == b"\xfd7zXZ\0":
         return "xz"
     if start[:4] == b"\x28\xb5\x2f\xfd" or (start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
         return "zstd"
+    for magic, kind, hint in _OTHERS:
+        if (start.startswith(magic) or start.lower().startswith(magic)) and not is_header(bytes(head[:BLOCK])):
+            raise ShardReadError(f"this is {kind}, not a tar archive that is read here", hint=hint)
     return None

@@ -25,6 +25,7 @@ __all__ = [
     "TarMember",
     "check_member_path",
     "end_of_archive",
+    "is_header",
     "member_header",
     "padding",
     "unsafe_reason",
@@ -112,7 +113,7 @@ class TarMember(NamedTuple):
     size: int
     """Bytes of content; 0 for what has none."""
     kind: str
-    """``file``, ``dir``, ``symlink``, ``hardlink`` or ``device``."""
+    """``file``, ``dir``, ``symlink``, ``hardlink``, ``character device``, ``block device``, ``fifo`` or ``volume label``."""
     link: str = ""
     """Target of a link."""
 
@@ -129,9 +130,23 @@ def unsafe_reason(path: str) -> str | None:
 Reader = Callable[[int, int], Buffer]
 """``read(offset, size)``: the bytes there, fewer only at the end of the stream."""
 
-_EMPTY: Final = {b"5": "dir", b"2": "symlink", b"1": "hardlink", b"3": "device", b"4": "device", b"6": "device"}
-_GNU: Final = {b"D": "dir", b"V": "device"}  # a folder with a list of its files as content, a volume label
+_EMPTY: Final = {
+    b"1": "hardlink",
+    b"2": "symlink",
+    b"3": "character device",
+    b"4": "block device",
+    b"5": "dir",
+    b"6": "fifo",
+}
+_WITHOUT_CONTENT: Final = frozenset(_EMPTY.values()) - {"dir"}
+_GNU: Final = {b"D": "dir", b"V": "volume label"}  # a folder with a list of its files as content
 _REFUSED: Final = {b"S": "GNU sparse", b"M": "multi-volume"}
+_NO_SPARSE: Final = "write the archive without --sparse, so that files stand in it as they are read"
+_NO_VOLUMES: Final = "join the volumes: extract them all, and pack the files again"
+_NO_END: Final = (
+    "it may have been cut off: fetch or write it again; allow_missing_end=True takes an archive that ends behind a whole member"
+)
+_TRAILING: Final = "allow_trailing=True leaves out what follows the end of an archive"
 
 
 @dataclass
@@ -144,7 +159,14 @@ class _Pending:
     start: int | None = None
 
 
-def walk(read: Reader, *, start: int = 0, end: int | None = None, allow_missing_end: bool = False) -> Iterator[TarMember]:
+def walk(
+    read: Reader,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    allow_missing_end: bool = False,
+    allow_trailing: bool = False,
+) -> Iterator[TarMember]:
     """Every member of a tar stream, in order, in constant memory.
 
     Only headers are read, at rising offsets; the caller may read contents in between. Archives that
@@ -155,6 +177,7 @@ def walk(read: Reader, *, start: int = 0, end: int | None = None, allow_missing_
         start: Offset of the first header.
         end: Stop before the header at this offset, without asking for an end of archive.
         allow_missing_end: Accept a stream that stops between two members without zero blocks.
+        allow_trailing: Leave out what follows the zero blocks and is no archive; otherwise it is refused.
 
     Raises:
         ShardReadError: the archive is damaged, cut off, sparse or multi-volume; `.member` is the
@@ -167,10 +190,14 @@ def walk(read: Reader, *, start: int = 0, end: int | None = None, allow_missing_
     defaults = _Pending()
     while end is None or at < end:
         block = bytes(read(at, BLOCK))
-        if len(block) < BLOCK:
-            if len(block) == 0 and pending.start is None and (ended or allow_missing_end):
+        if ended and pending.start is None and _is_trailing(block):
+            if allow_trailing:
                 return
-            raise _damaged("the archive is cut off", at, last)
+            raise _damaged("something that is no archive follows the end of the archive,", at, last, _TRAILING)
+        if len(block) < BLOCK:
+            if pending.start is None and (ended or (not block and allow_missing_end and at > start)):
+                return
+            raise _damaged("the archive is cut off", at, last, _NO_END)
         if block == _ZERO_BLOCK:
             if pending.start is not None:
                 raise _damaged("an extension record has no member", at, last)
@@ -180,24 +207,56 @@ def walk(read: Reader, *, start: int = 0, end: int | None = None, allow_missing_
         kind = block[156:157]
         size = _parse_header(block, at, last)
         if kind in _REFUSED:
-            raise _damaged(f"{_REFUSED[kind]} members are not supported", at, last)
+            hint = _NO_SPARSE if kind == b"S" else _NO_VOLUMES
+            raise _damaged(f"{_REFUSED[kind]} members are not supported", at, last, hint)
         if kind in (b"x", b"g", b"X", b"L", b"K"):
             if kind != b"g" and pending.start is None:
                 pending.start = at
             _read_extension(kind, read, at + BLOCK, size, defaults if kind == b"g" else pending, last)
             at += BLOCK + size + padding(size)
             continue
+        if kind == b"1" and size and not _has_content(read, at + BLOCK):
+            size = 0
         member = _member(block, kind, at, size, pending, defaults)
         yield member
+        if allow_missing_end and member.size and not len(read(member.offset + member.size - 1, 1)):
+            raise _damaged(f"the archive is cut off in member {member.name!r},", member.offset, last)
         ended = False
         last = member.name
         at = member.offset + member.size + padding(member.size)
         pending = _Pending()
 
 
-def _damaged(message: str, offset: int, last: str) -> ShardReadError:
+def _damaged(message: str, offset: int, last: str, hint: str = "") -> ShardReadError:
     where = f" after member {last!r}" if last else ""
-    return ShardReadError(f"tar: {message} at byte {offset}{where}", offset=offset, member=last)
+    return ShardReadError(f"tar: {message} at byte {offset}{where}", hint=hint or None, offset=offset, member=last)
+
+
+def _is_trailing(block: bytes) -> bool:
+    """Whether a block behind the end of an archive is neither zero nor the header of another archive."""
+    if len(block) < BLOCK:
+        return bool(block.strip(b"\0"))
+    return block != _ZERO_BLOCK and not is_header(block)
+
+
+def is_header(block: bytes) -> bool:
+    """Whether these 512 bytes are the header of a member, by its own checksum."""
+    if len(block) < BLOCK:
+        return False
+    try:
+        _parse_header(block, 0, "")
+    except ShardReadError:
+        return False
+    return True
+
+
+def _has_content(read: Reader, at: int) -> bool:
+    """Whether the bytes of a hard link follow its header, as pax with linkdata writes them.
+
+    Most writers note the size of the file and write no content, so what stands there decides: another header, or the end.
+    """
+    block = bytes(read(at, BLOCK))
+    return len(block) == BLOCK and block != _ZERO_BLOCK and not is_header(block)
 
 
 def _parse_header(block: bytes, at: int, last: str) -> int:
@@ -236,9 +295,12 @@ def _member(block: bytes, kind: bytes, at: int, size: int, pending: _Pending, de
             name = f"{_text(block[345:500])}/{name}"
     link = pending.link if pending.link is not None else _text(block[157:257])
     what = _EMPTY.get(kind) or _GNU.get(kind) or "file"
+    if kind == b"1" and size:
+        what = "file"  # a hard link that brings its bytes along
     if kind == b"\0" and name.endswith("/"):
         what = "dir"  # how V7 archives mark folders
-    size = 0 if kind in _EMPTY or (what == "dir" and kind == b"\0") else size if pending.size is None else pending.size
+    empty = what in _WITHOUT_CONTENT or (what == "dir" and kind in (b"5", b"\0"))
+    size = 0 if empty else size if pending.size is None else pending.size
     header = at if pending.start is None else pending.start
     return TarMember(name, header, at + BLOCK, size, what, link if what in ("symlink", "hardlink") else "")
 
@@ -256,7 +318,7 @@ def _read_extension(kind: bytes, read: Reader, at: int, size: int, target: _Pend
     else:
         for keyword, value in _pax_records(data, at, last):
             if keyword.startswith(b"GNU.sparse."):
-                raise _damaged("GNU sparse members are not supported", at, last)
+                raise _damaged("GNU sparse members are not supported", at, last, _NO_SPARSE)
             if keyword == b"path":
                 target.name = value.decode("utf-8", "surrogateescape")
             elif keyword == b"linkpath":

@@ -12,19 +12,26 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Final
 
-from s3loader.errors import ObjectExistsError, S3LoaderError
+from s3loader.errors import ObjectExistsError
 from s3loader.shard.index import ShardIndex, index_key
-from s3loader.shard.pool import UploadPool
 from s3loader.shard.writer import BuiltShard
-from s3loader.store.multipart import part_size_of
 from s3loader.store.objectstore import ObjectStore
-from s3loader.types import Buffer, PartResult, PutMode, PutResult
+from s3loader.store.ordered import BoundedPool
+from s3loader.store.parts import PartUpload, part_size_of
+from s3loader.types import Buffer, PutMode, PutResult
+from s3loader.units import MIB
 
-__all__ = ["ShardUpload"]
+__all__ = ["ShardUpload", "upload_pool"]
 
 TAR_TYPE: Final = "application/x-tar"
 INDEX_TYPE: Final = "application/octet-stream"
+_MAX_BYTES: Final = 64 * MIB
 _CONTENT_TYPES: Final = {None: TAR_TYPE, "gzip": "application/gzip", "zstd": "application/zstd"}
+
+
+def upload_pool(max_in_flight: int) -> BoundedPool:
+    """Where the uploads of a writer run: a bounded number at a time, and 64 MiB of them."""
+    return BoundedPool(max_in_flight, "s3loader-exchange", max_bytes=_MAX_BYTES)
 
 
 class ShardUpload:
@@ -36,7 +43,7 @@ class ShardUpload:
         compression: Of the archive, for its content type.
         mode: ``"create"`` never replaces an archive.
         pool: Where parts are uploaded.
-        part_size: Bytes of a part; doubled every 1,000 parts. Smaller archives are one put.
+        part_size: Bytes of a part; doubled every 900 parts. Smaller archives are one put.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class ShardUpload:
         store: ObjectStore,
         key: str,
         *,
-        pool: UploadPool,
+        pool: BoundedPool,
         compression: str | None = None,
         mode: PutMode = "overwrite",
         part_size: int | None = None,
@@ -57,8 +64,10 @@ class ShardUpload:
         self._part_size = part_size or store.options.part_size
         self._first = bytearray()
         self._part: bytearray | None = None
-        self._upload_id: str | None = None
-        self._parts: list[Future[PartResult]] = []
+        self._upload = PartUpload(store.backend, key, content_type=self._content_type)
+        self._last = 1
+        """Number of the last part that was cut; 1 stays for the end."""
+        self._sent: list[Future[int]] = []
 
     @property
     def held(self) -> int:
@@ -77,10 +86,10 @@ class ShardUpload:
         if self._part is None:
             if len(self._first) < 2 * self._part_size:  # so that all parts but the last are large enough
                 return
-            self._upload_id = self._store.backend.create_multipart(self.key, content_type=self._content_type)
+            self._upload.begin()
             self._part = self._first[self._part_size :]
             del self._first[self._part_size :]
-        while len(self._part) >= (size := part_size_of(len(self._parts) + 2, self._part_size)):
+        while len(self._part) >= (size := part_size_of(self._last + 1, self._part_size)):
             if len(self._part) < 2 * size:
                 self._send(self._part)
                 self._part = bytearray()
@@ -89,11 +98,9 @@ class ShardUpload:
                 del self._part[:size]
 
     def _send(self, data: Buffer) -> None:
-        upload_id = self._upload_id
-        assert upload_id is not None
-        number = len(self._parts) + 2
-        upload = self._store.backend.upload_part
-        self._parts.append(self._pool.submit(lambda: upload(self.key, upload_id, number, data), len(data)))
+        self._last = number = self._last + 1
+        self._upload.check_number(number + 1)
+        self._sent.append(self._pool.submit(lambda: self._upload.store(number, data), len(data)))
 
     def finish(self, built: BuiltShard) -> tuple[PutResult, ShardIndex]:
         """Publish the archive, then its index. May run in the pool; after a failure call `abort`.
@@ -108,20 +115,14 @@ class ShardUpload:
         return result, index
 
     def _publish(self, built: BuiltShard) -> PutResult:
-        backend = self._store.backend
-        if self._upload_id is None or self._part is None:
+        if self._part is None:
             whole = b"".join((built.head, self._first, built.tail))
-            return backend.put(self.key, whole, mode=self._mode, content_type=self._content_type)
-        first = b"".join((built.head, self._first))
-        last = b"".join((self._part, built.tail))
-        parts = [backend.upload_part(self.key, self._upload_id, 1, first)]
-        parts += [future.result() for future in self._parts]
-        parts.append(backend.upload_part(self.key, self._upload_id, len(parts) + 1, last))
-        size = len(first) + len(last) + sum(part.size for part in parts[1:-1])
-        if size != built.index.archive_size:
-            raise S3LoaderError(f"uploaded {size} bytes of a shard of {built.index.archive_size}", url=self.key)
-        result = backend.complete_multipart(self.key, self._upload_id, parts, mode=self._completion_mode())
-        return replace(result, size=size)
+            return self._store.backend.put(self.key, whole, mode=self._mode, content_type=self._content_type)
+        self._upload.store(1, b"".join((built.head, self._first)))
+        for part in self._sent:
+            part.result()
+        self._upload.store(self._last + 1, b"".join((self._part, built.tail)))
+        return self._upload.complete(built.index.archive_size, self._completion_mode())
 
     def _completion_mode(self) -> PutMode:
         """GCS and Azure complete no upload on a condition: their engine would put the archive, whole from memory.
@@ -136,6 +137,4 @@ class ShardUpload:
 
     def abort(self) -> None:
         """Drop what was uploaded of an archive that will not be finished."""
-        if self._upload_id is not None:
-            self._store.backend.abort_multipart(self.key, self._upload_id)
-            self._upload_id = None
+        self._upload.abort()

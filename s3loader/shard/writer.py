@@ -8,16 +8,14 @@ multipart upload back until the head is known; nothing else waits, and nothing i
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from s3loader.checksum import crc32c
 from s3loader.errors import ConfigError
 from s3loader.shard.compression import FrameTable, ZstdFrames, compressor, normalize_compression
-from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, sample_key
+from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex
+from s3loader.shard.index_builder import IndexBuilder
 from s3loader.shard.tar import check_member_path, end_of_archive, member_header, padding
 from s3loader.types import Buffer
 
@@ -65,18 +63,17 @@ class ShardBuilder:
         self._packer = compressor(self.compression, level, frame_size)
         self._at = 0  # in the body's tar stream
         self._packed = 0  # bytes of body given out
-        self._offsets = array("Q")
-        self._sizes = array("Q")
-        self._crcs = array("I")
-        self._groups = array("I")
-        self._names = bytearray()
-        self._name_ends = array("Q")
-        self._sample = ""
+        self._rows = IndexBuilder(internal_manifest_path)
         self._open = 0
         self._sealed: list[Buffer] | None = None
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._rows)
+
+    @property
+    def body_size(self) -> int:
+        """Bytes of the (uncompressed) tar so far, without head and tail."""
+        return self._at
 
     def add(self, path: str, data: Buffer) -> list[Buffer]:
         """One whole member; returns the next bytes of the body (buffers may be `data` itself).
@@ -85,8 +82,7 @@ class ShardBuilder:
             ConfigError: the path is unsafe, or the internal manifest's.
         """
         size = len(data)
-        header = self._register(path, size)
-        self._crcs.append(crc32c(data))
+        header = self._register(path, size, crc32c(data))
         self._at += size + padding(size)
         if self.compression is None:
             self._packed += len(header) + size + padding(size)
@@ -95,8 +91,7 @@ class ShardBuilder:
 
     def begin(self, path: str, size: int) -> list[Buffer]:
         """A member whose `size` bytes follow through `write`."""
-        header = self._register(path, size)
-        self._crcs.append(0)
+        header = self._register(path, size, 0)
         self._open = size
         return self._count(self._pack((header,)))
 
@@ -108,9 +103,10 @@ class ShardBuilder:
         """
         if len(chunk) > self._open:
             raise ConfigError(
-                f"member {self._last_name()!r} is longer than the size given for it", hint="give the true size of its content"
+                f"member {self._rows.last_name!r} is longer than the size given for it",
+                hint="give the true size of its content",
             )
-        self._crcs[-1] = crc32c(chunk, self._crcs[-1])
+        self._rows.update_crc(chunk)
         self._open -= len(chunk)
         self._at += len(chunk)
         return self._count(self._pack((chunk,)))
@@ -123,10 +119,10 @@ class ShardBuilder:
         """
         if self._open:
             raise ConfigError(
-                f"member {self._last_name()!r} is {self._open} bytes shorter than the size given for it",
+                f"member {self._rows.last_name!r} is {self._open} bytes shorter than the size given for it",
                 hint="give the true size of its content",
             )
-        pad = padding(self._sizes[-1])
+        pad = padding(self._rows.last_size)
         self._at += pad
         return self._count([*self._pack((_PADDING[pad],)), *self._packer.boundary()])
 
@@ -145,7 +141,7 @@ class ShardBuilder:
         tail_tar = end_of_archive(shift + self._at)
         tail_packer = compressor(self.compression, self._level, self._frame_size)
         tail = b"".join([*body_end, *tail_packer.write(tail_tar), *tail_packer.finish()])
-        frames = frames_tar = None
+        table = None
         if self.compression == "zstd":
             table = FrameTable()
             for packer in (head_packer, self._packer, tail_packer):
@@ -153,30 +149,15 @@ class ShardBuilder:
                 table.packed += packer.table.packed
                 table.plain += packer.table.plain
             tail += table.seek_table()
-            frames = np.concatenate([[0], np.cumsum(np.array(table.packed, dtype=np.uint64))]).astype(np.uint64)
-            frames_tar = np.concatenate([[0], np.cumsum(np.array(table.plain, dtype=np.uint64))]).astype(np.uint64)
         size = len(head) + self._packed + len(tail)
-        index = ShardIndex(
-            offsets=np.array(self._offsets, dtype=np.uint64) + np.uint64(shift),
-            sizes=np.array(self._sizes, dtype=np.uint64),
-            crc32c=np.array(self._crcs, dtype=np.uint32),
-            groups=np.array(self._groups, dtype=np.uint32),
-            names_blob=bytes(self._names),
-            name_ends=np.array(self._name_ends, dtype=np.uint64),
-            archive_size=size,
-            etag="",
-            compression=self.compression,
-            internal_manifest=internal,
-            frames=frames,
-            frames_tar=frames_tar,
-        )
+        index = self._rows.index(size, compression=self.compression, table=table, internal=internal, shift=shift)
         return BuiltShard(head, tail, index)
 
-    def _register(self, path: str, size: int) -> bytes:
+    def _register(self, path: str, size: int, crc: int) -> bytes:
         """Check a new member, note it, and return its headers."""
         if self._open or self._sealed is not None:
             raise ConfigError(
-                f"member {self._last_name()!r} has not ended" if self._open else "the shard is finished",
+                f"member {self._rows.last_name!r} has not ended" if self._open else "the shard is finished",
                 hint="call end() after the last write(), and finish() once",
             )
         check_member_path(path)
@@ -187,16 +168,7 @@ class ShardBuilder:
             )
         header = member_header(path, size)
         self._at += len(header)
-        self._offsets.append(self._at)
-        self._sizes.append(size)
-        self._names += path.encode("utf-8")
-        self._name_ends.append(len(self._names))
-        sample = sample_key(path)
-        if not self._groups:
-            self._groups.append(0)
-        else:
-            self._groups.append(self._groups[-1] + (sample != self._sample))
-        self._sample = sample
+        self._rows.add_file(path, self._at, size, crc)
         return header
 
     def _head(self, internal_manifest: Buffer | None) -> tuple[bytes, MemberRange | None]:
@@ -213,7 +185,3 @@ class ShardBuilder:
     def _count(self, pieces: list[Buffer]) -> list[Buffer]:
         self._packed += sum(map(len, pieces))
         return pieces
-
-    def _last_name(self) -> str:
-        start = self._name_ends[-2] if len(self._name_ends) > 1 else 0
-        return self._names[start:].decode("utf-8")

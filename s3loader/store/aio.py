@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from s3loader.errors import ClosedError
-from s3loader.store.multipart import MultipartWriter
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.parts import MultipartWriter
 from s3loader.types import PutResult
 
 __all__ = ["AsyncMultipartWriter", "AsyncObjectReader", "AsyncObjectStore"]
@@ -142,7 +142,7 @@ class _Source:
 
 
 class AsyncMultipartWriter(_Twin):
-    """See `MultipartWriter`. ``async with`` publishes on leaving, and aborts on an exception."""
+    """`MultipartWriter` with coroutines. ``async with`` publishes on leaving, and aborts on an exception."""
 
     _sync: MultipartWriter
 
@@ -153,7 +153,7 @@ class AsyncMultipartWriter(_Twin):
     abort = _twin(MultipartWriter.abort)
 
     def reserve(self, size: int) -> memoryview:
-        """See `MultipartWriter.reserve`."""
+        """Memory of the part being filled, to be written to directly: at least 1, at most `size` bytes; `commit` follows."""
         return self._sync.reserve(size)
 
     def tell(self) -> int:
@@ -187,7 +187,7 @@ def _writer(
 
 
 class AsyncObjectReader(_Twin):
-    """See `ObjectStore.open`."""
+    """A read-only, seekable, buffered binary file over an object, pinned to its ETag of now."""
 
     _sync: io.BufferedReader
 
@@ -232,6 +232,7 @@ class AsyncObjectStore(_Twin):
     read_into = _twin(ObjectStore.read_into)
     head = _twin(ObjectStore.head)
     exists = _twin(ObjectStore.exists)
+    tags = _twin(ObjectStore.tags)
     put = _twin(ObjectStore.put)
     delete = _twin(ObjectStore.delete)
     delete_many = _twin(ObjectStore.delete_many)
@@ -248,7 +249,7 @@ class AsyncObjectStore(_Twin):
     multipart = _writer(ObjectStore.multipart)
 
     async def open(self, key: str, *, version_id: str | None = None) -> AsyncObjectReader:
-        """See `ObjectStore.open`."""
+        """A read-only, seekable, buffered binary file over an object, pinned to its ETag of now."""
         reader = await self._pool.run(self._sync.open, key, version_id=version_id)
         return AsyncObjectReader(reader, self._pool)
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urlencode
 
+from s3loader.arguments import unknown_option
 from s3loader.checksum import crc32c_base64
-from s3loader.errors import ConfigError, IntegrityError, SourceNotFoundError
-from s3loader.types import Buffer, ByteRange, PutMode, Update
+from s3loader.errors import ConfigError, IntegrityError, SourceNotFoundError, UnsupportedOperationError
+from s3loader.types import SETTABLE, Buffer, ByteRange, PutMode, Update
 
 __all__ = [
     "at_source",
     "check_attributes",
     "check_crc32c",
     "check_several",
+    "checked_attributes",
     "checked_key",
     "checked_mode",
     "checked_ranges",
+    "kept_here",
     "open_source",
     "readable",
+    "said",
     "writable",
 ]
 
@@ -61,6 +66,72 @@ def check_attributes(content_type: str | None, metadata: Mapping[str, str] | Non
             raise ConfigError(f"metadata or content_type with a control character: {text!r}", hint="leave it out, or quote it")
         if headers and not text.isascii():
             raise ConfigError(f"metadata or content_type that is not ASCII: {text!r}", hint="quote it (urllib.parse.quote)")
+
+
+def checked_attributes(attributes: Mapping[str, str] | None, tags: Mapping[str, str] | None) -> dict[str, str] | None:
+    """What a write says of its object beside type and metadata, as backends take it: `tags` are its ``tagging``.
+
+    Raises:
+        ConfigError: a name is unknown or cannot be set, a value is none, or there are more tags than S3 takes.
+        UnsupportedOperationError: keys of the caller's own (SSE-C) are not supported.
+    """
+    if not attributes and not tags:
+        return None
+    found = dict(attributes or {})
+    for name, value in found.items():
+        if isinstance(name, str) and name.startswith("sse_customer"):
+            raise UnsupportedOperationError(
+                "encryption with keys of your own (SSE-C) is not supported",
+                op="put",
+                hint='use server_side_encryption="aws:kms" with ssekms_key_id, or encrypt the data yourself',
+            )
+        if name not in SETTABLE:
+            raise unknown_option([str(name)], sorted(SETTABLE), "attributes")
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"the attribute {name} is a non-empty str, not {value!r}", hint="leave it out for the default")
+    check_attributes(None, found, headers=True)
+    encryption = found.get("server_side_encryption")
+    if encryption not in (None, "AES256", "aws:kms", "aws:kms:dsse", "aws:fsx"):
+        raise ConfigError(
+            f"server_side_encryption cannot be {encryption!r}", hint='"AES256" (SSE-S3), "aws:kms" (SSE-KMS) or "aws:kms:dsse"'
+        )
+    if "ssekms_key_id" in found and not (encryption or "").startswith("aws:kms"):
+        raise ConfigError("ssekms_key_id needs SSE-KMS", hint='give server_side_encryption="aws:kms" with it')
+    if tags:
+        if "tagging" in found:
+            raise ConfigError("tags are given twice", hint="give tags={...} alone; tagging is the same as one text")
+        found["tagging"] = _tagging(tags)
+    return found
+
+
+def _tagging(tags: Mapping[str, str]) -> str:
+    if not all(isinstance(text, str) for pair in tags.items() for text in pair):
+        raise ConfigError(f"tags are str, by their names: {dict(tags)!r}", hint="write numbers as text")
+    if len(tags) > 10 or any(not 1 <= len(name) <= 128 or len(value) > 256 for name, value in tags.items()):
+        raise ConfigError(
+            f"{len(tags)} tags, or one that is too long",
+            hint="an object has at most 10 tags, with names up to 128 characters and values up to 256",
+        )
+    return urlencode(tags)
+
+
+def said(attributes: Mapping[str, str] | None) -> dict[str, Any]:
+    """The keyword of a write, where there is something to say: a backend of one's own may not know it."""
+    return {"attributes": attributes} if attributes else {}
+
+
+def kept_here(attributes: Mapping[str, str] | None, url: str) -> dict[str, str]:
+    """Of what a write says, what a store of ours keeps as it is: what describes the object, not what a cloud does with it.
+
+    Raises:
+        UnsupportedOperationError: encryption or a storage class is asked for.
+    """
+    for name in ("server_side_encryption", "ssekms_key_id", "storage_class"):
+        if attributes and name in attributes:
+            raise UnsupportedOperationError(
+                f"this store has no {name}", op="put", url=url, hint=f"leave {name} out for stores that are not S3"
+            )
+    return dict(attributes or {})
 
 
 def checked_mode(mode: PutMode) -> PutMode:

@@ -4,10 +4,16 @@ Faulting and zeroing fresh memory costs more than copying the bytes. So a block 
 lent, and lent again once nobody can see it any more. Whether anybody can is asked of the block
 itself: a `bytearray` with a living memoryview, or array over one, refuses to change its length.
 Nothing has to be given back, and nothing can be given back too early.
+
+Blocks start on 64-byte boundaries. That is not for Python's sake: a large bytearray starts 16 bytes
+into a page, and there AMD's processors with fast ``rep movsb`` copy 3-4 times slower, which is how
+the kernel hands over what a socket received (measured: 1 MiB in 100 us at 0 or 32 and more bytes
+into a page, 290-350 us at 1-31).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -18,12 +24,25 @@ from typing import Final
 
 from s3loader.units import MIB
 
-__all__ = ["BufferPool", "shared_pool"]
+__all__ = ["BufferPool", "aligned_block", "shared_pool"]
 
 _SMALLEST: Final = 4096
 _LOOKS: Final = 2
 """Blocks looked at before a new one is made: the longest lent come first, so if these are in use
 most others are too."""
+_ALIGNMENT: Final = 64
+
+
+def aligned_block(size: int) -> bytearray:
+    """`size` zero bytes that start on a 64-byte boundary.
+
+    CPython takes bytes from the front of a bytearray by moving its start, not its bytes.
+    """
+    block = bytearray(size + _ALIGNMENT)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    del block[: -address % _ALIGNMENT]
+    del block[size:]
+    return block
 
 
 class BufferPool:
@@ -110,7 +129,7 @@ class BufferPool:
 
     def _grow(self, size: int, used: deque[bytearray]) -> memoryview:
         """A new block, kept if it fits; older ones are forgotten (not freed) to make room."""
-        view = memoryview(block := bytearray(size))
+        view = memoryview(block := aligned_block(size))
         with self._lock:
             if self._make_room(size):
                 used.append(block)

@@ -1,16 +1,16 @@
-"""The bulk verbs of `ObjectStore`, with their types told apart by `errors`."""
+"""The bulk verbs of `ObjectStore`, with their types distinguished by `errors`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-from s3loader.errors import ConfigError
+from s3loader.options import at_least, one_of
 from s3loader.store.arguments import check_several
-from s3loader.store.base import Backend, Driver, ReadResult
+from s3loader.store.backend import Backend, Driver, ReadResult
 from s3loader.store.bulk import BulkOptions, OnError, PutFailure, ReadFailure, put_many, read_many
-from s3loader.store.options import StoreOptions
+from s3loader.store.options import MOST_CONNECTIONS, MOST_THREADS, StoreOptions
 from s3loader.types import PutRequest, PutResult, ReadRequest
 from s3loader.units import parse_size
 
@@ -26,7 +26,8 @@ class BulkKeywords(TypedDict, total=False):
     concurrency: int | None
     """Requests at a time; default `StoreOptions.concurrency`."""
     driver: Driver
-    """Default ``"auto"``; see `Driver`."""
+    """Who turns the sockets: ``"pump"``, the calling thread itself (epoll, no handoff); ``"threads"``, background threads, for
+    reads beside a busy main thread; default ``"auto"``: the pump, but threads for large reads into the caller's memory."""
 
 
 class BulkVerbs(ABC):
@@ -54,7 +55,7 @@ class BulkVerbs(ABC):
 
         Args:
             requests: Taken as they are needed, in the calling thread.
-            options: See `BulkKeywords`.
+            options: The fields of `BulkKeywords`: `max_bytes` in flight, `concurrency`, `driver`.
             errors: ``"raise"`` raises an error at the position of its request and ends; ``"return"``
                 gives a `ReadFailure` there and goes on.
 
@@ -103,16 +104,9 @@ class BulkVerbs(ABC):
         driver: Driver = "auto",
     ) -> BulkOptions:
         if concurrency is None:
-            concurrency = self.options.concurrency
-        if not isinstance(concurrency, int) or concurrency < 1:
-            raise ConfigError(
-                f"concurrency must be a whole number from 1 up, not {concurrency!r}",
-                hint="leave it out for that of StoreOptions",
-            )
-        if driver not in get_args(Driver):
-            raise ConfigError(f"unknown driver {driver!r}", hint=f"use one of {', '.join(get_args(Driver))}")
-        if errors not in get_args(OnError):
-            raise ConfigError(
-                f"errors is 'raise' or 'return', not {errors!r}", hint='"return" gives a failure in its place and goes on'
-            )
-        return {"max_bytes": parse_size(max_bytes), "concurrency": concurrency, "driver": driver, "errors": errors}
+            found = getattr(self.backend, "bulk", None)
+            concurrency = self.options.concurrency or (MOST_THREADS if found is None else MOST_CONNECTIONS)
+        at_least("concurrency", concurrency, hint="leave it out for that of StoreOptions")
+        one_of("driver", driver, Driver)
+        one_of("errors", errors, OnError, '"return" gives a failure in its place and goes on')
+        return {"max_bytes": parse_size(max_bytes, "max_bytes"), "concurrency": concurrency, "driver": driver, "errors": errors}

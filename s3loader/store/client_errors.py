@@ -1,15 +1,17 @@
-"""What boto3 and obstore raise, as the tree of `s3loader.errors`.
+"""What sockets, urllib3, boto3 and obstore raise, as the tree of `s3loader.errors`.
 
 Errors that hold a server's answer go through `s3errors.from_status`; the rest are failures of the
 way there: no credentials, no connection, no time, no trust. Where no connection came about, nothing was
-sent, and ``sent=False`` in the error's details says so: `settle` relies on it.
+sent, and ``sent=False`` in the error's details says so: `lost_reply` relies on it.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import ssl
 from collections.abc import Callable, Mapping
+from http.client import HTTPException, IncompleteRead
 from typing import Any, Final
 
 from s3loader.credentials import NO_CREDENTIALS_HINT
@@ -26,7 +28,7 @@ from s3loader.errors import (
 )
 from s3loader.store.s3errors import Where, clean, from_response, from_status
 
-__all__ = ["from_botocore", "from_obstore", "no_descriptor"]
+__all__ = ["from_botocore", "from_obstore", "from_socket", "from_transport", "no_descriptor"]
 
 
 def no_descriptor(op: str, url: str) -> StoreConnectionError:
@@ -48,7 +50,7 @@ def from_botocore(error: Exception, where: Where) -> S3LoaderError:
         return error
     if isinstance(error, boto.ClientError):
         return _from_client_error(error.response, where)
-    return _from_transport(error, where)
+    return from_transport(error, where)
 
 
 def _from_client_error(response: Mapping[str, Any], where: Where) -> S3LoaderError:
@@ -77,7 +79,45 @@ _NO_FILES: Final = rf"\[Errno (?:{errno.EMFILE}|{errno.ENFILE})\]"
 _CA_HINT: Final = "give ca_bundle= (or AWS_CA_BUNDLE) a PEM file with the authority that signed the store's certificate"
 
 
-def _from_transport(error: Exception, where: Where) -> S3LoaderError:
+def from_socket(error: BaseException, where: Where, *, in_body: bool = False) -> S3LoaderError:
+    """The error for what a socket of our own raised.
+
+    Args:
+        error: An `OSError`; the cause of one that says that no connection came about.
+        where: What was asked.
+        in_body: The head of the response had come.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else None
+    reason, sent = cause or error, cause is None
+
+    def made(kind: type[S3LoaderError], message: str, hint: str, retryable: bool | None = None) -> S3LoaderError:
+        details: dict[str, Any] = {} if sent else {"sent": False}
+        return kind(clean(message), op=where.op, url=where.url, hint=hint, retryable=retryable, **details)
+
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        sent = False
+        return made(StoreConnectionError, f"the store's certificate is not trusted: {_ssl_reason(reason)}", _CA_HINT, False)
+    if isinstance(reason, TimeoutError):
+        if not sent:
+            return made(StoreTimeoutError, "no connection in time", _UNREACHABLE)
+        return made(StoreTimeoutError, str(reason) or "no answer in time", _SLOW)
+    if isinstance(reason, ssl.SSLError) and not isinstance(reason, ssl.SSLEOFError):
+        return made(StoreConnectionError, f"TLS failed: {_ssl_reason(reason)}", _NO_TLS)
+    if not sent:
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE)
+    if in_body:
+        return made(TruncatedError, "the body ended early", _BROKE, True)
+    return made(StoreConnectionError, f"the connection broke ({type(reason).__name__})", _BROKE)
+
+
+def from_transport(error: Exception, where: Where, *, in_body: bool = False) -> S3LoaderError:
+    """The error for what botocore, urllib3 or http.client raised on the way to a server or back.
+
+    Args:
+        error: What they raised.
+        where: What was asked.
+        in_body: The head of the response had come.
+    """
     import botocore.exceptions as boto
     import urllib3.exceptions as http
 
@@ -96,6 +136,12 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         error, (boto.ParamValidationError, boto.NoRegionError, boto.InvalidRegionError, boto.InvalidS3AddressingStyleError)
     ):
         return made(ConfigError, f"boto3 refuses the request: {error}")
+    if isinstance(error, (http.NameResolutionError, http.NewConnectionError)) or (
+        isinstance(error, http.ProxyError) and not in_body
+    ):
+        if re.search(_NO_FILES, str(error)):
+            return no_descriptor(where.op, where.url)
+        return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE, sent=False)
     if isinstance(error, (boto.ConnectTimeoutError, boto.ReadTimeoutError, http.TimeoutError, TimeoutError)):
         if isinstance(error, (boto.ConnectTimeoutError, http.ConnectTimeoutError)):
             return made(StoreTimeoutError, "no connection in time", _UNREACHABLE, sent=False)
@@ -109,9 +155,11 @@ def _from_transport(error: Exception, where: Where) -> S3LoaderError:
         if re.search(_NO_FILES, str(error.kwargs.get("error"))):
             return no_descriptor(where.op, where.url)
         return made(StoreConnectionError, "the endpoint cannot be reached", _UNREACHABLE, sent=False)
-    if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead)):
+    if isinstance(error, (boto.IncompleteReadError, http.IncompleteRead, IncompleteRead)) or (
+        in_body and isinstance(error, (http.HTTPError, HTTPException, OSError))
+    ):
         return made(TruncatedError, "the body ended early", retryable=True)
-    if isinstance(error, (boto.HTTPClientError, http.HTTPError, ConnectionError)):
+    if isinstance(error, (boto.HTTPClientError, http.HTTPError, HTTPException, OSError)):
         return made(StoreConnectionError, f"the connection broke ({name})", _BROKE)
     if isinstance(error, boto.BotoCoreError) and "ResponseParserError" in name:
         return made(UnavailableError, "the answer is not S3's", "does the endpoint speak S3?")

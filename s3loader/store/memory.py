@@ -15,9 +15,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import parse_qsl
 
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import (
+    BucketNotFoundError,
+    ConflictError,
     ObjectChangedError,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -25,7 +28,9 @@ from s3loader.errors import (
     StoreError,
     UnsupportedOperationError,
 )
-from s3loader.store.arguments import check_crc32c
+from s3loader.ranges import first_byte
+from s3loader.store.arguments import check_crc32c, kept_here
+from s3loader.store.backend import BulkBackend
 from s3loader.store.listing import key_bytes, roll_up
 from s3loader.types import (
     Buffer,
@@ -38,13 +43,14 @@ from s3loader.types import (
     Update,
 )
 
-__all__ = ["MemoryBackend"]
+__all__ = ["MemoryBackend", "create_bucket", "delete_bucket", "list_buckets", "not_empty"]
 
 
 @dataclass(slots=True)
 class _Object:
     data: bytes
     meta: ObjectMeta
+    tagging: str = ""
 
 
 @dataclass(slots=True)
@@ -52,8 +58,14 @@ class _Upload:
     key: str
     content_type: str | None
     metadata: dict[str, str]
+    attributes: dict[str, str]
     initiated: float
     parts: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+
+    @property
+    def about(self) -> tuple[str | None, dict[str, str], dict[str, str]]:
+        """What describes the object."""
+        return self.content_type, self.metadata, self.attributes
 
 
 class _Bucket:
@@ -87,25 +99,73 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
+def not_empty(url: str) -> ConflictError:
+    """The error for deleting a bucket with objects in it."""
+    return ConflictError(
+        "the bucket is not empty",
+        op="delete bucket",
+        url=url,
+        code="BucketNotEmpty",
+        retryable=False,
+        hint="delete its objects first, versions and unfinished uploads too",
+    )
+
+
+def create_bucket(name: str) -> bool:
+    """Make the store of this name; whether it is new."""
+    with _lock:
+        new = name not in _buckets
+        _buckets.setdefault(name, _Bucket())
+    return new
+
+
+def delete_bucket(name: str) -> None:
+    """Forget the store of this name.
+
+    Raises:
+        BucketNotFoundError: there is none.
+        ConflictError: there are objects in it.
+    """
+    with _lock:
+        found = _buckets.get(name)
+        if found is None:
+            raise BucketNotFoundError("no such bucket", op="delete bucket", url=f"memory://{name}")
+        if found.objects:
+            raise not_empty(f"memory://{name}")
+        del _buckets[name]
+
+
+def list_buckets() -> list[str]:
+    """Names of the stores of this process, sorted."""
+    with _lock:
+        return sorted(_buckets)
+
+
 class MemoryBackend:
     """The backend of ``memory://name``. ETags are unique for each write."""
 
     PUT_LIMIT: Final = sys.maxsize
     """Bytes up to which one put is the best way to write a buffer."""
+    bulk: BulkBackend | None = None
+    """Threads run its single verbs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.url = f"memory://{name}"
-        with _lock:
-            self._bucket = _buckets.setdefault(name, _Bucket())
+        create_bucket(name)
 
     def __reduce__(self) -> tuple[type[MemoryBackend], tuple[str]]:
         return MemoryBackend, (self.name,)
 
     @property
     def engine(self) -> str:
-        """See `Backend.engine`."""
+        """``direct``, ``obstore``, ``boto3``, ``file``, ``memory``; for events and `explain`."""
         return "memory"
+
+    @property
+    def _bucket(self) -> _Bucket:
+        """Made anew where it was deleted."""
+        return _buckets.get(self.name) or _buckets.setdefault(self.name, _Bucket())
 
     def _find(self, op: str, key: str, if_match: str | None = None, version_id: str | None = None) -> _Object:
         if version_id is not None:
@@ -123,9 +183,10 @@ class MemoryBackend:
     def get(
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
-        """See `Backend.get`. The bytes are not copied."""
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it). The bytes are not copied."""
         found = self._find("get", key, if_match, version_id)
         size = len(found.data)
+        start = first_byte(start, size)
         stop = size if end is None else min(end, size)
         if start > size or (start == size and end is not None and end > start):
             raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="get", url=f"{self.url}/{key}")
@@ -134,7 +195,7 @@ class MemoryBackend:
         return found.meta, memoryview(found.data)[start : max(start, stop)]
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        """See `Backend.read_into`."""
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`."""
         found = self._find("read", key, if_match)
         stop = start + len(buffer)
         if stop > len(found.data):
@@ -144,7 +205,7 @@ class MemoryBackend:
         return found.meta
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
+        """What the store says of one object, without its bytes."""
         return self._find("head", key, version_id=version_id).meta
 
     def put(
@@ -155,20 +216,31 @@ class MemoryBackend:
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
     ) -> PutResult:
-        """See `Backend.put`."""
-        return self._store("put", key, bytes(data), mode, content_type, {k.lower(): v for k, v in (metadata or {}).items()})
+        """Write one object atomically: readers see the old one or the new one, whole."""
+        kept = kept_here(attributes, f"{self.url}/{key}") if attributes else {}
+        lowered = {name.lower(): value for name, value in (metadata or {}).items()}
+        return self._store("put", key, bytes(data), mode, content_type, lowered, kept)
 
     def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
-        """See `s3loader.store.probe.ChecksummedPut`."""
+        """Put with a CRC32C (base64) that the store holds against the bytes; a wrong one is refused."""
         check_crc32c(data, checksum, f"{self.url}/{key}")
         return self.put(key, data)
 
     def _store(
-        self, op: str, key: str, data: bytes, mode: PutMode, content_type: str | None, metadata: Mapping[str, str]
+        self,
+        op: str,
+        key: str,
+        data: bytes,
+        mode: PutMode,
+        content_type: str | None,
+        metadata: Mapping[str, str],
+        attributes: Mapping[str, str],
     ) -> PutResult:
         etag = f"{next(_serial):08x}-{len(data):x}"
-        made = _Object(data, ObjectMeta(key, len(data), etag, time.time(), content_type, None, dict(metadata)))
+        about = content_type, None, dict(metadata), {k: v for k, v in attributes.items() if k != "tagging"}
+        made = _Object(data, ObjectMeta(key, len(data), etag, time.time(), *about), attributes.get("tagging", ""))
         with _lock:
             bucket = self._bucket
             old = bucket.objects.get(key)
@@ -183,7 +255,8 @@ class MemoryBackend:
         return PutResult(key, etag, len(data))
 
     def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
-        """See `Backend.list`. Objects that come or go meanwhile may be missing or seen."""
+        """Entries whose key starts with `prefix`, in order of the UTF-8 bytes of their keys. Objects that come or go meanwhile
+        may be missing or seen."""
         with _lock:
             bucket = self._bucket
             if bucket.order is None:
@@ -193,28 +266,41 @@ class MemoryBackend:
         return roll_up(metas, prefix, delimiter, start_after)
 
     def delete(self, key: str) -> None:
-        """See `Backend.delete`."""
+        """Delete; a key that does not exist is no error."""
         with _lock:
             if self._bucket.objects.pop(key, None) is not None:
                 self._bucket.order = None
 
     def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
-        """See `Backend.delete_many`."""
+        """Delete all; never raises for a single key, returns what failed."""
         for key in keys:
             self.delete(key)
         return []
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
-        """See `Backend.copy`."""
+        """Copy inside this root, on the server's side where it can."""
         found = self._find("copy", source)
-        return self._store("copy", target, found.data, mode, found.meta.content_type, found.meta.metadata)
+        kept = {**found.meta.attributes, **({"tagging": found.tagging} if found.tagging else {})}
+        return self._store("copy", target, found.data, mode, found.meta.content_type, found.meta.metadata, kept)
 
-    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
-        """See `Backend.create_multipart`."""
+    def tags(self, key: str, *, version_id: str | None = None) -> Mapping[str, str]:
+        """Tags of the object."""
+        return dict(parse_qsl(self._find("tags", key, version_id=version_id).tagging, keep_blank_values=True))
+
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> str:
+        """Begin a multipart upload; returns its upload id."""
         upload_id = f"{os.getpid():x}-{next(_serial):08x}"
         lowered = {name.lower(): value for name, value in (metadata or {}).items()}
         with _lock:
-            self._bucket.uploads[upload_id] = _Upload(key, content_type, lowered, time.time())
+            kept = kept_here(attributes, f"{self.url}/{key}")
+            self._bucket.uploads[upload_id] = _Upload(key, content_type, lowered, kept, time.time())
         return upload_id
 
     def _upload(self, op: str, key: str, upload_id: str) -> _Upload:
@@ -224,7 +310,7 @@ class MemoryBackend:
         return upload
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
-        """See `Backend.upload_part`."""
+        """Upload part `number` (1-based; all parts but the last at least 5 MiB on S3)."""
         body = bytes(data)
         etag = f"{next(_serial):08x}-{len(body):x}"
         with _lock:
@@ -234,7 +320,7 @@ class MemoryBackend:
     def complete_multipart(
         self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
     ) -> PutResult:
-        """See `Backend.complete_multipart`."""
+        """Make the object from its parts."""
         op = "complete upload"
         with _lock:
             upload = self._upload(op, key, upload_id)
@@ -242,27 +328,27 @@ class MemoryBackend:
         for part, (etag, _), previous in zip(parts, held, [0, *(p.number for p in parts)], strict=False):
             if etag != part.etag or part.number <= previous:
                 raise StoreError(f"part {part.number} is missing or out of order", op=op, url=f"{self.url}/{key}")
-        result = self._store(op, key, b"".join(body for _, body in held), mode, upload.content_type, upload.metadata)
+        result = self._store(op, key, b"".join(body for _, body in held), mode, *upload.about)
         with _lock:
             self._bucket.uploads.pop(upload_id, None)
         return result
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        """See `Backend.abort_multipart`."""
+        """Drop the parts; an upload that is gone is no error."""
         with _lock:
             self._bucket.uploads.pop(upload_id, None)
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`."""
+        """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``."""
         with _lock:
             found = [(u.key, upload_id, u.initiated) for upload_id, u in self._bucket.uploads.items()]
         return iter(sorted(entry for entry in found if entry[0].startswith(prefix)))
 
     def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
-        """See `Backend.list_parts`; the checksums are of what is held."""
+        """Parts that an open upload has, by number, as `complete_multipart` takes them; the checksums are of what is held."""
         with _lock:
             held = sorted(self._upload("list parts", key, upload_id).parts.items())
         return iter([PartResult(number, etag, len(body), crc32c_base64(body)) for number, (etag, body) in held])
 
     def close(self) -> None:
-        """See `Backend.close`; the objects stay."""
+        """Let go of it; the objects stay."""

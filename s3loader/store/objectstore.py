@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +11,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from s3loader import ranges as ranges_
-from s3loader.errors import BucketNotFoundError, ClosedError, ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
+from s3loader.arguments import checked
+from s3loader.errors import (
+    BucketNotFoundError,
+    ClosedError,
+    ConfigError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    RangeError,
+    UnsupportedOperationError,
+)
 from s3loader.store.arguments import (
     check_attributes,
     check_several,
+    checked_attributes,
     checked_key,
     checked_mode,
     checked_ranges,
@@ -21,18 +32,19 @@ from s3loader.store.arguments import (
     readable,
     writable,
 )
-from s3loader.store.base import Backend
+from s3loader.store.backend import Backend
 from s3loader.store.bulk import empty_read
 from s3loader.store.bulkverbs import BulkVerbs
-from s3loader.store.multipart import MultipartWriter
 from s3loader.store.options import StoreOptions
-from s3loader.store.wrappers.wrapper import innermost
+from s3loader.store.parts import MultipartWriter, part_size_for, put_file
+from s3loader.store.pipeline import below
 from s3loader.types import (
     Buffer,
     ByteRange,
     Capabilities,
     CommonPrefix,
     DeleteFailure,
+    NetworkState,
     ObjectMeta,
     PutMode,
     PutResult,
@@ -52,6 +64,7 @@ _UNBOUNDED: Final = 1 << 62
 """Where the caller holds all bytes in any case."""
 
 
+@checked
 class ObjectStore(BulkVerbs):
     """One object store, or a folder of one. Made by `open_store`.
 
@@ -62,7 +75,7 @@ class ObjectStore(BulkVerbs):
     Args:
         url: Where it is, for messages.
         backend: The outermost backend; its keys are those of this store.
-        options: See `StoreOptions`.
+        options: Retries, timeouts in seconds, concurrency, part size in bytes; default: those of `StoreOptions`.
         reopen: Makes the same store again elsewhere, for pickling: a function and its arguments.
         identity: Stores of the same identity can do the same things; None: like no other.
         bound: What it holds that no other process can have; empty: nothing.
@@ -116,12 +129,31 @@ class ObjectStore(BulkVerbs):
         _, data = self.backend.get(checked_key(key), if_match=if_match, version_id=version_id)
         return data if isinstance(data, bytes) else bytes(data)
 
-    def get_range(self, key: str, start: int, end: int, *, if_match: str | None = None) -> bytes:
+    def get_range(self, key: str, start: int, end: int | None = None, *, if_match: str | None = None) -> bytes:
         """Bytes ``[start, end)``; fewer where the object ends before `end`.
+
+        Args:
+            start: Where negative, that many bytes before the object's end (its beginning, if it has fewer).
+            end: None: the object's end. Where negative, that many bytes before it; this looks at the object first, as a
+                negative `start` with an `end` does, and reads the very one it saw.
 
         Raises:
             RangeError: `start` lies beyond the object.
         """
+        if start < 0 and end is None:
+            with contextlib.suppress(UnsupportedOperationError):  # Azure, and servers that ignore such a range
+                _, data = self.backend.get(checked_key(key), start, if_match=if_match)
+                return data if isinstance(data, bytes) else bytes(data)
+        if start < 0 or (end is not None and end < 0):
+            meta = self.backend.head(checked_key(key))
+            start = ranges_.first_byte(start, meta.size)
+            end = meta.size if end is None else end + meta.size if end < 0 else end
+            if end <= start:
+                return b""
+            if_match = if_match or meta.etag or None
+        if end is None:
+            _, data = self.backend.get(checked_key(key), start, if_match=if_match)
+            return data if isinstance(data, bytes) else bytes(data)
         span = ByteRange(start, end)
         if not len(span):
             empty_read(self.backend, checked_key(key), start, if_match)
@@ -140,7 +172,7 @@ class ObjectStore(BulkVerbs):
     ) -> list[memoryview]:
         """Several ranges of one object, in the order given, all of the same version of it.
 
-        Neighbours are fetched together (see `s3loader.ranges.coalesce`), several at a time.
+        Neighbours are fetched together, several at a time.
 
         Args:
             ranges: ``(start, end)`` pairs; each must lie in the object.
@@ -153,7 +185,7 @@ class ObjectStore(BulkVerbs):
             ObjectChangedError: the object was replaced between two requests.
         """
         wanted = checked_ranges(ranges)
-        spans = ranges_.coalesce(wanted, max_gap=parse_size(max_gap), max_size=parse_size(max_size))
+        spans = ranges_.coalesce(wanted, max_gap=parse_size(max_gap, "max_gap"), max_size=parse_size(max_size, "max_size"))
         checked_key(key)
         found = [memoryview(b"")] * len(wanted)
         if not spans:
@@ -247,40 +279,59 @@ class ObjectStore(BulkVerbs):
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> PutResult:
         """Write one object atomically; large ones go by multipart.
 
         Args:
             data: Anything with the buffer protocol, a path, or a binary file (read from where it stands).
             mode: ``"overwrite"``, ``"create"`` (only if the key is free), or ``Update(etag)``.
+            content_type: Media type of the data.
+            metadata: User metadata, ASCII.
+            attributes: What else describes it, by the names that ``head(key).attributes`` gives: ``cache_control``,
+                ``content_disposition``, ``content_encoding``, ``content_language``, ``expires``, ``storage_class``,
+                ``server_side_encryption`` (``"AES256"``, ``"aws:kms"``, ``"aws:kms:dsse"``) and ``ssekms_key_id``.
+            tags: Up to 10 tags of the object; `ObjectStore.tags` reads them.
 
         Raises:
+            UnsupportedOperationError: the store cannot keep one of `attributes` or `tags`; or SSE-C is asked for.
             SourceNotFoundError: there is no local file under that path; ConfigError: it cannot be read.
             ObjectExistsError: mode ``"create"`` and the key is taken.
             ObjectChangedError: mode ``Update`` and the object is another one by now, or gone.
             OutcomeUnknownError: a conditional write was sent, its answer lost, and reading back did not tell.
         """
-        from s3loader.store.upload import put_file
-
         checked_mode(mode)
         self._check_attributes(content_type, metadata)
+        said = checked_attributes(attributes, tags)
         if isinstance(data, (str, os.PathLike)):
             if isinstance(data, str):
                 raise ConfigError("data is a str", hint="encode text, or pass pathlib.Path(...) to upload a file")
             with open_source(data) as file:
-                return self.put(key, file, mode=mode, content_type=content_type, metadata=metadata)
+                return self.put(key, file, mode=mode, content_type=content_type, metadata=metadata, attributes=said)
         if hasattr(data, "read"):
             size = self.options.part_size
             return put_file(
-                self.backend, checked_key(key), data, part_size=size, mode=mode, content_type=content_type, metadata=metadata
+                self.backend,
+                checked_key(key),
+                data,
+                part_size=size,
+                mode=mode,
+                content_type=content_type,
+                metadata=metadata,
+                attributes=said,
             )
         view = readable(data)
-        limit = getattr(innermost(self._backend), "PUT_LIMIT", 2 * self.options.part_size)
+        limit = getattr(self._backend, "PUT_LIMIT", None) or 2 * self.options.part_size
         if len(view) <= limit:
             body: Buffer = data if isinstance(data, bytes) else view
+            if said:
+                return self.backend.put(
+                    checked_key(key), body, mode=mode, content_type=content_type, metadata=metadata, attributes=said
+                )
             return self.backend.put(checked_key(key), body, mode=mode, content_type=content_type, metadata=metadata)
-        with self.multipart(key, mode=mode, content_type=content_type, metadata=metadata) as writer:
-            writer.write(view)
+        with self.multipart(key, mode=mode, content_type=content_type, metadata=metadata, attributes=said) as writer:
+            writer.write(view, copy=False)
         assert writer.result is not None
         return writer.result
 
@@ -290,26 +341,52 @@ class ObjectStore(BulkVerbs):
         *,
         part_size: int | str | None = None,
         max_in_flight: int = 4,
+        max_bytes: int | str | None = None,
+        size: int | None = None,
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> MultipartWriter:
         """A writer that uploads in parts as data comes and makes the object at `close`.
 
         Args:
             part_size: Bytes of a part (S3 wants at least 5 MiB); default `StoreOptions.part_size`.
             max_in_flight: Parts uploaded at a time; memory is one part more.
+            max_bytes: Bytes uploaded at a time, whatever their number; a single part may exceed it. None: no such bound.
+            size: Bytes that will be written, where known: `close` then publishes nothing else, parts are as large as 10,000 of
+                them need (a `part_size` that is too small for it is an error at once).
+            mode: As for `put`; the condition holds at `close`.
+            content_type: As for `put`.
+            metadata: As for `put`.
+            attributes: As for `put`.
+            tags: As for `put`.
         """
         self._check_attributes(content_type, metadata)
         return MultipartWriter(
             self.backend,
             checked_key(key),
-            part_size=self.options.part_size if part_size is None else parse_size(part_size),
+            part_size=self._part_size(size) if part_size is None else parse_size(part_size, "part_size"),
             max_in_flight=max_in_flight,
+            max_bytes=None if max_bytes is None else parse_size(max_bytes, "max_bytes"),
+            size=size,
             mode=checked_mode(mode),
             content_type=content_type,
             metadata=metadata,
+            attributes=checked_attributes(attributes, tags),
         )
+
+    def tags(self, key: str, *, version_id: str | None = None) -> dict[str, str]:
+        """Tags of the object; one request.
+
+        Raises:
+            UnsupportedOperationError: the store has none.
+        """
+        return dict(self.backend.tags(checked_key(key), version_id=version_id))
+
+    def _part_size(self, size: int | None) -> int:
+        return self.options.part_size if size is None else part_size_for(size, self.options.part_size)
 
     def delete(self, key: str) -> None:
         """Delete the object; one that does not exist is no error."""
@@ -377,6 +454,29 @@ class ObjectStore(BulkVerbs):
             self._aio = AsyncObjectStore(self)
         return self._aio
 
+    def below(self, folder: str) -> ObjectStore:
+        """The store of a folder in this one, over the same connections; keys are relative to it. Closing either closes both."""
+        again = None if self._reopen is None else (_reopen_below, (self._reopen, folder))
+        return ObjectStore(
+            f"{self.url}/{folder}",
+            below(self.backend, f"{folder}/"),
+            options=self.options,
+            reopen=again,
+            identity=self._identity,
+            bound=self._bound,
+        )
+
+    def network(self) -> NetworkState | None:
+        """What was measured of the store's endpoint in this process, such as how many connections pay; None: nothing is."""
+        measured = getattr(self._backend, "network", None)
+        return None if measured is None else measured()
+
+    def open_ahead(self, connections: int) -> None:
+        """A hint that so many requests will come at once: connections for them are begun to be opened, where the engine can."""
+        ahead = getattr(self._backend, "open_ahead", None)
+        if ahead is not None:
+            ahead(connections)
+
     def close(self) -> None:
         """Let go of connections and threads; closing twice is fine."""
         if not self._closed:
@@ -413,6 +513,11 @@ class ObjectStore(BulkVerbs):
 
     def _at(self, key: str) -> str:
         return f"{self.url}/{key}"
+
+
+def _reopen_below(reopen: tuple[Callable[..., ObjectStore], tuple[Any, ...]], folder: str) -> ObjectStore:
+    make, arguments = reopen
+    return make(*arguments).below(folder)
 
 
 def _rebuild(url: str, backend: Backend, options: StoreOptions) -> ObjectStore:

@@ -1,21 +1,26 @@
-"""Work done by background threads, results in the order of the items, within a bound of bytes.
+"""Work done by a few background threads within a bound of items and bytes; errors come out where the work was asked for.
 
-No future per item: threads take the next slot themselves, a slot's own lock says when it is done.
+`run_ordered` pulls items and gives their results in order (no future per item: threads take the next slot themselves, a
+slot's own lock says when it is done); `map_ordered` is the same for a plain function. `BoundedPool` is pushed to.
+An abandoned iterator stops its threads, Ctrl-C ends the wait at once, and a forked child goes on with nothing of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
 from s3loader.errors import ClosedError
 from s3loader.store.threads import Crew
 
-__all__ = ["Budget", "Slot", "run_ordered"]
+__all__ = ["BoundedPool", "Budget", "Slot", "map_ordered", "run_ordered"]
 
+R = TypeVar("R")
 T = TypeVar("T")
 _MAX_SLOTS: Final = 4096
 
@@ -98,6 +103,7 @@ def run_ordered(
     max_bytes: int,
     concurrency: int,
     name: str,
+    max_items: int = _MAX_SLOTS,
 ) -> Iterator[Slot[T]]:
     """Slots, done, in the order of `items`.
 
@@ -108,6 +114,7 @@ def run_ordered(
         work: Makes a slot's result; an `Exception` it raises ends up in the slot's `error`.
         cost: Bytes that an item will need, as far as known beforehand.
         max_bytes: Bound on the cost of all slots not yet given; a single one may exceed it.
+        max_items: Bound on their number.
     """
     pid = os.getpid()
     crew = Crew(concurrency, name)
@@ -117,7 +124,7 @@ def run_ordered(
     try:
         while True:
             while (ahead := source.peek()) is not None and (
-                not window or (budget.used + ahead.cost <= max_bytes and len(window) < _MAX_SLOTS)
+                not window or (budget.used + ahead.cost <= max_bytes and len(window) < max_items)
             ):
                 source.drop()
                 budget.take(ahead)
@@ -139,6 +146,35 @@ def run_ordered(
         if os.getpid() == pid:
             budget.stop()
             crew.stop()
+
+
+def map_ordered(
+    function: Callable[[T], R], items: Iterable[T], *, concurrency: int, name: str, ahead: int | None = None
+) -> Iterator[R]:
+    """``function(item)`` of each item, in order; an error is raised in its place, and ends the iteration.
+
+    Where there is but one item in a list, or `concurrency` is 1, the calling thread does the work.
+
+    Args:
+        ahead: Most results that nobody has taken yet, those under way included; default: twice `concurrency`.
+    """
+    if concurrency <= 1 or (isinstance(items, Sized) and len(items) < 2):
+        yield from map(function, items)
+        return
+    slots = run_ordered(
+        items,
+        lambda slot, _: function(slot.item),
+        lambda _: 1,
+        max_bytes=_MAX_SLOTS,
+        max_items=ahead or 2 * concurrency,
+        concurrency=concurrency,
+        name=name,
+    )
+    with contextlib.closing(slots):  # type: ignore[type-var]  # a generator: its threads end with this one
+        for slot in slots:
+            if slot.error is not None:
+                raise slot.error
+            yield slot.result
 
 
 class _Source(Generic[T]):
@@ -183,3 +219,119 @@ class _Job:
             slot.error = error
         finally:
             slot.done.release()
+
+
+class BoundedPool:
+    """Runs jobs in a few threads, begun in the order given; `submit` waits while too much is under way.
+
+    After the first failure `submit`, `check` and `wait` raise it, every time: what failed is not in what the caller is about to
+    publish. A job may wait for jobs submitted before it (they have begun by then), not for later ones. `submit` may be
+    called from several threads. In a forked child every call raises, and `stop` does nothing.
+
+    Args:
+        threads: How many run at a time; each is started when there is a job for it.
+        name: Of the threads.
+        max_jobs: Most jobs that have not ended; default: four for each thread.
+        max_bytes: Most bytes held by jobs that have not ended; a single job may exceed it. None: no bound.
+    """
+
+    def __init__(self, threads: int, name: str, *, max_jobs: int | None = None, max_bytes: int | None = None) -> None:
+        self.threads = threads
+        self.error: BaseException | None = None
+        """The first failure of any job."""
+        self._name = name
+        self._max_jobs = max_jobs or 4 * threads
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._jobs = 0
+        self._changed = threading.Condition()
+        self._crew: Crew | None = None
+        self._futures: set[Future[Any]] = set()
+        self._pid = os.getpid()
+
+    def check(self) -> None:
+        """Raise the first failure.
+
+        Raises:
+            ClosedError: this is a forked child of the process the pool was made in.
+        """
+        if self._pid != os.getpid():
+            raise ClosedError("made in the parent process, which goes on with it", hint="begin anew in the process that writes")
+        if self.error is not None:
+            raise self.error
+
+    def submit(self, job: Callable[[], T], size: int = 0) -> Future[T]:
+        """Run `job`, which holds `size` bytes; its result or error is the future's, too."""
+        self.check()
+        with self._changed:
+            self._changed.wait_for(lambda: self._room(size) or self.error is not None)
+            if self.error is None:
+                self._bytes += size
+                self._jobs += 1
+        self.check()
+        if self._crew is None:
+            self._crew = Crew(self.threads, self._name)
+        future: Future[T] = Future()
+        self._futures.add(future)
+        self._crew.submit(_PoolJob(self, job, future, size))
+        return future
+
+    def wait(self) -> None:
+        """Return when no job is under way; raises as `check`."""
+        self.check()
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs == 0 or self._crew is None)
+        self.check()
+
+    def stop(self, wait: float = 0.5) -> None:
+        """End the threads; jobs that have not begun are dropped, their futures cancelled.
+
+        Args:
+            wait: Seconds to wait for jobs that run; they end by themselves.
+        """
+        if self._pid != os.getpid():
+            return
+        for future in list(self._futures):
+            future.cancel()
+        if self._crew is not None:
+            self._crew.stop(wait)
+            self._crew = None
+
+    def _room(self, size: int) -> bool:
+        fits = self._max_bytes is None or self._bytes + size <= self._max_bytes
+        return self._jobs == 0 or (fits and self._jobs < self._max_jobs)
+
+    def _ended(self, future: Future[Any], size: int, error: BaseException | None) -> None:
+        self._futures.discard(future)
+        with self._changed:
+            self._bytes -= size
+            self._jobs -= 1
+            self.error = self.error or error
+            self._changed.notify_all()
+
+    def __getstate__(self) -> Any:
+        raise TypeError("work in progress cannot be pickled")
+
+
+class _PoolJob:
+    """One job of a `BoundedPool`."""
+
+    __slots__ = ("future", "job", "pool", "size")
+
+    def __init__(self, pool: BoundedPool, job: Callable[[], Any], future: Future[Any], size: int) -> None:
+        self.pool = pool
+        self.job = job
+        self.future = future
+        self.size = size
+
+    def __call__(self) -> None:
+        failed: BaseException | None = None
+        try:
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_result(self.job())
+        except BaseException as error:  # noqa: BLE001 - raised by the pool's next call, and by the future
+            failed = error
+            self.future.set_exception(error)
+        finally:
+            del self.job  # holds buffers
+            self.pool._ended(self.future, self.size, failed)

@@ -1,7 +1,10 @@
 """What a store really does, found by trying it on throw-away keys.
 
 Many servers accept a condition and ignore it, so neither names nor answers of success are
-believed: each condition is tried where it must hold and where it must not.
+believed: each condition is tried where it must hold and where it must not, and what became of it is read back.
+
+A network that fails decides nothing: a verdict comes from answers of the store alone, and without them there is an error. A
+store that was wrongly held to know no conditions would be written to without them, over what others have written.
 """
 
 from __future__ import annotations
@@ -9,25 +12,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import (
     ConflictError,
     IntegrityError,
     ObjectChangedError,
+    ObjectNotFoundError,
+    OutcomeUnknownError,
     PreconditionFailedError,
     S3LoaderError,
     StoreError,
     UnsupportedOperationError,
 )
-from s3loader.store.base import Backend
-from s3loader.store.wrappers.prefix import prefix_of
-from s3loader.store.wrappers.wrapper import Delegate, innermost
-from s3loader.types import Buffer, Capabilities, PutMode, PutResult, Update
+from s3loader.store.backend import Backend
+from s3loader.types import Capabilities, PutMode, PutResult, Update
 
-__all__ = ["ChecksummedPut", "capabilities", "conditional_writes", "probe"]
+__all__ = ["capabilities", "conditional_writes", "probe"]
 
 _log = logging.getLogger("s3loader.store")
 _OWN: Final = ("file", "memory")
@@ -35,15 +37,10 @@ _OWN: Final = ("file", "memory")
 _probed: dict[tuple[str, ...], Capabilities] = {}
 _conditional: dict[tuple[str, ...], bool] = {}
 _REFUSED: Final = (PreconditionFailedError, ConflictError, UnsupportedOperationError)
-
-
-@runtime_checkable
-class ChecksummedPut(Protocol):
-    """An engine that lets a caller choose the checksum it sends."""
-
-    def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
-        """Put, telling the server that the CRC32C of `data` is `checksum` (base64 of 4 bytes), right or wrong."""
-        ...
+_WRITTEN: Final = (b"first", b"second", b"third", b"created twice", b"stale")
+"""What the probe's objects may hold."""
+_READS: Final = 5
+"""Reads of an object whose bytes are not among those that were ever written."""
 
 
 def capabilities(backend: Backend, identity: tuple[str, ...] | None) -> Capabilities:
@@ -83,15 +80,13 @@ def _conditions(backend: Backend) -> bool:
     key = f"s3loader-probe-{os.urandom(16).hex()}"
     puts = _Plain(backend)
     try:
-        try:
-            first = puts.put(key, b"first", mode="create").etag or backend.head(key).etag
-        except _REFUSED:
+        first = puts.attempt(key, b"first", "create")
+        if first is None or puts.holds(key, b"created twice", "create"):
             return False
-        if _holds(lambda: puts.put(key, b"created twice", mode="create")):
+        first = first or backend.head(key).etag
+        if not puts.holds(key, b"second", Update(first)) or puts.holds(key, b"stale", Update(first)):
             return False
-        if not _holds(lambda: puts.put(key, b"second", mode=Update(first))):
-            return False
-        return not _holds(lambda: puts.put(key, b"stale", mode=Update(first))) and puts.get(key) == b"second"
+        return puts.get(key) == b"second"
     finally:
         try:
             backend.delete(key)
@@ -130,8 +125,46 @@ class _Plain:
     def put(self, key: str, data: bytes, *, mode: PutMode = "overwrite") -> PutResult:
         return self.backend.put(key, data, mode=mode)
 
-    def get(self, key: str) -> bytes:
-        return bytes(self.backend.get(key)[1])
+    def attempt(self, key: str, data: bytes, mode: PutMode) -> str | None:
+        """The ETag that a conditional write has made; None where it is refused, as by a store that knows no conditions.
+
+        Raises:
+            StoreError: the store did not say, as the network failed.
+        """
+        try:
+            return self.put(key, data, mode=mode).etag
+        except _REFUSED as error:
+            if error.attempts <= 1:
+                return None
+        except OutcomeUnknownError as error:
+            if not isinstance(error.__cause__, _REFUSED):
+                raise
+        # refused, perhaps by its own earlier attempt
+        return self.backend.head(key).etag if self.get(key) == data else None
+
+    def holds(self, key: str, data: bytes, mode: PutMode) -> bool:
+        """Whether a conditional write is done.
+
+        Raises:
+            StoreError: the store did not say.
+        """
+        return self.attempt(key, data, mode) is not None
+
+    def get(self, key: str) -> bytes | None:
+        """What is there; None: nothing.
+
+        Raises:
+            IntegrityError: something that was never written, read after read.
+        """
+        for _ in range(_READS):
+            try:
+                found = bytes(self.backend.get(key)[1])
+            except ObjectNotFoundError:
+                return None
+            if found in _WRITTEN:
+                return found
+        url = f"{self.backend.url}/{key}"
+        raise IntegrityError(f"{_READS} reads of what was just written gave other bytes", op="probe", url=url)
 
 
 class _ByParts(_Plain):
@@ -148,28 +181,19 @@ class _ByParts(_Plain):
             raise
 
 
-def _holds(write: Callable[[], PutResult]) -> bool:
-    """Whether the conditional write is done; a store that knows no conditions refuses or fails."""
-    try:
-        write()
-    except _REFUSED:
-        return False
-    return True
-
-
 def _create(puts: _Plain, key: str) -> bool:
-    if not _holds(lambda: puts.put(key, b"first", mode="create")):
+    if not puts.holds(key, b"first", "create"):
         return False
-    return not _holds(lambda: puts.put(key, b"second", mode="create")) and puts.get(key) == b"first"
+    return not puts.holds(key, b"second", "create") and puts.get(key) == b"first"
 
 
 def _update(puts: _Plain, key: str) -> bool:
     stale = puts.put(key, b"first").etag or puts.backend.head(key).etag
     puts.put(key, b"second")
     current = puts.backend.head(key).etag
-    if _holds(lambda: puts.put(key, b"wrong", mode=Update(stale))) or puts.get(key) != b"second":
+    if puts.holds(key, b"stale", Update(stale)) or puts.get(key) != b"second":
         return False
-    return _holds(lambda: puts.put(key, b"third", mode=Update(current))) and puts.get(key) == b"third"
+    return puts.holds(key, b"third", Update(current)) and puts.get(key) == b"third"
 
 
 def _get_if_match(backend: Backend, key: str) -> bool:
@@ -184,16 +208,23 @@ def _get_if_match(backend: Backend, key: str) -> bool:
 
 
 def _checksum(backend: Backend, key: str) -> bool:
-    engine = innermost(backend)
-    if isinstance(engine, Delegate):  # an engine that leaves part of the verbs to another
-        engine = innermost(engine.inner)
-    if not isinstance(engine, ChecksummedPut):
+    put = getattr(backend, "put_with_checksum", None)
+    if put is None:
         return False
-    try:
-        engine.put_with_checksum(prefix_of(backend) + key, b"some bytes", crc32c_base64(b"other bytes"))
-    except (IntegrityError, StoreError):
-        return True
-    return False
+    for last in (False, False, True):  # not by the policy of retries, which tries a wrong checksum again, too
+        try:
+            put(key, b"some bytes", crc32c_base64(b"other bytes"))
+            return False
+        except UnsupportedOperationError:
+            return False
+        except IntegrityError:
+            return True
+        except StoreError as error:
+            if error.status is not None and 400 <= error.status < 500 and not error.retryable:
+                return True
+            if last or not error.retryable:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _metadata(backend: Backend, key: str) -> bool:

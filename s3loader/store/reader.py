@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from s3loader.errors import ClosedError, ObjectChangedError, RangeError, UnsupportedOperationError
+from s3loader.store.backend import Backend
+from s3loader.types import ObjectMeta
 from s3loader.units import MIB
 
-if TYPE_CHECKING:
-    from s3loader.store.objectstore import ObjectStore
-
 __all__ = ["ObjectReader", "open_reader"]
+
+
+class _Store(Protocol):
+    """What a reader asks of an `ObjectStore`."""
+
+    url: str
+
+    @property
+    def backend(self) -> Backend: ...
+
+    def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta: ...
 
 
 class ObjectReader(io.RawIOBase):
@@ -22,7 +32,7 @@ class ObjectReader(io.RawIOBase):
     the object was replaced raises `ObjectChangedError`.
     """
 
-    def __init__(self, store: ObjectStore, key: str, *, version_id: str | None = None) -> None:
+    def __init__(self, store: _Store, key: str, *, version_id: str | None = None) -> None:
         super().__init__()
         self.key = key
         self._store = store
@@ -94,6 +104,6 @@ class ObjectReader(io.RawIOBase):
             raise ClosedError("the file was closed", op="read", url=self._url(), hint="open it again")
 
 
-def open_reader(store: ObjectStore, key: str, version_id: str | None, buffer_size: int = MIB) -> io.BufferedReader:
+def open_reader(store: _Store, key: str, version_id: str | None, buffer_size: int = MIB) -> io.BufferedReader:
     """A buffered `ObjectReader`; its `.raw` has `size` and `etag`."""
     return io.BufferedReader(ObjectReader(store, key, version_id=version_id), buffer_size)

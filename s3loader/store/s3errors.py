@@ -40,7 +40,7 @@ from s3loader.errors import (
 )
 from s3loader.types import PutMode, Update
 
-__all__ = ["Condition", "Where", "clean", "condition_of", "from_response", "from_status", "parse_error"]
+__all__ = ["Condition", "Where", "clean", "condition_of", "from_response", "from_status", "parse_error", "refuses_checksums"]
 
 Condition: TypeAlias = Literal["read", "create", "update"] | None
 """What a request was conditional on: a read's If-Match, a create-only put, an update put."""
@@ -151,14 +151,18 @@ def from_status(
     headers = headers or {}
     code = code if code and not code.isdigit() else None
     kind = _kind(status, code, where, headers)
-    region = region or headers.get("x-amz-bucket-region")
+    region = clean(region or headers.get("x-amz-bucket-region") or "")
     hint = _HINTS.get("NoSuchBucket" if kind is BucketNotFoundError else code or "")
     retryable: bool | None = None
     if kind is StoreError and (
         status in (301, 302, 307, 308) or code in ("PermanentRedirect", "IllegalLocationConstraintException")
     ):
         message = message or "the store redirects to another endpoint"
-        hint = f"set region={region!r}" if region else "set the bucket's own region, or the endpoint_url of its region"
+        hint = "set the bucket's own region, or the endpoint_url of its region"
+        if region:
+            hint = f"set region={region!r}"
+        elif headers.get("location"):
+            hint += "; if you trust where it sends you, StoreOptions(follow_redirects=True)"
     elif code == "AuthorizationHeaderMalformed":
         hint = f"set region={region!r}" if region else "the region is wrong: set the bucket's own"
     elif code in ("RequestTimeTooSkewed", "RequestExpired"):
@@ -183,8 +187,8 @@ def from_status(
         op=where.op,
         url=where.url,
         status=status,
-        code=code,
-        request_id=request_id or headers.get("x-amz-request-id"),
+        code=clean(code) if code else None,
+        request_id=clean(request_id or headers.get("x-amz-request-id") or "") or None,
         retryable=retryable,
         hint=hint,
     )
@@ -258,3 +262,8 @@ def from_response(status: int, body: bytes | str, where: Where, *, headers: Mapp
     """The error for a raw answer; header names in lower case."""
     code, message, request_id, region = parse_error(body)
     return from_status(status, code, message, where, request_id=request_id, headers=headers, region=region)
+
+
+def refuses_checksums(error: S3LoaderError) -> bool:
+    """Whether an upload may have failed because of its checksum header: its kind is not known there."""
+    return error.status == 501 or (error.status == 400 and error.code in ("InvalidRequest", "InvalidArgument", None))

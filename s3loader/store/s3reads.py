@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from s3loader.errors import ObjectChangedError, RangeError
+from s3loader.errors import ObjectChangedError, RangeError, UnsupportedOperationError
 from s3loader.store.s3errors import Where
 from s3loader.types import ObjectMeta
 
 if TYPE_CHECKING:
-    from s3loader.store.base import Backend
+    from s3loader.store.backend import Backend
 
-__all__ = ["bare_etag", "check_etag", "is_plain_key", "read_nothing"]
+__all__ = ["bare_etag", "check_etag", "is_plain_key", "read_nothing", "refuse_suffix"]
 
 # a segment that is empty, "." or "..", or a control character
 _ODD: Final = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -36,7 +36,8 @@ def check_etag(told: str | None, if_match: str | None, where: Where) -> None:
 def read_nothing(
     backend: Backend, key: str, start: int, if_match: str | None, version_id: str | None, where: Where
 ) -> ObjectMeta:
-    """An empty range at `start`: HTTP has no way to ask for one, so the object is only looked at.
+    """An empty range at `start`: HTTP has no way to ask for one, so the object is only looked at. So it is where a server has
+    nothing for a range from the end (`start` is negative), which is right of an empty object only.
 
     Raises:
         RangeError: `start` is beyond the object's end.
@@ -44,9 +45,17 @@ def read_nothing(
     """
     meta = backend.head(key, version_id=version_id)
     check_etag(meta.etag, if_match, where)
+    refuse_suffix(start, meta, where)
     if start > meta.size:
         raise RangeError(f"it has {meta.size} bytes, asked for them from {start} on", op=where.op, url=where.url)
     return meta
+
+
+def refuse_suffix(start: int, meta: ObjectMeta, where: Where) -> None:
+    """Raise where bytes from the end of an object that has some were refused: rclone does so, if it has too few."""
+    if start < 0 and meta.size:
+        text = "the server gives no bytes from the end of this object"
+        raise UnsupportedOperationError(text, op=where.op, url=where.url, hint="ask for them by their offset")
 
 
 def is_plain_key(key: str) -> bool:

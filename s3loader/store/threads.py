@@ -1,4 +1,4 @@
-"""Small crews of background threads that end when told to, and waits that such a thread can be called out of."""
+"""Small crews of background threads that end on request, and waits that such a thread can be called out of."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pause(seconds: float) -> None:
 
 
 class Crew:
-    """At most `size` daemon threads, one more with each job until there are so many.
+    """At most `size` daemon threads, one more with each job until then.
 
     A job must not raise. `stop` drops jobs not begun; it waits a moment for those that run, which
     then end by themselves (a request on the wire cannot be called back, only left alone).

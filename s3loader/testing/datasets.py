@@ -32,7 +32,7 @@ def write_shard(
         store: Where to.
         key: Key of the archive.
         members: ``(name, content)`` pairs.
-        compression: See `ShardBuilder`.
+        compression: None, ``"gzip"``, ``"bz2"``, ``"xz"`` or ``"zstd"``.
         metas: `meta` of members, by name, for the internal manifest.
         index: Write the side-car too.
     """

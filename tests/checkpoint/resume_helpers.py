@@ -18,17 +18,16 @@ import pytest
 
 from s3loader import events
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, SaveResult
-from s3loader.checkpoint.format.stformat import parse_header
 from s3loader.errors import UnavailableError
 from s3loader.events import OpEvent
+from s3loader.fetch.safetensors import parse_header
 from s3loader.store import ObjectStore, StoreOptions
-from s3loader.store.wrappers.fault import FaultBackend, Moment, Seen
-from s3loader.testing.faulty import open_faulty_store
+from s3loader.testing import FaultBackend, Moment, Seen, open_faulty_store
 from s3loader.types import ObjectMeta
 
 MIB = 1 << 20
-OPTIONS = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=2, deadline=20)
-ORDERLY = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1)
+OPTIONS = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=2, deadline=300)
+ORDERLY = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=1)
 """Part after part, file after file."""
 ONCE = StoreOptions(max_attempts=1)
 
@@ -79,7 +78,7 @@ def save_again(manager: CheckpointManager, want: dict[str, Any], *, step: int = 
     held = sum(holdings(manager.store, step).values())
     with sent() as seen:
         handle = manager.save(step, want)
-        result = handle.result(30)
+        result = handle.result(600)
     assert result.resumed == held
     assert sum(event.bytes for event in seen) == result.written - held
     assert handle.progress == (result.written, result.written, held)
@@ -130,7 +129,7 @@ def outage(url: str, op: str, nth: int, options: CheckpointOptions = ORDERLY) ->
 
     faults.hook = hook
     with pytest.raises(UnavailableError):
-        manager.save(1, state()).result(30)
+        manager.save(1, state()).result(600)
     faults.hook = None
     return manager, faults
 

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from s3loader.checkpoint import CheckpointManager
-from s3loader.cli.cmd_ckpt import ckpt
-from s3loader.cli.main import exit_code
+from s3loader.cli.main import exit_code, root
 from s3loader.errors import CheckpointNotFoundError, IntegrityError
 
 
@@ -25,12 +24,12 @@ def run(tmp_path: Path) -> Path:
         for step in (10, 20):
             model = {"layer.0.weight": np.full((3, 4), step, np.float32), "layer.0.bias": np.zeros(4, np.float16)}
             extra = {"new": np.ones(2)} if step == 20 else {}
-            manager.save(step, {"model": model, "loader": {"consumed": step}, **extra}, metrics={"loss": 1 / step}).result(30)
+            manager.save(step, {"model": model, "loader": {"consumed": step}, **extra}, metrics={"loss": 1 / step}).result(600)
     return tmp_path / "run"
 
 
 def call(*arguments: Any) -> str:
-    result = CliRunner().invoke(ckpt, [str(a) for a in arguments], catch_exceptions=False, standalone_mode=False)
+    result = CliRunner().invoke(root, ["ckpt", *[str(a) for a in arguments]], catch_exceptions=False, standalone_mode=False)
     if result.exception is not None:
         raise result.exception
     return result.stdout
@@ -111,7 +110,7 @@ def test_a_path_that_does_not_exist(tmp_path: Path, command: tuple[Any, ...], ki
 
 def test_a_run_without_a_step(tmp_path: Path) -> None:
     def both(*arguments: Any) -> tuple[str, str]:
-        result = CliRunner().invoke(ckpt, [str(a) for a in arguments], catch_exceptions=False)
+        result = CliRunner().invoke(root, ["ckpt", *[str(a) for a in arguments]], catch_exceptions=False)
         assert result.exit_code == 0
         return result.stdout, result.stderr
 
@@ -129,7 +128,7 @@ def test_a_run_without_a_step(tmp_path: Path) -> None:
 def test_gc_tells_of_tombstones(run: Path) -> None:
     call("delete", run, 10)
     for arguments, verb in ((("--dry-run",), "would delete"), ((), "deleted")):
-        result = CliRunner().invoke(ckpt, ["gc", str(run), "--grace", "0s", *arguments], catch_exceptions=False)
+        result = CliRunner().invoke(root, ["ckpt", "gc", str(run), "--grace", "0s", *arguments], catch_exceptions=False)
         assert f"{verb} the tombstones of 1 steps" in result.stderr
 
 
@@ -141,7 +140,7 @@ def test_errors_and_exit_codes(run: Path, tmp_path: Path) -> None:
         (["ckpt", "ls", str(run)], 0),
         (["ckpt", "ls"], 2),
     ):
-        done = subprocess.run([sys.executable, "-m", "s3loader", *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "s3loader", *arguments], capture_output=True, text=True, timeout=600)
         assert done.returncode == code, done.stderr
         if code == 4:
             assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]

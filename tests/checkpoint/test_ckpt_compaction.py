@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN
 from s3loader.checkpoint.format import layout, records
 from s3loader.checkpoint.format.records import Part
-from s3loader.checkpoint.protocol.compaction import pack, unpack
 from s3loader.checkpoint.protocol.merge import Merged
 from s3loader.checkpoint.protocol.run import Run
+from s3loader.checkpoint.protocol.tombstones import pack, unpack
 from s3loader.errors import CheckpointNotFoundError, CommitUnknownError, FencedError, StepExistsError
 from s3loader.store import ObjectStore, open_store
 
-PLAIN = CheckpointOptions(part_size=4096)
+PLAIN = CheckpointOptions(part_size="4096B")
 
 
 def manager_at(path: Path, **kwargs: Any) -> CheckpointManager:
@@ -33,7 +33,7 @@ def keys(path: Path) -> list[str]:
 
 
 def save(manager: CheckpointManager, step: int) -> None:
-    manager.save(step, {"a": np.full(3, step)}).result(30)
+    manager.save(step, {"a": np.full(3, step)}).result(600)
 
 
 @settings(max_examples=50, deadline=None)
@@ -69,7 +69,7 @@ def test_tombstones_go_and_steps_stay(tmp_path: Path) -> None:
             manager.open(30)
     with manager_at(tmp_path) as fresh:
         assert fresh.steps() == [80, 90]
-        assert fresh.run.listed_steps() == [80, 90]
+        assert [root.step for root in fresh.run.newest_first()] == [90, 80]
         with pytest.raises(CheckpointNotFoundError, match="was deleted"):
             fresh.find(30)
 
@@ -80,8 +80,8 @@ def test_a_deleted_step_can_be_saved_again(tmp_path: Path, collect: bool) -> Non
         for generation in range(3):
             save(manager, 7)
             with pytest.raises(StepExistsError):
-                manager.save(7, {"a": 1}).result(30)
-            manager.save(7, {"a": np.full(3, 70 + generation)}, on_exists="replace").result(30)
+                manager.save(7, {"a": 1}).result(600)
+            manager.save(7, {"a": np.full(3, 70 + generation)}, on_exists="replace").result(600)
             for each in (manager, other):
                 assert each.steps() == [7]
                 assert each.latest() == 7
@@ -115,7 +115,7 @@ class Paused:
     def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
         if "/root" in key:
             self.reached.set()
-            assert self.go_on.wait(30)
+            assert self.go_on.wait(600)
         return self._inner.put(key, *args, **kwargs)
 
 
@@ -126,13 +126,13 @@ def test_a_root_that_comes_after_its_tombstone_was_compacted_counts_for_nothing(
     with manager_at(tmp_path) as other, CheckpointManager(ObjectStore(store.url, backend), options=PLAIN) as stalled:
         save(other, 1)
         handle = stalled.save(5, {"a": np.zeros(3)})
-        assert slow.reached.wait(30)
+        assert slow.reached.wait(600)
         assert other.gc(grace=0).fenced == [5]
         assert other.gc(grace=0).compacted == [5]
         assert layout.root_key(5) not in keys(tmp_path)
         slow.go_on.set()
         with pytest.raises(CommitUnknownError, match="step 5 was deleted") as caught:
-            handle.result(30)
+            handle.result(600)
         assert caught.value.hint
         assert layout.root_key(5) in keys(tmp_path)  # it has come through
         for manager in (other, stalled, manager_at(tmp_path)):
@@ -160,12 +160,12 @@ def test_a_stalled_save_of_a_deleted_step_is_fenced_where_it_writes(tmp_path: Pa
         if compacted:
             other.gc(grace=0)
         handle = stalled.save(5, {"a": np.zeros(3)})  # as generation 1
-        assert slow.reached.wait(30)
+        assert slow.reached.wait(600)
         report = other.gc(grace=0)
         assert (report.fenced, report.skipped) == ([5], {})
         slow.go_on.set()
         with pytest.raises((FencedError, CommitUnknownError)):
-            handle.result(30)  # its files are gone
+            handle.result(600)  # its files are gone
         assert manager_at(tmp_path).steps() == [1]
 
 
@@ -180,11 +180,11 @@ def test_a_stalled_save_of_a_compacted_step_is_fenced(tmp_path: Path) -> None:
     backend: Any = slow
     with manager_at(tmp_path) as other, CheckpointManager(ObjectStore(store.url, backend), options=PLAIN) as stalled:
         handle = stalled.save(5, {"a": np.zeros(3)})
-        assert slow.reached.wait(30)
+        assert slow.reached.wait(600)
         assert other.gc(grace=0).fenced == [5]
         slow.go_on.set()
         with pytest.raises(FencedError, match="was retired"):
-            handle.result(30)
+            handle.result(600)
         assert other.steps() == []
         assert other.latest() is None
         other.gc(grace=0)
@@ -241,7 +241,7 @@ def test_processes_that_mark_at_once_lose_nothing(tmp_path: Path) -> None:
     runs = [Run(store) for store in stores]
     runs[0].prepare()
     threads = [
-        threading.Thread(target=lambda run=run, i=i: [run.mark.add({100 * i + n: 0}) for n in range(5)])
+        threading.Thread(target=lambda run=run, i=i: [run.tombstones.add({100 * i + n: 0}) for n in range(5)])
         for i, run in enumerate(runs)
     ]
     for thread in threads:
@@ -249,8 +249,8 @@ def test_processes_that_mark_at_once_lose_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     for run in [*runs, Run(stores[0])]:
-        run.mark.refresh()
-        assert sum(run.mark.generation(step) for step in range(400)) == 20
+        run.tombstones.refresh()
+        assert sum(run.tombstones.generation(step) for step in range(400)) == 20
     for store in stores:
         store.close()
 

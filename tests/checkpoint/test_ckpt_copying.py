@@ -15,17 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3loader.adapters import Piece
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, LatestN
 from s3loader.checkpoint.format import segments
 from s3loader.checkpoint.reading import targets as reading
 from s3loader.checkpoint.reading.targets import DataFile
-from s3loader.checkpoint.state.leaves import Piece
 from s3loader.checkpoint.writing import copying
 from s3loader.checkpoint.writing.copying import Copier
 from s3loader.checkpoint.writing.staging import BufferPool, SavedPiece, StagedPart, plan_files, stage
 from s3loader.errors import CheckpointError
-from s3loader.store.direct.connection import Connection
-from s3loader.store.memory import MemoryBackend
+from s3loader.store import MemoryBackend
+from s3loader.store.s3.connection import Connection
 from s3loader.testing import Server, server
 
 MIB = 1 << 20
@@ -84,13 +84,13 @@ def test_each_byte_is_copied_twice(s3: Server, monkeypatch: pytest.MonkeyPatch, 
 
     store = s3.open_store(s3.bucket() + "/run")
     with CheckpointManager(store, options=CheckpointOptions(part_size=PART, concurrency=2)) as manager:
-        manager.save(1, state).result(60)  # the buffers are made
+        manager.save(1, state).result(600)  # the buffers are made
         buffers = [span(buffer) for buffer in manager.pool._free]
         monkeypatch.setattr(Copier, "copy", counted_copy)
         monkeypatch.setattr(Connection, "send", counted_send)
         tracemalloc.start()
         try:
-            result = manager.save(2, state).result(60)
+            result = manager.save(2, state).result(600)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -218,14 +218,14 @@ def test_as_much_is_under_way_as_the_memory_lent_for_it_allows() -> None:
 def test_what_was_saved_or_restored_goes_with_its_last_reference(tmp_path: Path) -> None:
     state = {"a": np.arange(1000.0), "large": np.zeros(8 * MIB, np.uint8)}
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, state).result(30)
+        manager.save(1, state).result(600)
         target = {name: np.empty_like(array) for name, array in state.items()}
         gc.collect()
         gc.disable()
         try:
             restored = manager.restore()
             manager.restore(target=target)
-            manager.save(2, state).result(30)
+            manager.save(2, state).result(600)
             seen = [weakref.ref(array) for array in (*restored.values(), *target.values(), *state.values())]
             restored.clear()
             target.clear()
@@ -249,10 +249,10 @@ def test_only_the_first_save_asks_the_store_in_the_callers_thread(monkeypatch: p
     state = {"w": np.arange(100_000.0)}
     options = CheckpointOptions(part_size=1 << 17)
     with CheckpointManager("memory://asks/run", keep=LatestN(2), options=options) as manager:
-        manager.save(1, state).result(30)
+        manager.save(1, state).result(600)
         assert any(here for _, here in asked)  # it begins the session
         for step in (2, 3, 4):
             asked.clear()
-            manager.save(step, state).result(30)
+            manager.save(step, state).result(600)
             assert len(asked) > 8
             assert [verb for verb, here in asked if here] == []

@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as torch_dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3loader.adapters import Box, Identity
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, load, open_checkpoint
-from s3loader.checkpoint.meeting import Box, meet, shares
-from s3loader.checkpoint.protocol.session import Identity
+from s3loader.checkpoint.rendezvous import meet, shares
 from s3loader.errors import ConfigError, IncompleteCheckpointError, S3LoaderError, StepExistsError
 from s3loader.torch import S3StorageReader, S3StorageWriter
 
@@ -70,7 +70,7 @@ def test_two_ranks_without_collectives(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=120) for process in ranks]
+    told = [process.communicate(timeout=600) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(err for _, err in told)
     assert "saved" not in told[0][0] + told[1][0]
     assert "IncompleteCheckpointError" in told[0][0]  # tells that rank 1 has failed
@@ -169,7 +169,7 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
 
 def test_a_step_that_is_taken_is_refused_on_all_ranks(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
-        manager.save(4, {"a": 1}).result(30)
+        manager.save(4, {"a": 1}).result(600)
     first, second = in_threads(tmp_path, [2, 2], 4, 20)
     assert isinstance(first, StepExistsError)
     assert isinstance(second, IncompleteCheckpointError)

@@ -50,7 +50,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:
     for _ in range(3):
         state = update(*state)
     with CheckpointManager(tmp_path) as manager:
-        manager.save(3, {"params": state[0], "adam": state[1], "key": state[2]}).result(30)
+        manager.save(3, {"params": state[0], "adam": state[1], "key": state[2]}).result(600)
         abstract = jax.eval_shape(start)
         items = manager.restore(target={"params": abstract[0], "adam": abstract[1], "key": state[2]})
         assert isinstance(items["adam"], Adam)
@@ -85,7 +85,7 @@ def test_registered_nodes_types_and_errors(tmp_path: Path) -> None:
         "empty": jnp.zeros((0, 2)),
     }
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, items).result(30)
+        manager.save(1, items).result(600)
         back = manager.restore(target={"node": Node(jnp.zeros(3, jnp.int32), [Node(jnp.zeros((2, 2), jnp.bfloat16), 0)])})[
             "node"
         ]
@@ -102,7 +102,7 @@ def test_registered_nodes_types_and_errors(tmp_path: Path) -> None:
         gone.delete()
         with pytest.raises(UnsupportedStateError, match="'a': the array was donated"):
             manager.save(2, {"a": gone})
-        manager.save(3, {"wide": np.arange(3.0)}).result(30)
+        manager.save(3, {"wide": np.arange(3.0)}).result(600)
         with pytest.raises(CheckpointError, match="'wide' is F64"):
             manager.restore(target={"wide": jnp.zeros(3)})
 
@@ -123,7 +123,7 @@ def spread(spec, array=full):
 specs = {"both": P("x", "y"), "rows": P("x"), "columns": P(None, "y"), "all": P(("x", "y")), "same": P()}
 state = {name: spread(spec) for name, spec in specs.items()}
 with CheckpointManager(folder, rank=rank, world_size=2, job=port) as manager:
-    manager.save(1, {"state": state, "local": np.arange(3), "step": 1}).result(60)
+    manager.save(1, {"state": state, "local": np.arange(3), "step": 1}).result(600)
     other = Mesh(np.array(jax.devices()).reshape(4), ("z",))
     shape = jax.ShapeDtypeStruct(full.shape, np.float32, sharding=NamedSharding(other, P("z")))
     back = manager.open(1).restore({"state": {name: shape for name in state}}, rank=rank)["state"]
@@ -146,7 +146,7 @@ def test_global_arrays_of_two_processes(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     items = load(tmp_path)
     full = np.arange(48, dtype=np.float32).reshape(8, 6)

@@ -24,10 +24,9 @@ from forking import start_child
 from s3loader.checkpoint import ArrayShard, CheckpointManager, CheckpointOptions, LatestN, PerRank
 from s3loader.checkpoint.format import layout
 from s3loader.errors import FencedError, IncompleteCheckpointError
-from s3loader.store import ObjectStore, open_store
-from s3loader.store.base import Backend
+from s3loader.store import Backend, ObjectStore, open_store
 
-OPTIONS = CheckpointOptions(part_size=2048, file_size=6000, concurrency=2, deadline=0.25, incremental=True)
+OPTIONS = CheckpointOptions(part_size="2048B", file_size="6000B", concurrency=2, deadline=0.25, incremental=True)
 VERBS = [
     name for name, member in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_") and name != "close"
 ]
@@ -100,7 +99,7 @@ def prepare(path: Path) -> None:
     """Steps 10 and 20, an abandoned attempt at step 15, and one at step 20."""
     with CheckpointManager(path, options=OPTIONS) as manager:
         for step in (10, 20):
-            manager.save(step, state(step)).result(30)
+            manager.save(step, state(step)).result(600)
     for step, name in ((15, "00000001-000007-00000000"), (20, "00000001-000008-00000000")):
         folder = path / f"ckpt/{step:012d}" / name
         folder.mkdir(parents=True)
@@ -125,7 +124,7 @@ def check(path: Path, allowed: set[int | None], must: set[int]) -> None:
         for step in steps:
             assert whole(manager, step), step
         assert manager.gc(grace=0, dry_run=True).keys == []
-        manager.save(40, state(40)).result(30)
+        manager.save(40, state(40)).result(600)
         assert manager.latest() == 40
         needed = {key for root in manager.roots() for key, _ in root.keys.values()}
         own = tuple(f"ckpt/{root.step:012d}/{root.attempt}/" for root in manager.roots())
@@ -135,13 +134,13 @@ def check(path: Path, allowed: set[int | None], must: set[int]) -> None:
 
 def save_and_retire(manager: CheckpointManager) -> None:
     manager.keep = LatestN(2)
-    manager.save(30, state(30)).result(30)
+    manager.save(30, state(30)).result(600)
 
 
 WORKS: dict[str, tuple[Callable[[CheckpointManager], Any], set[int | None], set[int], int]] = {
     "save with retention": (save_and_retire, {20, 30}, {20}, 20),
-    "first save of a run": (lambda m: m.save(10, state(10)).result(30), {None, 10}, set(), 14),
-    "replace": (lambda m: m.save(20, state(20), on_exists="replace").result(30), {20}, {10, 20}, 14),
+    "first save of a run": (lambda m: m.save(10, state(10)).result(600), {None, 10}, set(), 14),
+    "replace": (lambda m: m.save(20, state(20), on_exists="replace").result(600), {20}, {10, 20}, 14),
     "gc, and compaction of its tombstone": (lambda m: [m.gc(grace=0) for _ in range(2)], {20}, {10, 20}, 24),
     "delete the newest": (lambda m: m.delete(20), {10, 20}, {10}, 7),
 }
@@ -181,7 +180,7 @@ def rank_work(manager: CheckpointManager, rank: int) -> None:
         for k, v in want.items()
     }
     try:
-        manager.save(30, {"model": boxes, "step": 30, "rng": PerRank(rank)}).result(30)
+        manager.save(30, {"model": boxes, "step": 30, "rng": PerRank(rank)}).result(600)
     except (IncompleteCheckpointError, FencedError):
         os._exit(7)
 

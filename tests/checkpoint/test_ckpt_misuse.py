@@ -45,7 +45,7 @@ def deep() -> Any:
 
 
 def saved(manager: CheckpointManager, items: Any, step: Any = 9, **kwargs: Any) -> None:
-    manager.save(step, items, **kwargs).result(30)
+    manager.save(step, items, **kwargs).result(600)
 
 
 def restored(manager: CheckpointManager, target: Any) -> None:
@@ -157,7 +157,7 @@ def torch_plan(data: Any = None) -> Any:
 def test_misuse_is_told_with_url_and_hint(tmp_path: Path, name: str) -> None:
     with CheckpointManager(tmp_path / "run") as manager:
         items = {"x": np.arange(3.0), "n": 1, "d": {"k": 1}, "r": PerRank(np.ones(2))}
-        manager.save(1, items).result(30)
+        manager.save(1, items).result(600)
     manager = CheckpointManager(tmp_path / "run")
     with pytest.raises(S3LoaderError) as caught:
         MISUSE[name](manager)

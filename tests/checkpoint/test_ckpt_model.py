@@ -10,13 +10,18 @@ Checked in every state:
 - INV2: who was told "committed" was committed;
 - INV3: who was told "failed" was never committed;
 - INV4: what a reader found was committed;
-- INV5: a committed root goes by being replaced or retired, and in no other way.
+- INV5: a committed root goes by being replaced or retired, and in no other way;
+- INV6: who was told "the step is committed already" was told of an attempt that was committed.
+
+Requests that are asked together have no order: a writer's look at the root and at the mark before it begins, and the same two
+of a reader, who has listed the roots before. Each order is walked, and anything may happen between the two answers.
 
 The proposed protocol has no violation. Each of the known-bad variants must have one, or the model has gone blind.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,7 +54,10 @@ class Variant(NamedTuple):
     resume: bool = False  # the second writer may go on with data of the first...
     checked: bool = True  # ...which its publisher lets pass only at a step that has never had a root
     reader: bool = False  # a reader is in it...
-    reader_looks: bool = True  # ...and looks at the mark after the root
+    reader_looks: bool = True  # ...and looks at the mark, together with the root...
+    reader_compares: bool = True  # ...which suffices where the root is the one that was listed; else it looks once more
+    orders: bool = True  # a writer's root and mark come one after the other, in either order
+    confirm: bool = True  # a writer that finds a root, asked together with the mark, looks at the mark once more
 
 
 class State(NamedTuple):
@@ -65,7 +73,7 @@ class State(NamedTuple):
     retention: tuple[str, int, Value]
     gc: tuple[str, frozenset[str], int, Value]
     compaction: tuple[int, int]  # (steps done, generation)
-    reader: tuple[str, int, str]  # (phase, generation, attempt seen)
+    reader: tuple[str, int, Value, str]  # (phase, generation, root listed, attempt seen)
 
     @property
     def root(self) -> Value:
@@ -88,7 +96,7 @@ START = State(
     ("start", 0, None),
     ("start", frozenset(), 0, None),
     (0, 0),
-    ("start", 0, ""),
+    ("start", 0, None, ""),
 )
 
 
@@ -136,20 +144,33 @@ def writer(s: State, i: int, name: str, v: Variant) -> Iterator[State]:
         return state._replace(writers=(*state.writers[:i], (phase, at, expected, sends), *state.writers[i + 1 :]))
 
     dead = generation < s.mark
-    if phase == "start":
+
+    def knows(seen: Value, sure: bool) -> State:
+        """It has the root, and the mark, which says that the generation is alive: `sure` where the mark came after."""
+        if s.taken and i == 1 and v.checked and (generation or seen is not None):
+            return to("fenced")
+        if seen is not None and seen[0] == "C":
+            if v.confirm and not sure:
+                return to("confirm", seen)
+            return to("data", seen) if v.replace and i == 1 else to("told exists", seen)
+        if seen is not None and v.terminal:
+            if "mark" in v.compact and generation + 1 < GENERATIONS:  # helps: marks it, and looks again
+                return to("start", None, at=generation + 1)._replace(mark=max(s.mark, generation + 1))
+            return to("refused")
+        return to("data", seen)
+
+    if phase == "start":  # asks for the root of the generation that it knows, and for the mark
         if v.resume and i == 1 and not s.taken and "A" in s.data and s.roots[0] is None and not s.mark:
             yield s._replace(taken=True)  # its rank has looked; its publisher looks at the root later
-        if s.taken and i == 1 and v.checked and (s.mark or s.roots[0] is not None):
-            yield to("refused")
-        elif s.root is not None and s.root[0] == "C":
-            yield to("data", s.root, at=s.mark) if v.replace and i == 1 else to("refused")
-        elif s.root is not None and v.terminal:
-            if v.compact and s.mark + 1 < GENERATIONS:
-                yield s._replace(mark=s.mark + 1)  # helps: marks it, and looks again
-            else:
-                yield to("refused")
+        if not v.compact or not v.orders:
+            yield knows(s.root, True) if not dead else to("start", None, at=s.mark)
         else:
-            yield to("data", s.root, at=s.mark)
+            yield to("has root", s.roots[generation])
+            yield to("start", None, at=s.mark) if dead else to("has mark")
+    elif phase in ("has root", "confirm"):
+        yield to("start", None, at=s.mark) if dead else knows(expected, True)
+    elif phase == "has mark":
+        yield knows(s.roots[generation], False)
     elif phase == "data":
         yield to("send")._replace(data=s.data | {name})
     elif phase == "send":
@@ -239,28 +260,50 @@ def compaction(s: State, v: Variant) -> Iterator[State]:
 
 
 def reader(s: State, v: Variant) -> Iterator[State]:
-    phase, generation, seen = s.reader
+    phase, generation = s.reader[:2]
     if not v.reader:
         return
+    listed, attempt = s.reader[2:]
+
+    def to(phase: str, listed: Value = listed, attempt: str = attempt) -> State:
+        return s._replace(reader=(phase, generation, listed, attempt))
+
+    def knows(seen: Value, marked: int) -> State:
+        """The root, and the mark as it was at some time after the listing."""
+        if marked != generation or seen is None or seen[0] != "C":
+            return s._replace(reader=("start", 0, None, ""))
+        return to("found" if seen == listed or not v.reader_compares else "look", None, seen[1])
+
     if phase == "start":
-        yield s._replace(reader=("mark", s.mark, ""))
-    elif phase == "mark":
+        there = [at for at, root in enumerate(s.roots) if root is not None]
+        if there:
+            yield s._replace(reader=("listed", there[-1], s.roots[there[-1]], ""))
+    elif phase == "listed":  # the root and the mark are asked together
         root = s.roots[generation]
-        if root is not None and root[0] == "C":
-            yield s._replace(reader=("look" if v.reader_looks else "found", generation, root[1]))
-    elif phase == "look":
-        yield s._replace(reader=("found", generation, seen) if s.mark == generation else ("start", 0, ""))
+        if not v.reader_looks:
+            yield knows(root, generation)
+        else:
+            if root is not None and root[0] == "C":
+                yield to("has same" if root == listed else "has other", None, root[1])
+            if s.mark == generation:
+                yield to("has mark")
+    elif phase == "has mark":
+        yield knows(s.roots[generation], generation)
+    elif phase in ("has same", "has other", "look"):
+        yield to("found", None) if s.mark == generation else s._replace(reader=("start", 0, None, ""))
 
 
 def violation(s: State) -> str | None:
     if not needs(s.root) <= s.data:
         return "INV1: the root is committed, its data is gone"
-    for name, (phase, _, _, _) in zip(NAMES, s.writers, strict=True):
+    for name, (phase, _, expected, _) in zip(NAMES, s.writers, strict=True):
         if phase == "told ok" and name not in s.ever:
             return "INV2: told committed, but it never was"
         if phase == "told failed" and name in s.ever:
             return "INV3: told failed, but it was committed"
-    if s.reader[0] == "found" and s.reader[2] not in s.ever:
+        if phase == "told exists" and expected is not None and expected[1] not in s.ever:
+            return "INV6: told that another is committed, which never was"
+    if s.reader[0] == "found" and s.reader[3] not in s.ever:
         return "INV4: found by a reader, but it never was committed"
     return None
 
@@ -282,6 +325,14 @@ def way_to(state: State, before: dict[State, State | None]) -> list[State]:
 
 def search(v: Variant, limit: int = 900_000) -> tuple[int, str | None, list[State]]:
     """Every reachable state; the first violation with the way to it, if there is one."""
+    gc.disable()  # states hold no cycles, and looking for some takes as long as the search
+    try:
+        return _search(v, limit)
+    finally:
+        gc.enable()
+
+
+def _search(v: Variant, limit: int) -> tuple[int, str | None, list[State]]:
     before: dict[State, State | None] = {START: None}
     frontier = [START]
     while frontier:
@@ -293,8 +344,9 @@ def search(v: Variant, limit: int = 900_000) -> tuple[int, str | None, list[Stat
             for after in steps(state, v):
                 if v.compact and lost(state, after):
                     return len(before), "INV5: a committed step was lost", [*way_to(state, before), after]
-                if after not in before:
-                    before[after] = state
+                known = len(before)
+                before.setdefault(after, state)  # hashes it once
+                if len(before) > known:
                     following.append(after)
         frontier = following
         assert len(before) < limit, "the model has grown beyond what a test may take"
@@ -310,7 +362,7 @@ COMPACT = ("mark", "delete")
         Variant(),
         Variant(replace=True),
         Variant(compact=COMPACT, replace=True),
-        Variant(compact=COMPACT, reader=True, sends=1),
+        Variant(compact=COMPACT, reader=True, sends=1, orders=False),
         Variant(resume=True, replace=True),
         Variant(resume=True, compact=COMPACT, sends=1),
     ],
@@ -339,6 +391,8 @@ def test_the_protocol_has_no_violation(variant: Variant) -> None:
         (Variant(compact=COMPACT, unknown=False), "INV3"),
         (Variant(compact=COMPACT, generations=False), "INV5"),
         (Variant(compact=COMPACT, reader=True, reader_looks=False), "INV4"),
+        (Variant(compact=COMPACT, reader=True, reader_compares=False), "INV4"),
+        (Variant(compact=COMPACT, confirm=False), "INV6"),
         (Variant(resume=True, fence=False), "INV1"),
         (Variant(resume=True, checked=False, compact=COMPACT), "INV1"),
         (Variant(resume=True, checked=False, terminal=False), "INV1"),
@@ -359,6 +413,8 @@ def test_the_protocol_has_no_violation(variant: Variant) -> None:
         "the writer takes the mark for a failure",
         "a step goes on under its old key",
         "the reader does not look at the mark",
+        "the reader takes any root that came with the mark",
+        "the writer takes any root that came with the mark",
         "resume: gc does not fence",
         "resume: at a step that goes on in its second generation",
         "resume: over a tombstone",
@@ -434,3 +490,54 @@ def test_references_and_deletion_do_not_cross() -> None:
     assert pin_violation(Pinning(saver=("pin", "look", "unpin", "publish"))) is not None
     assert pin_violation(Pinning(deleter=("bury", "roots", "pins", "delete"))) is not None
     assert pin_violation(Pinning(deleter=("pins", "roots", "bury", "delete"))) is not None
+
+
+class Taking(NamedTuple):
+    """A job that was thought dead, and the one that goes on with its uploads: in which order each does its work."""
+
+    old: tuple[str, ...] = ("complete", "look", "publish")
+    new: tuple[str, ...] = ("epoch", "touch")
+
+
+class TakeState(NamedTuple):
+    epoch: bool
+    touched: bool
+    others: bool  # what the old one has completed holds parts of the new one
+    old: int
+    new: int
+    fenced: bool
+
+
+def take_steps(s: TakeState, v: Taking) -> Iterator[TakeState]:
+    if s.old < len(v.old) and not s.fenced:
+        after = s._replace(old=s.old + 1)
+        match v.old[s.old]:
+            case "complete":
+                yield after._replace(others=s.touched)
+            case "look":
+                yield after._replace(fenced=s.epoch)
+            case _:
+                yield after
+    if s.new < len(v.new):
+        after = s._replace(new=s.new + 1)
+        yield after._replace(epoch=True) if v.new[s.new] == "epoch" else after._replace(touched=True)
+
+
+def take_violation(v: Taking) -> TakeState | None:
+    seen = {TakeState(False, False, False, 0, 0, False)}
+    queue = list(seen)
+    while queue:
+        state = queue.pop()
+        if state.old == len(v.old) and not state.fenced and state.others:
+            return state
+        for after in take_steps(state, v):
+            if after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return None
+
+
+def test_the_look_for_a_newer_epoch_may_be_early_but_not_before_the_data_are_complete() -> None:
+    assert take_violation(Taking()) is None
+    assert take_violation(Taking(old=("look", "complete", "publish"))) is not None
+    assert take_violation(Taking(new=("touch", "epoch"))) is not None

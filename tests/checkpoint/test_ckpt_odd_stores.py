@@ -37,7 +37,7 @@ def test_a_login_page_is_not_an_empty_run(moto: Server, path: str) -> None:
     bucket = moto.bucket()
     with CheckpointManager(moto.open_store(f"{bucket}/run")) as manager:
         assert manager.latest() is None
-        manager.save(1, STATE).result(30)
+        manager.save(1, STATE).result(600)
     with FaultProxy(moto.endpoint_url, [Rule("error", "GET", path, status=200, body=PAGE)]) as proxy:
         store = moto.open_store(f"{bucket}/run", endpoint_url=proxy.endpoint_url)
         with CheckpointManager(store) as manager:
@@ -52,7 +52,7 @@ def test_a_login_page_is_not_an_empty_run(moto: Server, path: str) -> None:
 def test_latest_goes_past_a_damaged_step_but_never_to_none(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         for step in (1, 2):
-            manager.save(step, STATE).result(30)
+            manager.save(step, STATE).result(600)
         for step, expected in ((2, 1), (1, None)):
             root = tmp_path / f"ckpt/{step:012d}/root.jsonl"
             root.write_bytes(root.read_bytes()[:-9])
@@ -68,7 +68,7 @@ def test_retention_that_may_not_delete_is_heard_of(moto: Server, caplog: pytest.
     with FaultProxy(moto.endpoint_url, [denied("DELETE"), denied("POST", "delete")]) as proxy:
         store = moto.open_store(bucket, endpoint_url=proxy.endpoint_url)
         with CheckpointManager(store, keep=LatestN(1)) as manager, caplog.at_level(logging.WARNING, "s3loader.checkpoint"):
-            results = [manager.save(step, STATE).result(30) for step in (1, 2)]
+            results = [manager.save(step, STATE).result(600) for step in (1, 2)]
             assert manager.steps() == [2]
     assert results[1].cleanup_error is not None
     assert "step 2 is saved, but old steps could not be deleted" in caplog.text
@@ -80,7 +80,7 @@ def test_garbage_is_collected_where_uploads_cannot_be_listed(moto: Server, answe
     with FaultProxy(moto.endpoint_url, [answer]) as proxy:
         store = moto.open_store(bucket, endpoint_url=proxy.endpoint_url)
         with CheckpointManager(store) as manager:
-            manager.save(1, STATE).result(30)
+            manager.save(1, STATE).result(600)
             store.put("ckpt/000000000002/00000001-000002-deadbeef/intent-00000.json", b"{}")
             assert len(manager.gc(grace=0).keys) == 1
             assert manager.steps() == [1]

@@ -37,9 +37,7 @@ from s3loader.checkpoint.dcp import Writing
 from s3loader.errors import UnavailableError, UnsupportedOperationError
 from s3loader.events import OpEvent
 from s3loader.store import ObjectStore, open_store
-from s3loader.store.wrappers.fault import Moment, Seen
-from s3loader.testing.faulty import open_faulty_store
-from s3loader.testing.servers import Server, server
+from s3loader.testing import Moment, Seen, Server, open_faulty_store, server
 from s3loader.types import ObjectMeta, PartResult
 
 
@@ -69,7 +67,7 @@ def killed(opened: Callable[..., tuple[ObjectStore, Any]], nth: int, work: Calla
 
 
 def save_once(store: ObjectStore, options: CheckpointOptions = OPTIONS, seed: int = 1, **rank: Any) -> None:
-    CheckpointManager(store, options=options, **rank).save(1, state(seed)).result(30)
+    CheckpointManager(store, options=options, **rank).save(1, state(seed)).result(600)
 
 
 def test_killed_at_every_request_on_files(folder: Path) -> None:
@@ -112,7 +110,7 @@ def s3(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield running
 
 
-LARGE = CheckpointOptions(part_size=5 * MIB, file_size=13 * MIB, concurrency=2, deadline=20)
+LARGE = CheckpointOptions(part_size=5 * MIB, file_size=13 * MIB, concurrency=2, deadline=300)
 
 
 def large() -> dict[str, Any]:
@@ -127,7 +125,7 @@ def test_killed_on_s3(s3: Server) -> None:
         bucket = s3.bucket()
 
         def work(store: ObjectStore) -> None:
-            CheckpointManager(store, options=LARGE).save(1, large()).result(60)
+            CheckpointManager(store, options=LARGE).save(1, large()).result(600)
 
         if not killed(functools.partial(open_faulty_store, f"s3://{bucket}/run", **s3._arguments()), nth, work):
             break
@@ -135,7 +133,7 @@ def test_killed_on_s3(s3: Server) -> None:
         with CheckpointManager(store, options=LARGE) as manager:
             held = sum(holdings(store).values())
             with sent() as seen:
-                result = manager.save(1, large()).result(60)
+                result = manager.save(1, large()).result(600)
             # what the dead process had sent to the end, the server may have taken in since `held` was counted
             assert held <= result.resumed <= result.written
             assert sum(event.bytes for event in seen) == result.written - result.resumed
@@ -150,9 +148,9 @@ def test_the_two_ranks_one_of_which_had_finished(folder: Path) -> None:
     def work(store: ObjectStore, rank: int) -> None:
         parts = {f"w{rank}": ArrayShard(np.arange(3000.0) + rank, (0,), (3000,))}
         boxes = {"model": {f"w{r}": parts[f"w{r}"] if r == rank else ArrayShard(np.zeros(0), (3000,), (3000,)) for r in (0, 1)}}
-        options = CheckpointOptions(part_size=4096, deadline=3)
+        options = CheckpointOptions(part_size="4096B", deadline=3)
         manager = CheckpointManager(store, options=options, rank=rank, world_size=2, job=os.environ["RESUME_JOB"])
-        result = manager.save(1, boxes).result(20)
+        result = manager.save(1, boxes).result(600)
         (folder / f"result-{rank}").write_text(f"{result.resumed} {result.written}")
 
     def both(job: str, *strikes: int) -> list[bool]:
@@ -211,7 +209,7 @@ def test_another_state_takes_nothing_over() -> None:
         manager, faults = outage(f"memory://other-{seed}", "upload part", 9)
         assert sum(holdings(manager.store).values()) > 20_000
         before = len(faults.seen)
-        result = manager.save(1, state(seed)).result(30)
+        result = manager.save(1, state(seed)).result(600)
         assert result.resumed == 0
         asked = [seen.op for seen in faults.seen[before:] if seen.op in ("list uploads", "list parts")]
         assert asked.count("list uploads") == 1
@@ -224,36 +222,36 @@ def test_one_byte_that_differs_takes_that_file_alone_out() -> None:
     want = state()
     whole = sum(holdings(manager.store).values())
     want["model"]["w0"][-1] += 1
-    result = manager.save(1, want).result(30)
+    result = manager.save(1, want).result(600)
     assert 0 < result.resumed < whole
     check(manager, want)
 
 
 def test_without_it_nothing_is_left_open() -> None:
-    options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1, resume_uploads=False)
+    options = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=1, resume_uploads=False)
     store, faults = open_faulty_store("memory://off", options=ONCE)
     with CheckpointManager(store, options=options) as manager:
         manager.session()
         with outage_of(faults, "upload part", 3), pytest.raises(UnavailableError):
-            manager.save(1, state()).result(30)
+            manager.save(1, state()).result(600)
         assert list(store.backend.list_multipart("ckpt/")) == []
-        assert manager.save(1, state()).result(30).resumed == 0
+        assert manager.save(1, state()).result(600).resumed == 0
 
 
 def test_what_nobody_went_on_with_is_aborted_after_the_next_commit() -> None:
     manager, _ = outage("memory://next", "upload part", 2)
     assert list(manager.store.backend.list_multipart("ckpt/")) != []
-    manager.save(2, state(2)).result(30)
+    manager.save(2, state(2)).result(600)
     assert list(manager.store.backend.list_multipart("ckpt/")) == []
 
 
 def test_state_larger_than_the_staging_memory() -> None:
     """Finished files are taken over; an open upload whose parts could not be held is not."""
-    options = CheckpointOptions(part_size=4096, file_size=40_000, concurrency=1, staging_budget=4 * 4096)
+    options = CheckpointOptions(part_size="4096B", file_size="40000B", concurrency=1, staging_budget="16384B")
     manager, _ = outage("memory://budget", "upload part", 14, options)
     finished = {e.key: e.size for e in manager.store.list("ckpt/") if isinstance(e, ObjectMeta) and e.key.endswith("tensors")}
     assert finished
-    result = manager.save(1, state()).result(30)
+    result = manager.save(1, state()).result(600)
     assert result.resumed == sum(finished.values())
     check(manager, state())
 
@@ -261,7 +259,7 @@ def test_state_larger_than_the_staging_memory() -> None:
 @pytest.mark.parametrize("buffers", [5, 6])
 def test_just_enough_staging_memory(buffers: int) -> None:
     """All buffers are held by the one file that is taken over, and it is complete all the same."""
-    options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=2, staging_budget=buffers * 4096)
+    options = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=2, staging_budget=f"{buffers * 4096}B")
     manager, _ = outage(f"memory://just-{buffers}", "upload part", 4, options)
     assert save_again(manager, state()).resumed > 0
 
@@ -269,14 +267,14 @@ def test_just_enough_staging_memory(buffers: int) -> None:
 def test_no_request_more_where_nothing_was_interrupted() -> None:
     asked = []
     for on in (True, False):
-        options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1, resume_uploads=on)
+        options = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=1, resume_uploads=on)
         store, faults = open_faulty_store(f"memory://requests-{on}")
         with CheckpointManager(store, options=options) as manager:
             for step in (1, 2):
-                manager.save(step, state(step)).result(30)
-            manager.save(2, state(7), on_exists="replace").result(30)
+                manager.save(step, state(step)).result(600)
+            manager.save(2, state(7), on_exists="replace").result(600)
         with CheckpointManager(store, options=options) as manager:
-            manager.save(3, state(3)).result(30)
+            manager.save(3, state(3)).result(600)
         asked.append([seen.op for seen in faults.seen])
     assert asked[0] == asked[1]
     assert "list parts" not in asked[0]
@@ -285,20 +283,20 @@ def test_no_request_more_where_nothing_was_interrupted() -> None:
 def test_a_replacement_and_a_deleted_step_are_written_anew() -> None:
     """Their steps have had a root, so somebody may be deleting."""
     manager, _ = outage("memory://replaced", "upload part", 9)
-    manager.save(1, state()).result(30)
+    manager.save(1, state()).result(600)
     manager.delete(1)
     with sent() as seen:
-        result = manager.save(1, state()).result(30)
+        result = manager.save(1, state()).result(600)
     assert result.resumed == 0
     assert sum(event.bytes for event in seen) == result.written
 
 
 def test_what_was_taken_over_lives_as_long_as_it_is_needed() -> None:
     """Deleting the step deletes it, but not while a later step refers to it."""
-    options = CheckpointOptions(part_size=4096, file_size=20_000, concurrency=1, incremental=True)
+    options = CheckpointOptions(part_size="4096B", file_size="20000B", concurrency=1, incremental=True)
     manager, _ = outage("memory://needed", "upload part", 12, options)
-    assert manager.save(1, state()).result(30).resumed > 20_000
-    assert manager.save(2, state()).result(30).written == 0
+    assert manager.save(1, state()).result(600).resumed > 20_000
+    assert manager.save(2, state()).result(600).written == 0
     manager.delete(1)
     manager.gc(grace=0)
     assert equal(manager.restore(2), state())
@@ -320,7 +318,7 @@ def test_a_store_without_list_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         raise UnsupportedOperationError("not here", op="list parts", url=key)
 
     monkeypatch.setattr(faults, "list_parts", silent)
-    result = manager.save(1, state()).result(30)
+    result = manager.save(1, state()).result(600)
     assert 0 < result.resumed == sum(finished) < result.written
     assert equal(manager.restore(), state())
 
@@ -346,7 +344,7 @@ def test_etags_that_prove_nothing(shape: str, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(faults, "list", listed)
         patch.setattr(faults, "get", got)
         start = len(faults.seen)
-        result = manager.save(1, state()).result(30)
+        result = manager.save(1, state()).result(600)
         read = [seen for seen in faults.seen[start:] if seen.op == "get" and seen.key.endswith(".safetensors")]
     assert result.resumed >= sum(finished) > 0
     assert len(read) >= 5
@@ -363,7 +361,7 @@ def test_a_look_that_fails_is_no_failure(op: Any) -> None:
             raise down(seen)
 
     faults.hook = hook
-    manager.save(1, state()).result(30)
+    manager.save(1, state()).result(600)
     assert faults.hook is None
     check(manager, state())
 
@@ -376,8 +374,8 @@ def test_dcp_goes_on_too(folder: Path) -> None:
         store, faults = open_faulty_store(str(folder), options=ONCE)
         manager = CheckpointManager(store, options=ORDERLY)
         writing = Writing(manager, None)
-        (ticket,) = writing.begin(1)
-        part = writing.part(ticket)
+        (seat,) = writing.begin(1)
+        part = writing.part(writing.ticket(seat, 0))
         for name, array in state()["model"].items():
             part.add_value(name, [name], array)
         with contextlib.nullcontext() if nth is None else outage_of(faults, "upload part", nth), sent() as seen:

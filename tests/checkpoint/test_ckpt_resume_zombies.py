@@ -12,12 +12,11 @@ import pytest
 from resume_helpers import OPTIONS, check, holdings, outage, quick_folder, sent, state
 
 from s3loader.checkpoint import CheckpointManager
-from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.roots import Root
 from s3loader.checkpoint.protocol.run import Run
 from s3loader.errors import FencedError, S3LoaderError
-from s3loader.store import open_store
-from s3loader.store.base import Backend
-from s3loader.store.wrappers.fault import Moment, Seen
+from s3loader.store import Backend, open_store
+from s3loader.testing import Moment, Seen
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_a_zombie(deed: Callable[[Backend, str, str], None], moment: str, scheme
 
     faults.hook = hook
     with sent() as seen:
-        result = manager.save(1, state()).result(30)
+        result = manager.save(1, state()).result(600)
     faults.hook = None
     assert done
     assert result.resumed == 0
@@ -84,7 +83,7 @@ def test_a_collection_between(folder: Path) -> None:
     manager, _ = outage(str(folder), "upload part", 9)
     manager.gc(grace=0)
     assert holdings(manager.store) == {}
-    assert manager.save(1, state()).result(30).resumed == 0
+    assert manager.save(1, state()).result(600).resumed == 0
     check(manager, state())
 
 
@@ -105,7 +104,7 @@ def test_a_collection_leaves_a_step_alone_where_a_save_is_under_way(folder: Path
                 reports.append(other.gc(grace=3600))
 
     faults.hook = hook
-    result = manager.save(1, state()).result(30)
+    result = manager.save(1, state()).result(600)
     assert result.resumed > 0
     (report,) = reports
     assert report.skipped == {1: "a save is under way"}
@@ -120,13 +119,13 @@ def test_a_collection_that_has_deleted_nothing_yet() -> None:
     def hook(seen: Seen, moment: Moment) -> None:
         if seen.op == "list parts" and moment == "after":
             faults.hook = None
-            Run(open_store("memory://stalled-gc")).retire(Root(1, "absent"), 1)
+            Run(open_store("memory://stalled-gc")).roots.retire(Root(1, "absent"), 1)
 
     faults.hook = hook
     with pytest.raises(FencedError, match="garbage collection has taken"):
-        manager.save(1, state()).result(30)
+        manager.save(1, state()).result(600)
     assert manager.latest() is None
-    assert manager.save(1, state()).result(30).resumed == 0
+    assert manager.save(1, state()).result(600).resumed == 0
     check(manager, state())
 
 
@@ -146,7 +145,7 @@ def test_a_collection_at_every_request() -> None:
 
         faults.hook = hook
         try:
-            manager.save(1, state()).result(30)
+            manager.save(1, state()).result(600)
             outcomes.append("committed")
         except S3LoaderError as error:  # its own uploads and files were taken for garbage, too
             outcomes.append(type(error).__name__)
@@ -154,7 +153,7 @@ def test_a_collection_at_every_request() -> None:
         latest = manager.latest()
         assert latest == (1 if outcomes[-1] == "committed" else None)
         if latest is None:
-            manager.save(1, state()).result(30)
+            manager.save(1, state()).result(600)
         check(manager, state())
         if late:
             break

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from s3loader.checkpoint import CheckpointManager, load, open_checkpoint, save
-from s3loader.errors import CheckpointError, CheckpointNotFoundError, UnsupportedStateError
+from s3loader.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedStateError
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def test_a_masked_array_would_lose_its_mask(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedStateError, match="masked"):
         save(tmp_path, {"x": masked})
     save(tmp_path, {"x": np.array([3.0, 4.0])})
-    back = load(tmp_path, {"x": masked})["x"]  # a fresh one: it cannot be filled
-    assert back.tolist() == [3, 4]
+    with pytest.raises(CheckpointError, match="'x': the array of the target is masked"):
+        load(tmp_path, {"x": masked})
     assert masked.tolist() == [1, None]
 
 
@@ -76,7 +76,7 @@ def test_a_slice_is_indexed_by_integers_only(tmp_path: Path) -> None:
 def test_a_step_deleted_while_it_is_read(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         for step in (1, 2):
-            manager.save(step, {"x": np.arange(6)}).result(30)
+            manager.save(step, {"x": np.arange(6)}).result(600)
         opened = manager.open(1)
         manager.delete(1)
         with pytest.raises(CheckpointNotFoundError, match="was deleted"):
@@ -88,9 +88,9 @@ def test_a_step_deleted_while_it_is_read(tmp_path: Path) -> None:
 def test_arguments_of_other_kinds_are_typed_errors(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         for metrics in ({"loss": "low"}, {"loss": None}, {"loss": 10**400}, [1]):
-            with pytest.raises(CheckpointError, match="metrics must be numbers"):
+            with pytest.raises((CheckpointError, ConfigError), match="metrics"):
                 manager.save(1, {"x": 1}, metrics=metrics)  # type: ignore[arg-type]  # what is tested
-        with pytest.raises(CheckpointError, match="'previous'"):
+        with pytest.raises(ConfigError, match='"previous"'):
             manager.restore(on_corruption="ignore")  # type: ignore[arg-type]  # what is tested
 
 
@@ -107,6 +107,6 @@ manager.save(2, {"x": np.ones(9)})
 
 
 def test_a_save_that_fails_when_nobody_listens_is_logged_at_the_end(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FAILS, tmp_path], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", FAILS, tmp_path], capture_output=True, text=True, timeout=600, check=True)
     assert "step 2 was not saved" in done.stderr
     assert "the disk is gone" in done.stderr

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 CHILD = """
 import os, signal, sys, warnings
@@ -132,6 +135,24 @@ with CheckpointManager(folder / "module") as manager:
         raise AssertionError
     except CheckpointError as error:
         assert "beside what the object has" in str(error)
+    # every leaf of the target is filled, or the first that was not is named
+    manager.save(3, {"module": {"w": None, "layers.0": tensor, "layers.1.deep": tensor}, "v": tensor, "none": None}).result()
+    for target, named in (
+        ({"module": Module()}, "module/"), ({"v": tf.Variable(["text"])}, "'v'"), ({"v": tf.Variable([1])}, "'v'"),
+        ({"none": Module()}, "'none'"), ({"none": tf.Variable(1)}, "'none'"), ({"v": Module()}, "'v'"),
+        ({"v": tf.zeros((1, 2))}, "'v'"), ({"none": tf.zeros(1)}, "'none'"), ({"none": generator}, "none/state"),
+        ({"v": keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])}, "'v'"),
+        ({"none": keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])}, "none/0000.kernel"),
+    ):
+        try:
+            manager.restore(3, target=target)
+            raise AssertionError(target)
+        except CheckpointError as error:
+            assert named in str(error) and error.hint, error
+    any_shape = tf.Variable([[0.0, 0.0]], shape=tf.TensorShape(None), dtype=tf.bfloat16)
+    eager = manager.restore(3, target={"v": tf.zeros((1, 2), tf.bfloat16)})["v"]
+    assert manager.restore(3, target={"v": any_shape})["v"] is any_shape
+    assert any_shape.numpy().tolist() == eager.numpy().tolist() == [[1.5, 2.5]]
     try:
         manager.save(2, {"a": {"b": tf.constant("text")}})
         raise AssertionError
@@ -143,6 +164,63 @@ print("good")
 
 def test_tensorflow_and_keras(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=250
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.strip().endswith("good"), done.stderr
+
+
+KERAS = """
+import sys
+sys.modules["tensorflow"] = None  # as where it is not installed
+import keras, numpy as np
+from s3loader.checkpoint import CheckpointManager
+from s3loader.errors import CheckpointError
+
+def make(seed):
+    keras.utils.set_random_seed(seed)
+    dense = [keras.layers.Dense(8, activation="relu"), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *dense[:2], keras.layers.Dropout(0.3, seed=5), dense[2]])
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+def state(model):
+    return [keras.ops.convert_to_numpy(v) for v in [*model.variables, *model.optimizer.variables]]
+
+x = np.random.default_rng(0).standard_normal((16, 4)).astype("float32")
+fit = dict(x=x, y=x.sum(1, keepdims=True), epochs=1, verbose=0, shuffle=False, batch_size=8)
+first, second = make(1), make(2)
+first.fit(**fit)
+with CheckpointManager(sys.argv[1]) as manager:
+    manager.save(1, {"model": first, "optimizer": first.optimizer, "none": None}).result(600)
+    got = manager.restore(target={"model": second, "optimizer": second.optimizer})
+    assert got["model"] is second
+    assert all(np.array_equal(a, b) for a, b in zip(state(first), state(second), strict=True))
+    first.fit(**fit)
+    second.fit(**fit)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(first.get_weights(), second.get_weights(), strict=True))
+    small = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    for target, named in (
+        ({"model": small}, "model/0000.kernel"), ({"none": small}, "none/0000.kernel"),
+        ({"optimizer": keras.optimizers.Adam(1e-2)}, "build it before"),
+    ):
+        try:
+            manager.restore(target=target)
+            raise AssertionError(named)
+        except CheckpointError as error:
+            assert named in str(error), error
+print("good")
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_keras_on_other_backends(tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERAS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "KERAS_BACKEND": backend},
     )
     assert done.stdout.strip().endswith("good"), done.stderr

@@ -86,7 +86,7 @@ def test_types_layouts_and_constants(tmp_path: Path) -> None:
         "c": [torch.float16, torch.device("cpu"), torch.Size([2, 3])],
     }  # fmt: skip
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, items).result(30)
+        manager.save(1, items).result(600)
         restored = manager.restore()
         assert restored["c"] == items["c"]
         assert isinstance(restored["c"][2], torch.Size)
@@ -111,10 +111,10 @@ def test_what_torch_cannot_give_is_named(tmp_path: Path) -> None:
         for bad in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
             with pytest.raises(UnsupportedStateError, match="'m/x'"):
                 manager.save(1, {"m": {"x": bad}})
-        manager.save(1, {"m": torch.nn.Linear(2, 3)}).result(30)
+        manager.save(1, {"m": torch.nn.Linear(2, 3)}).result(600)
         with pytest.raises(CheckpointError, match=r"'m/weight' is F32 \[3, 2\] in the checkpoint, F32 \[2, 2\] in the target"):
             manager.restore(target={"m": torch.nn.Linear(2, 2)})
-        with pytest.raises(RuntimeError, match="Missing key"):
+        with pytest.raises(CheckpointError, match=r"(?s)'m'.*Missing key"):
             manager.restore(target={"m": torch.nn.Sequential(torch.nn.Linear(2, 3))})
 
 
@@ -176,7 +176,7 @@ def test_a_device_copies_into_pinned_memory_and_is_waited_for_once(
             assert not cuda.under_way  # when save returns, the tensors may be changed
             for value in state.values():
                 value.copy_(torch.zeros_like(value)) if isinstance(value, torch.Tensor) else value.fill(0)
-            handle.result(30)
+            handle.result(600)
             assert cuda.waits == waits if waits is not None else 1 < cuda.waits < 40
         made = len(cuda.buffers)
         assert made == manager.pool.allocated >> 17  # every staging buffer is the device's, and the second save made none
@@ -218,7 +218,7 @@ def test_a_module_with_a_say_in_its_state_gets_it_loaded(tmp_path: Path, hooked:
     saved.weight.data.fill_(5)
     saved.scale += 7
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, {"model": saved}).result(30)
+        manager.save(1, {"model": saved}).result(600)
         manager.restore(target={"model": other})
     assert other.weight.tolist() == [5, 5, 5]
     assert other.scale.item() == 7
@@ -230,7 +230,7 @@ def test_lazy_modules(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedStateError, match=r"'m/weight'.*no memory"):
             manager.save(1, {"m": made})
         made(torch.ones(1, 2))
-        manager.save(1, {"m": made}).result(30)
+        manager.save(1, {"m": made}).result(600)
         other = torch.nn.LazyLinear(3)
         manager.restore(target={"m": other})
     assert torch.equal(other.weight, made.weight)
@@ -243,8 +243,8 @@ def test_tensors_without_memory_of_their_own_are_refused(tmp_path: Path) -> None
         manager.save(1, {"x": fake})
 
 
-def test_an_expanded_target_is_replaced(tmp_path: Path) -> None:
-    value = torch.arange(6.0).reshape(2, 3)
+def test_an_expanded_target_is_refused(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, {"x": value}).result(30)
-        assert torch.equal(manager.restore(target={"x": torch.zeros(3).expand(2, 3)})["x"], value)
+        manager.save(1, {"x": torch.arange(6.0).reshape(2, 3)}).result(600)
+        with pytest.raises(CheckpointError, match="'x': the tensor of the target has elements that share memory"):
+            manager.restore(target={"x": torch.zeros(3).expand(2, 3)})

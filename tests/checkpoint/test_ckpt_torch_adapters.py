@@ -80,7 +80,7 @@ def test_dcp_replaces_whole_and_keeps_steps(tmp_path: Path) -> None:
 def test_dcp_reads_what_a_manager_saved_and_converts_types(tmp_path: Path) -> None:
     model, _ = trained()
     with CheckpointManager(tmp_path) as manager:
-        manager.save(1, {"model": model, "extra": {"n": 5, "lr": [0.1, 0.2]}}).result(30)
+        manager.save(1, {"model": model, "extra": {"n": 5, "lr": [0.1, 0.2]}}).result(600)
     state: dict[str, Any] = {
         "model": {k: torch.zeros_like(v, dtype=torch.bfloat16) for k, v in model.state_dict().items()},
         "extra": {"n": 0},
@@ -170,7 +170,7 @@ state = {
     "same": distribute_tensor(full, mesh, [Replicate()]), "plain": torch.arange(4), "step": 3,
 }
 with CheckpointManager(folder + "/ours", rank=rank, world_size=world, job=f"w{world}") as manager:
-    manager.save(world, {"state": state, "model": model, "optimizer": optimizer}).result(60)
+    manager.save(world, {"state": state, "model": model, "optimizer": optimizer}).result(600)
     target = {"rows": distribute_tensor(torch.zeros(7, 5), mesh, [Shard(1)])}
     got = manager.open(world).restore({"state": target}, rank=rank)["state"]["rows"]
     assert got is target["rows"] and got.full_tensor().equal(full)
@@ -192,7 +192,7 @@ def test_shards_of_several_processes(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(world), str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [process.communicate(timeout=600)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
     full = torch.arange(35.0).reshape(7, 5)
     items = load(tmp_path / "ours")
@@ -211,6 +211,55 @@ def test_shards_of_several_processes(tmp_path: Path) -> None:
     assert state["columns"].equal(full)  # type: ignore[attr-defined]
     assert state["step"] == 3
 
+
+CONNECTOR = """
+import sys, logging, warnings
+warnings.simplefilter("ignore")
+import torch, lightning
+from types import SimpleNamespace
+from s3loader.errors import ConfigError
+from s3loader.lightning import S3CheckpointIO
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+folder = sys.argv[1]
+config = SimpleNamespace(max_attempts=4, force_path_style=True, profile=None, unsigned=False, requester_pays=False)
+io = S3CheckpointIO("eu-central-1", endpoint="http://x:1", s3client_config=config)
+assert io._options["endpoint_url"] == "http://x:1" and io._options["region"] == "eu-central-1"
+assert io._options["store_options"].max_attempts == 4
+for wrong in ({"endpoint_ulr": "x"}, {"prefix_strategy": 1}):
+    try:
+        S3CheckpointIO(**wrong)
+        raise SystemExit("not refused")
+    except ConfigError as error:
+        assert error.hint
+
+class Model(lightning.LightningModule):
+    def __init__(self, width, name="x"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Linear(4, width)
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+io = S3CheckpointIO(endpoint=None)
+data = torch.utils.data.DataLoader(torch.arange(32.0).reshape(8, 4), batch_size=2)
+trainer = lightning.Trainer(max_epochs=1, plugins=[io], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+    enable_model_summary=False, accelerator="cpu", default_root_dir=folder)
+model = Model(3, name="y")
+trainer.fit(model, data)
+trainer.save_checkpoint(folder + "/last.ckpt")
+again = io.load_from_checkpoint(Model, folder + "/last.ckpt")
+assert again.hparams == {"width": 3, "name": "y"}, again.hparams
+assert all(a.equal(b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+assert io.load_from_checkpoint(Model, folder + "/last.ckpt", map_location="cpu", strict=False, name="z").hparams["name"] == "z"
+try:
+    trainer.save_checkpoint(folder + "/more.ckpt", storage_options={"a": 1})
+    raise SystemExit("not refused")
+except ConfigError as error:
+    assert "S3CheckpointIO(" in error.hint
+print("good")
+"""
 
 LIGHTNING = """
 import sys, logging, warnings
@@ -260,5 +309,7 @@ except FileNotFoundError:
 
 def test_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
-    done = subprocess.run([sys.executable, "-c", LIGHTNING, str(tmp_path)], capture_output=True, text=True, timeout=200)
-    assert done.stdout.strip().endswith("gone"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTOR + LIGHTNING, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.split() == ["good", "gone"], done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from s3loader.cli.main import exit_code
 
 def run(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "s3loader", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=600)
 
 
 def test_help_lists_the_commands() -> None:
@@ -34,6 +35,24 @@ def test_an_error_is_two_lines_and_a_code() -> None:
     result = run("doctor", "ftp://host/x")
     assert result.returncode == 3
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["error", "hint"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    script = run("completion", shell)
+    assert script.returncode == 0
+    assert f"_S3LOADER_COMPLETE={shell}_complete" in script.stdout
+    if syntax := shutil.which(shell):
+        subprocess.run([syntax, "-n"], input=script.stdout, text=True, check=True)
+    for words, at, wanted in (
+        ("s3loader ck", 1, "ckpt"),
+        ("s3loader ckpt l", 2, "ls"),
+        ("s3loader get --end", 2, "--endpoints"),
+    ):
+        env = {"_S3LOADER_COMPLETE": f"{shell}_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        if shell == "fish":
+            env["COMP_CWORD"] = words.split()[-1]
+        assert wanted in run(env=env).stdout.replace(",", "\n").split()
 
 
 def test_doctor_on_a_folder(tmp_path: Path) -> None:

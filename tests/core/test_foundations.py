@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,16 +83,29 @@ def test_bad_byte_ranges(start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [(7, 7), ("7", 7), ("64MiB", 64 << 20), ("1.5 GB", 1_500_000_000), ("2k", 2000), ("1KiB", 1024)]
-)
+    ("text", "size"),
+    [
+        (0, 0), ("0", 0), (65536, 65536), (np.int64(1 << 20), 1 << 20), ("7B", 7), ("70000", 70_000), ("64MiB", 64 << 20),
+        ("1.5 GB", 1_500_000_000), ("2k", 2000), ("1KiB", 1024), ("9007199254740993B", 9007199254740993),
+    ],
+)  # fmt: skip
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", -1, "1 apple", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-1", -1, "1 apple", "1e3", 8, "8", 65535, np.int32(8), 8.0, True, None, b"8MiB", "9" * 400 + "MiB"]
+)
 def test_bad_sizes(text: int | str) -> None:
-    with pytest.raises(errors.ConfigError):
+    with pytest.raises(errors.ConfigError, match="hint: "):
         parse_size(text)
+
+
+def test_a_number_without_a_unit_is_bytes_where_the_name_says_so() -> None:
+    assert parse_size(8, "max_bytes") == 8
+    with pytest.raises(errors.ConfigError, match="prefetch=8 would be 8 bytes") as caught:
+        parse_size(8, "prefetch")
+    assert '"8MiB"' in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [(2, 2.0), ("90s", 90.0), ("1m30s", 90.0), ("250ms", 0.25), ("2h", 7200.0)])

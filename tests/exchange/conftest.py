@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from s3loader.exchange.store import S3ExchangeStore
+from s3loader import S3ExchangeStore
 
 
 @pytest.fixture

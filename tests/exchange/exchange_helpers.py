@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from typing import Any
 
-from s3loader.exchange.store import S3ExchangeStore
-from s3loader.exchange.types import ShardSizePolicy
-from s3loader.store.base import Backend
-from s3loader.store.objectstore import ObjectStore
-from s3loader.store.wrappers.wrapper import Wrapper
+from s3loader import ObjectStore, S3ExchangeStore, ShardSizePolicy
+from s3loader.store import Backend, ForwardingBackend
 from s3loader.types import Buffer, ObjectMeta, PutMode, PutResult
 
 
-class Watched(Wrapper):
+class Watched(ForwardingBackend):
     """Notes reads and writes; lets a test spoil them."""
 
     def __init__(self, inner: Backend) -> None:
@@ -112,7 +109,7 @@ def run_together(work: Callable[..., None], workers: int, *args: Any) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(600)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -9,9 +9,8 @@ import uuid
 import pytest
 from exchange_helpers import Watched, watched
 
+from s3loader import S3ExchangeStore, open_store
 from s3loader.errors import AccessDeniedError, ConfigError, InvalidManifestError
-from s3loader.exchange.store import S3ExchangeStore
-from s3loader.store.open import open_store
 from s3loader.types import DeleteFailure
 
 
@@ -59,7 +58,7 @@ def _foreign_shard(store: S3ExchangeStore, internal: bytes) -> dict[str, object]
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     store.put_object("s.tar", archive.getvalue())
-    return {"kind": "shard", "archive_key": "s.tar", "format": "tar", "compression": None, "count": 1, "size_bytes": 1}
+    return {"kind": "shard", "archive_key": "s.tar", "format": "tar", "compression": None, "count": 1, "size_bytes": 10240}
 
 
 def test_a_line_that_is_nothing_still_stops_it(store: S3ExchangeStore) -> None:

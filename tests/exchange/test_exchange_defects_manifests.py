@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from exchange_helpers import contents, files, watched
 
+from s3loader import S3ExchangeStore, ShardSizePolicy, open_store
 from s3loader.errors import (
     AccessDeniedError,
     ConfigError,
@@ -18,9 +19,6 @@ from s3loader.errors import (
     OutcomeUnknownError,
     S3ExchangeError,
 )
-from s3loader.exchange.store import S3ExchangeStore
-from s3loader.exchange.types import ShardSizePolicy
-from s3loader.store.open import open_store
 from s3loader.testing import FaultProxy, Rule, server
 
 
@@ -203,7 +201,7 @@ def test_e21_templates_have_no_attributes_and_values_cannot_leave_their_folder(s
 def test_e22_uploads_overlap_errors_surface_and_nothing_half_done_is_published(store: S3ExchangeStore) -> None:
     seen, backend = watched(store.objects)
     parallel = S3ExchangeStore(seen)
-    together = threading.Barrier(4, timeout=30)
+    together = threading.Barrier(4, timeout=600)
     backend.on_put = lambda key, data, mode: together.wait() and None if key.startswith("k") else None
     with parallel.open_manifest_writer("m.jsonl") as writer:
         entries = [writer.put_object(f"k{i}", b"x" * i) for i in range(4)]  # each waits for the three others

@@ -13,6 +13,15 @@ import pytest
 from exchange_helpers import files, watched
 from forking import in_child
 
+from s3loader import (
+    ExchangeObjectNotFoundError,
+    Manifest,
+    ManifestNotFoundError,
+    S3ExchangeStore,
+    Shard,
+    ShardSizePolicy,
+    open_store,
+)
 from s3loader.config import S3Settings
 from s3loader.errors import (
     AccessDeniedError,
@@ -22,14 +31,8 @@ from s3loader.errors import (
     ObjectNotFoundError,
     ShardReadError,
 )
-from s3loader.exchange.errors import ExchangeObjectNotFoundError, ManifestNotFoundError
-from s3loader.exchange.lines import encode_manifest
-from s3loader.exchange.manifest import Manifest
-from s3loader.exchange.shard import Shard
-from s3loader.exchange.store import S3ExchangeStore
-from s3loader.exchange.types import ShardSizePolicy
-from s3loader.shard.writer import ShardBuilder
-from s3loader.store.open import open_store
+from s3loader.exchange import encode_manifest
+from s3loader.shard import ShardBuilder
 from s3loader.testing import Server, server
 from s3loader.types import DeleteFailure
 

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -35,10 +37,9 @@ def test_numpy_batches_in_the_loaders_own_order(numbers_url: str) -> None:
     made = S3JaxIterable.from_prefix(numbers_url, batch_size=4, transform=vector, seed=5)
     ours = Loader(open_dataset(numbers_url), batch_size=4, transform=vector, tail="drop", seed=5, collate="fixed")
     assert len(made) == 12
-    first = next(iter(made))
-    assert isinstance(first, np.ndarray)
-    assert first.shape == (4, 8)
-    assert numbers(made) == numbers(ours)
+    batches = list(made)
+    assert all(isinstance(batch, np.ndarray) and batch.shape == (4, 8) for batch in batches)
+    assert numbers(batches) == numbers(ours)
 
 
 def test_options_of_the_store_and_the_dataset_are_taken_with_a_url(numbers_url: str) -> None:
@@ -122,7 +123,7 @@ def test_two_processes_share_one_sequence(numbers_url: str, tmp_path: Path) -> N
     command = [sys.executable, "-c", CHILD, str(port)]
     children = [subprocess.Popen([*command, str(rank), numbers_url, str(tmp_path)], env=env) for rank in range(2)]
     try:
-        assert [child.wait(timeout=120) for child in children] == [0, 0]
+        assert [child.wait(timeout=600) for child in children] == [0, 0]
     finally:
         for child in children:
             child.kill()
@@ -204,3 +205,42 @@ else:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Pair(NamedTuple):
+    x: object
+    y: object
+
+
+def one_axis() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+
+
+def test_containers_and_small_floats_are_laid_out_too(numbers_url: str) -> None:
+    def sample(data: memoryview) -> Pair:
+        return Pair(OrderedDict(b=vector(data), a=np.ones(2, jax.numpy.bfloat16)), [np.int32(data[0]), "name"])
+
+    made = S3JaxIterable(numbers_url, batch_size=8, transform=sample, sharding=one_axis())
+    batch = next(iter(made))
+    assert isinstance(batch, Pair)
+    assert type(batch.x) is OrderedDict
+    assert isinstance(batch.x["b"], jax.Array)
+    assert batch.x["a"].dtype == jax.numpy.bfloat16
+    assert isinstance(batch.x["a"], jax.Array)
+    assert isinstance(batch.y[0], jax.Array)
+    assert batch.y[1] == ["name"] * 8
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2**31, "int32"), (-(2**31) - 1, "int32"), (np.uint64(2**32), "uint32"), (1e300, "float32")]
+)
+def test_a_number_without_room_is_an_error_with_its_place(numbers_url: str, value: object, dtype: str) -> None:
+    def sample(data: memoryview) -> object:
+        return value if data[0] == 13 else type(value)(data[0])  # type: ignore[call-arg]
+
+    made = S3JaxIterable(numbers_url, batch_size=8, transform=sample, shuffle=False, sharding=one_axis())
+    batches = iter(made)
+    assert next(batches).dtype == dtype
+    with pytest.raises(SampleError, match=f"no room in {dtype}.*013, position 13") as caught:
+        next(batches)
+    assert caught.value.details["position"] == 13

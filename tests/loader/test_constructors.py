@@ -1,16 +1,17 @@
 """The constructors and keywords that the datasets of all frameworks share."""
 
 import inspect
+import sys
 from dataclasses import fields
 from typing import get_type_hints
 
 import pytest
 
-from s3loader import config
+from s3loader import config, open_store
+from s3loader.adapters import StoreKeywords
 from s3loader.errors import ConfigError
 from s3loader.loader import FromSources, LoaderKeywords, LoaderOptions, SourceKeywords, open_dataset, open_source
-from s3loader.store import open as opening
-from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.testing import write_sharded_dataset
 
 
 class Opened(FromSources):
@@ -22,7 +23,7 @@ class Opened(FromSources):
 
 @pytest.fixture
 def store():
-    store = opening.open_store("memory://constructors")
+    store = open_store("memory://constructors")
     write_sharded_dataset(store, ((f"{i}.bin", b"x" * i) for i in range(5)), per_shard=3)
     yield store
     for meta in list(store.list("")):
@@ -56,13 +57,11 @@ def test_keywords_are_the_fields_and_parameters_they_stand_for():
     declared = get_type_hints(LoaderKeywords)
     assert set(declared) == {field.name for field in fields(LoaderOptions)} - {"batch_size"}
     assert {name: hint for name, hint in declared.items() if hint != options[name]} == {"shuffle": options["shuffle"] | bool}
-    names = {**vars(opening), "S3Settings": config.S3Settings}
-    parameters = get_type_hints(opening.open_store, names)
-    assert get_type_hints(opening.StoreKeywords, None, names) == {
-        k: v for k, v in parameters.items() if k not in ("url", "return")
-    }
+    names = {**vars(sys.modules[open_store.__module__]), "S3Settings": config.S3Settings}
+    parameters = get_type_hints(open_store, names)
+    assert get_type_hints(StoreKeywords, None, names) == {k: v for k, v in parameters.items() if k not in ("url", "return")}
     taken = inspect.signature(open_dataset).parameters.keys() - {"url", "store_options"}
-    assert SourceKeywords.__optional_keys__ == taken | opening.StoreKeywords.__optional_keys__
+    assert SourceKeywords.__optional_keys__ == taken | StoreKeywords.__optional_keys__
 
 
 @pytest.mark.parametrize(("given", "meant"), [(True, "block"), (False, "none"), ("full", "full")])

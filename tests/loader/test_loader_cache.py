@@ -8,14 +8,12 @@ from collections import deque
 
 import pytest
 
+from s3loader import ReadResult, open_store
 from s3loader.errors import ConfigError
+from s3loader.fetch.cached import CachedReads
+from s3loader.fetch.diskcache import DiskCache
 from s3loader.loader import Loader, from_manifest, from_prefix
-from s3loader.store.base import ReadResult
-from s3loader.store.open import open_store
-from s3loader.testing import FaultProxy, Rule, server
-from s3loader.testing.datasets import write_sharded_dataset
-from s3loader.transfer.cached import CachedReads
-from s3loader.transfer.diskcache import DiskCache
+from s3loader.testing import FaultProxy, Rule, server, write_sharded_dataset
 from s3loader.types import ReadRequest
 
 
@@ -80,7 +78,7 @@ def test_a_full_disk_turns_the_cache_off_with_a_warning_and_loses_nothing(datase
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s3loader.transfer.diskcache.os.replace", full)
+    monkeypatch.setattr("s3loader.fetch.diskcache.os.replace", full)
     loader = Loader(dataset, batch_size=8, cache_dir=str(tmp_path / "cache"))
     with pytest.warns(RuntimeWarning, match="is full"):
         got = numbers(loader)
@@ -110,7 +108,7 @@ LIMITED = textwrap.dedent(
 @pytest.mark.parametrize(("policy", "said"), [("warn", "100 [1]"), ("raise", "CacheFullError True True 1")])
 def test_a_disk_that_is_full_warns_once_or_raises_as_told(dataset, tmp_path, policy, said):
     argv = [sys.executable, "-c", LIMITED, (tmp_path / "data" / "manifest.jsonl").as_uri(), str(tmp_path / "cache"), policy]
-    done = subprocess.run(argv, check=False, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(argv, check=False, timeout=600, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (said, "")
     assert not list((tmp_path / "cache").rglob("*.tmp"))
     assert not list((tmp_path / "cache").rglob("*.range"))
@@ -187,7 +185,7 @@ def test_processes_share_a_cache_and_one_killed_while_writing_leaves_nothing_wro
     script = textwrap.dedent(
         """
         import os, signal, sys
-        from s3loader.transfer.diskcache import DiskCache
+        from s3loader.fetch.diskcache import DiskCache
         cache = DiskCache(sys.argv[1], 1 << 30)
         replace = os.replace
         def die(source, target):
@@ -198,7 +196,7 @@ def test_processes_share_a_cache_and_one_killed_while_writing_leaves_nothing_wro
             cache.put(cache.path("u", "k", "e", i, i + 1), b"%d" % i * 1000)
         """
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")], check=False, timeout=600)
     assert done.returncode == -9
     cache = DiskCache(str(tmp_path / "c"), 1 << 30)
     kept = [cache.get(cache.path("u", "k", "e", i, i + 1)) for i in range(50)]

@@ -3,10 +3,15 @@
 The s3dlio defects D1, D2, D3, D4, D5, D7, D13 and D14 stand here as things that must not happen.
 """
 
+import pickle
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import s3loader
+from s3loader import StoreOptions, open_store
 from s3loader.errors import (
     AccessDeniedError,
     IntegrityError,
@@ -18,10 +23,7 @@ from s3loader.errors import (
     TruncatedError,
 )
 from s3loader.loader import Loader, from_manifest, from_objects, from_prefix, from_webdataset
-from s3loader.store.open import open_store
-from s3loader.store.options import StoreOptions
-from s3loader.testing import FaultProxy, Rule, server
-from s3loader.testing.datasets import write_shard, write_sharded_dataset
+from s3loader.testing import FaultProxy, Rule, server, write_shard, write_sharded_dataset
 
 SHARDED, LOOSE = 120, 24
 
@@ -52,7 +54,7 @@ def through(s3, rules, engine="direct", **options):
         "loader-faults",
         endpoint_url=proxy.endpoint_url,
         engine=engine,
-        options=StoreOptions(max_attempts=3, read_timeout=20.0, **options),
+        options=StoreOptions(max_attempts=3, read_timeout=300.0, **options),
     )
     return proxy, store
 
@@ -94,26 +96,32 @@ def test_a_shard_that_vanished_with_its_index_is_named_as_the_object_that_is_not
     store = open_store(tmp_path.as_uri())
     write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(60)), per_shard=20)
     dataset = from_manifest("manifest.jsonl", store=store)
-    loader = Loader(dataset, batch_size=10, shuffle="none", memory_limit=8192, on_error=policy)
-    batches = iter(loader)
-    assert numbers(next(batches)) == list(range(10))
+    loader = Loader(dataset, batch_size=10, shuffle="none", memory_limit="8192B", on_error=policy)
     store.delete("shards/shard-000002.tar")
     store.delete("shards/shard-000002.tar.idx")
+    batches = iter(loader)
+    assert numbers(next(batches)) == list(range(10))
     if policy == "skip":
         assert [number for batch in batches for number in numbers(batch)] == list(range(10, 40))
         assert {entry.error.partition(":")[0] for entry in loader.quarantine} == {"ObjectNotFoundError"}
         return
-    with pytest.raises(ObjectNotFoundError, match=r"shard-000002\.tar: the shard is not there") as caught:
+    with pytest.raises(ObjectNotFoundError, match=r"shard-000002\.tar: (the shard is not there|no such object)") as caught:
         list(batches)
     assert (caught.value.shard, caught.value.position) == ("shards/shard-000002.tar", 40)
+
+
+def elsewhere(dataset):
+    """The dataset in another process, which has not read its indexes yet."""
+    return pickle.loads(pickle.dumps(dataset))
 
 
 def test_an_index_that_vanished_while_its_shard_stayed(tmp_path):
     store = open_store(tmp_path.as_uri())
     write_sharded_dataset(store, ((f"s{i:05d}.bin", content(i)) for i in range(60)), per_shard=20)
-    batches = iter(Loader(from_manifest("manifest.jsonl", store=store), batch_size=10, shuffle="none", memory_limit=8192))
-    next(batches)
+    dataset = elsewhere(from_manifest("manifest.jsonl", store=store))
+    batches = iter(Loader(dataset, batch_size=10, shuffle="none", memory_limit="8192B"))
     store.delete("shards/shard-000002.tar.idx")
+    next(batches)
     with pytest.raises(ShardReadError, match="no index") as caught:
         list(batches)
     assert (caught.value.shard, caught.value.position) == ("shards/shard-000002.tar", 40)
@@ -124,7 +132,7 @@ def test_a_shard_that_was_replaced_meanwhile(tmp_path):
     members = [(f"s{i:05d}.bin", content(i)) for i in range(60)]
     write_sharded_dataset(store, members, per_shard=20)
     dataset = from_manifest("manifest.jsonl", store=store)
-    batches = iter(Loader(dataset, batch_size=10, shuffle="none", memory_limit=8192))
+    batches = iter(Loader(dataset, batch_size=10, shuffle="none", memory_limit="8192B"))
     assert numbers(next(batches)) == list(range(10))
     write_shard(store, "shards/shard-000002.tar", reversed(members[40:]))
     with pytest.raises((ObjectChangedError, ShardReadError)) as caught:
@@ -185,7 +193,7 @@ def test_a_truncated_shard_is_an_error_with_its_member(tmp_path):
 def test_an_index_that_vanished_fails_only_its_own_samples(tmp_path):
     store = open_store(tmp_path.as_uri())
     write_sharded_dataset(store, [(f"s{i:05d}.bin", content(i)) for i in range(60)], per_shard=20)
-    dataset = from_manifest("manifest.jsonl", store=store)
+    dataset = elsewhere(from_manifest("manifest.jsonl", store=store))
     store.delete("shards/shard-000001.tar.idx")
     loader = Loader(dataset, batch_size=10, on_error="skip")
     assert sorted(numbers(s for b in loader for s in b)) == [*range(20), *range(40, 60)]
@@ -272,7 +280,7 @@ def test_small_batches_still_have_many_requests_in_flight(s3, driver):  # D5
         others = []
 
         def release():
-            assert hold.reached.wait(30)
+            assert hold.reached.wait(600)
             while sum(r.status == 206 or r.status == 200 for r in proxy.requests if "/loose/" in r.path) < 8:
                 if done.wait(0.01):
                     return
@@ -298,7 +306,7 @@ def test_breaking_off_leaves_no_thread_behind(loose):  # D7
             batches.close()
     ours = [t for t in threading.enumerate() if t not in before and t.name.startswith("s3loader") and "proxy" not in t.name]
     for thread in ours:
-        thread.join(timeout=15)
+        thread.join(timeout=600)
     assert not any(thread.is_alive() for thread in ours)
 
 
@@ -340,3 +348,60 @@ def test_webdataset_shards_without_an_index_that_may_not_be_written_to(s3, tmp_p
             assert batch[3] == {"__key__": "x3", "txt": content(3).decode(), "cls": 3}
             tried.append(proxy.count("PUT"))
         assert tried[0] == tried[1] >= 1
+
+
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_a_missing_index_is_asked_for_once_while_the_dataset_is_open(s3, tmp_path, driver):
+    """Where it may not be written beside the shard it is kept in `index_dir`; workers and later epochs know that."""
+    plain = s3.open_store("loader-faults")
+    members = [(f"s{i:05d}.bin", content(i)) for i in range(60)]
+    keys = [f"bare-{driver}/{number}.tar" for number in range(3)]
+    for number, key in enumerate(keys):
+        write_shard(plain, key, members[20 * number : 20 * number + 20], index=False)
+    plain.close()
+    proxy, store = through(s3, [Rule("error", method="PUT", path="", status=403, code="AccessDenied")])
+    with proxy, store:
+
+        def asked():
+            return proxy.count("GET", ".idx")
+
+        dataset = from_webdataset(keys, store=store, index_dir=str(tmp_path), group=None)
+        assert len(list(Loader(dataset, batch_size=10, driver=driver))) == 6  # the indexes were made, and asked for meanwhile
+        before = asked()
+        dataset = from_webdataset(keys, store=store, index_dir=str(tmp_path), group=None)
+        loader = Loader(dataset, batch_size=10, driver=driver)
+        for _ in range(2):
+            assert sorted(number for batch in loader for number in numbers(batch)) == list(range(60))
+        for worker in range(2):  # as in processes of their own
+            twin = pickle.loads(pickle.dumps(dataset))
+            assert len(list(Loader(twin, batch_size=10, driver=driver, worker=worker, workers=2))) == 3
+            twin.store.close()
+        assert asked() - before == len(keys)
+
+
+@pytest.mark.parametrize(("driver", "most"), [("pump", 30), ("threads", 20)])
+def test_a_steady_batch_crosses_few_files(s3, driver, most):
+    """Whoever reads what one batch does has to open no more files than these; those of the threads themselves left out."""
+    store = s3.open_store("loader-faults")
+    write_sharded_dataset(store, [(f"s{i:05d}", bytes(20_000)) for i in range(1500)], per_shard=300, manifest="steady.jsonl")
+    root = str(Path(s3loader.__file__).parent)
+    crossed = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            crossed.add(frame.f_code.co_filename[len(root) + 1 :])
+
+    with store:
+        dataset = from_manifest("steady.jsonl", store=store)
+        batches = Loader(dataset, batch_size=8, driver=driver, memory_limit="24MiB").iter_batches()
+        for _ in range(60):
+            next(batches)
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            for _ in range(60):
+                next(batches)
+        finally:
+            sys.setprofile(before)
+        batches.close()
+    assert len(crossed) <= most, " ".join(sorted(crossed))

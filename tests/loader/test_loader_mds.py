@@ -9,6 +9,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
+from s3loader import open_store
 from s3loader.errors import (
     ConfigError,
     FormatError,
@@ -19,7 +20,6 @@ from s3loader.errors import (
     ShardReadError,
 )
 from s3loader.loader import Loader, SampleReader, from_mds, open_dataset
-from s3loader.store.open import open_store
 
 JPEG = b"\xff\xd8 not looked into \xff\xd9"
 

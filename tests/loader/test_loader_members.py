@@ -2,10 +2,10 @@
 
 import pytest
 
+from s3loader import open_store
 from s3loader.errors import ConfigError, IntegrityError, PlanError, ShardReadError
 from s3loader.loader import Loader, SampleReader, from_manifest, from_prefix, from_webdataset, mix_datasets, open_dataset
-from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_shard, write_sharded_dataset
+from s3loader.testing import write_shard, write_sharded_dataset
 
 SAMPLES = 40
 
@@ -97,7 +97,7 @@ def write_index_again(store, key):
     """The index as it was, for the ETag that the archive has now."""
     import dataclasses
 
-    from s3loader.shard.index import index_key, load_index
+    from s3loader.shard import index_key, load_index
 
     index = dataclasses.replace(load_index(store, key), etag=store.head(key).etag)
     store.put(index_key(key), index.to_bytes())

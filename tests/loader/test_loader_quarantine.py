@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from s3loader import open_store
 from s3loader.errors import AccessDeniedError, ConfigError, FormatError
 from s3loader.loader import Loader, Quarantine, Quarantined, from_manifest, from_prefix, mix_datasets, read_quarantine
 from s3loader.loader import quarantine as module
-from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.testing import write_sharded_dataset
 
 SAMPLES = 60
 
@@ -86,7 +86,7 @@ def test_it_is_complete_up_to_the_last_batch_when_the_process_is_killed(dataset,
         """
     )
     argv = [sys.executable, "-c", script, (tmp_path / "data" / "manifest.jsonl").as_uri(), str(tmp_path / "bad")]
-    assert subprocess.run(argv, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(argv, check=False, timeout=600).returncode == -signal.SIGKILL
     assert [entry.sample for entry in read_quarantine(str(tmp_path / "bad"))] == [7, 17, 27, 37]
 
 

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import webdataset
 
+from s3loader import ShardReader, open_store
 from s3loader.errors import ConfigError, ObjectNotFoundError, ShardReadError
-from s3loader.shard import build_index
+from s3loader.shard import build_index, load_index
 from s3loader.shard.foreign import parse_energon, parse_wds2idx, wds2idx_key
-from s3loader.shard.index import load_index
-from s3loader.shard.reader import ShardReader
-from s3loader.store.open import open_store
-from s3loader.store.wrappers.wrapper import Wrapper
+from s3loader.store import ForwardingBackend
 
 
 def write_webdataset(folder: Path, shards: int = 3, samples: int = 5) -> None:
@@ -74,7 +72,7 @@ def test_headers_alone_when_checksums_are_not_wanted() -> None:
     assert load_index(store, "a.tar").crc32c is not None
 
 
-class _Counter(Wrapper):
+class _Counter(ForwardingBackend):
     bytes = 0
 
     def get(self, *args: Any, **options: Any) -> Any:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3loader.errors import ConfigError, ShardReadError
-from s3loader.shard.tar import TarMember, check_member_path, end_of_archive, member_header, unsafe_reason, walk
+from s3loader.shard import TarMember, walk
+from s3loader.shard.tar import check_member_path, end_of_archive, member_header, unsafe_reason
 
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=260).filter(
     lambda path: not path.endswith("/") and unsafe_reason(path) is None
@@ -93,7 +94,7 @@ def test_links_folders_and_devices_are_listed_and_have_no_content() -> None:
             info.linkname = "../../etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
             tar.addfile(info)
     found = members(file.getvalue())
-    assert [m.kind for m in found] == ["dir", "symlink", "hardlink", "device"]
+    assert [m.kind for m in found] == ["dir", "symlink", "hardlink", "fifo"]
     assert found[1].link == "../../etc/passwd"
 
 

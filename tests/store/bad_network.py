@@ -14,7 +14,7 @@ from s3loader.errors import (
 from s3loader.store import ObjectStore
 from s3loader.testing import FaultProxy
 
-ENGINES = ("direct", "obstore", "boto3")
+ENGINES = ("direct", "boto3")
 
 
 IMPATIENT = {"max_attempts": 2, "read_timeout": 0.2, "retry_budget": 5}
@@ -32,7 +32,7 @@ SILENCE = (StoreTimeoutError, StoreConnectionError, TruncatedError)
 Open = Callable[..., tuple[ObjectStore, FaultProxy, ObjectStore]]
 
 
-def in_time(call: Callable[[], Any], seconds: float = 60.0) -> Any:
+def in_time(call: Callable[[], Any], seconds: float = 600.0) -> Any:
     """What `call` returns, or raises; a failure when it hangs."""
     result: list[Any] = []
 

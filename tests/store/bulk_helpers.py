@@ -8,15 +8,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from s3loader import ReadResult
 from s3loader.errors import (
     S3LoaderError,
 )
-from s3loader.store import ObjectStore
-from s3loader.store.base import ReadResult
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.wrappers.fault import Fault, FaultBackend, Moment, Seen
-from s3loader.store.wrappers.prefix import PrefixBackend
-from s3loader.store.wrappers.retry import RetryBackend
+from s3loader.store import MemoryBackend, ObjectStore, Pipeline, RetryPolicy
+from s3loader.testing import Fault, FaultBackend, Moment, Seen
 from s3loader.types import PutRequest, PutResult, ReadRequest
 
 DRIVERS = ("pump", "threads", "auto")
@@ -28,7 +25,7 @@ def make(*faults: Fault, hook: Callable[[Seen, Moment], None] | None = None) -> 
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
@@ -44,8 +41,12 @@ class Engine(MemoryBackend):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.failures: dict[str, list[BaseException]] = {}
-        self.bulk = 0
+        self.by_bulk = 0
         self.closed = 0
+
+    @property
+    def bulk(self) -> Engine:  # type: ignore[override]
+        return self
 
     def read_outcomes(self, requests: Iterable[ReadRequest], **_: Any) -> Iterator[ReadResult | BaseException]:
         return self._outcomes(requests, self._read)
@@ -60,7 +61,7 @@ class Engine(MemoryBackend):
     def _outcomes(self, requests: Iterable[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
         try:
             for request in requests:
-                self.bulk += 1
+                self.by_bulk += 1
                 waiting = self.failures.get(request.key)
                 if waiting:
                     yield waiting.pop(0)
@@ -83,5 +84,5 @@ class Remote(MemoryBackend):
 
 def through(prefix: str = "", **retry: Any) -> tuple[ObjectStore, Engine]:
     engine = Engine(uuid.uuid4().hex)
-    backend: Any = RetryBackend(engine, sleep=lambda _: None, **retry)
-    return ObjectStore(engine.url, PrefixBackend(backend, prefix) if prefix else backend), engine
+    backend = Pipeline(engine, prefix=prefix, retry=RetryPolicy(sleep=lambda _: None, **retry))
+    return ObjectStore(engine.url, backend), engine

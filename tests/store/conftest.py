@@ -76,7 +76,7 @@ def crowded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long one waits between tries is tested elsewhere."""
-    monkeypatch.setattr("s3loader.store.wrappers.retry._BASE", 0.01)
+    monkeypatch.setattr("s3loader.store.retry._BASE", 0.01)
 
 
 @pytest.fixture(params=ENGINES)

@@ -11,10 +11,8 @@ import pytest
 from s3loader.errors import (
     S3LoaderError,
 )
-from s3loader.store import ObjectStore
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.wrappers.fault import Fault, FaultBackend, Seen
-from s3loader.store.wrappers.retry import RetryBackend
+from s3loader.store import MemoryBackend, ObjectStore, Pipeline, RetryPolicy
+from s3loader.testing import Fault, FaultBackend, Seen
 
 
 class Clock:
@@ -44,7 +42,7 @@ def make(
     memory = MemoryBackend(uuid.uuid4().hex)
     broken = FaultBackend(memory, faults, seed=seed, hook=hook)
     clock = Clock()
-    retrying = RetryBackend(broken, max_attempts=max_attempts, budget=budget, clock=clock, sleep=clock.sleep, jitter=jitter)
+    retrying = Pipeline(broken, retry=RetryPolicy(max_attempts, budget, clock, clock.sleep, jitter))
     return ObjectStore(memory.url, retrying), memory, broken, clock
 
 

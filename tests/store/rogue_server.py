@@ -1,4 +1,4 @@
-"""A tiny S3 server for the direct engine's tests, which misbehaves when told to."""
+"""A tiny S3 server for the tests of our S3 client, which misbehaves when told to."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+from xml.sax.saxutils import escape
 
+from s3loader import StoreOptions
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
-from s3loader.errors import ObjectNotFoundError
-from s3loader.store.direct import DirectBackend
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.options import StoreOptions
-from s3loader.types import Buffer, ObjectMeta, PartResult, PutMode, PutResult
+from s3loader.store.s3 import S3Backend
 
 DATA = random.Random(5).randbytes(300_000)
 
@@ -39,7 +38,11 @@ class Request:
 
     @property
     def key(self) -> str:
-        return unquote(self.path.partition("?")[0]).removeprefix("/bucket/")
+        return unquote(self.path.partition("?")[0]).removeprefix("/bucket").removeprefix("/")
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.path.partition("?")[2], keep_blank_values=True))
 
 
 @dataclass
@@ -125,8 +128,7 @@ class RogueServer:
         try:
             if self._context is not None:
                 sock = self._context.wrap_socket(sock, server_side=True)
-            with sock:
-                file = sock.makefile("rb")
+            with sock, sock.makefile("rb") as file:
                 while (request := self._read(file, number)) is not None:
                     self.requests.append(request)
                     fault = self.fault(request)
@@ -138,7 +140,6 @@ class RogueServer:
                     sock.sendall(reply.raw())
                     if not reply.keep:
                         break
-                file.close()
         except OSError:
             pass
         finally:
@@ -158,12 +159,54 @@ class RogueServer:
         body = file.read(int(headers.get("content-length", "0")))  # type: ignore[attr-defined]
         return Request(method, path, headers, body, number)
 
+    def _document(self, request: Request) -> bytes | None:
+        """The XML of verbs that answer by one; None: it is another verb."""
+        query, method = request.query, request.method
+        if method == "GET" and "list-type" in query:
+            rows = (
+                f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>&quot;{self.etag(key)}&quot;</ETag></Contents>"
+                for key, data in sorted(self.objects.items())
+            )
+            return f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(rows)}</ListBucketResult>".encode()
+        if method == "GET" and "uploads" in query:
+            return b"<ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>"
+        if method == "GET" and "uploadId" in query:
+            return b"<ListPartsResult><IsTruncated>false</IsTruncated></ListPartsResult>"
+        if method == "POST" and "delete" in query:
+            for key in re.findall(r"<Key>([^<]*)</Key>", request.body.decode()):
+                self.objects.pop(key, None)
+            return b"<DeleteResult></DeleteResult>"
+        if method == "POST" and "uploads" in query:
+            return b"<InitiateMultipartUploadResult><UploadId>id</UploadId></InitiateMultipartUploadResult>"
+        if method == "POST":
+            self.objects[request.key] = b"made of parts"
+            etag = self.etag(request.key)
+            return f"<CompleteMultipartUploadResult><ETag>&quot;{etag}&quot;</ETag></CompleteMultipartUploadResult>".encode()
+        source = request.headers.get("x-amz-copy-source")
+        if method == "PUT" and source is not None:
+            if "uploadId" in query:
+                return b"<CopyPartResult><ETag>&quot;part&quot;</ETag></CopyPartResult>"
+            self.objects[request.key] = self.objects[unquote(source).removeprefix("/bucket/")]
+            return f"<CopyObjectResult><ETag>&quot;{self.etag(request.key)}&quot;</ETag></CopyObjectResult>".encode()
+        return None
+
     def _reply(self, request: Request) -> Reply:
         reply = Reply(headers=[("Server", "rogue"), ("Accept-Ranges", "bytes")])
+        if request.method in ("PUT", "POST") or request.query:
+            found = self._document(request)
+            if found is not None:
+                reply.body = found
+                return reply.set("Content-Length", str(len(found))).set("Content-Type", "application/xml")
+        if request.method == "DELETE":
+            self.objects.pop(request.key, None)
+            reply.status = "204 No Content"
+            return reply
         if request.method == "PUT":
             self.objects[request.key] = request.body
             return reply.set("ETag", f'"{self.etag(request.key)}"').set("Content-Length", "0")
         data = self.objects.get(request.key)
+        if data is not None and request.method == "HEAD":
+            return reply.set("ETag", f'"{self.etag(request.key)}"').set("Content-Length", str(len(data)))
         if data is None:
             return Reply("404 Not Found", [("Content-Length", "9")], b"not found")
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
@@ -180,70 +223,27 @@ class RogueServer:
         return reply.set("ETag", f'"{self.etag(request.key)}"').set("Content-Length", str(len(body)))
 
 
-class General(MemoryBackend):
-    """The general engine of these tests: in memory, over the objects of a `RogueServer`; keeps count."""
-
-    def __init__(self, server: RogueServer) -> None:
-        super().__init__("rogue")
-        self.server = server
-        self.asked: list[str] = []
-        self.engine_name = "memory"
-
-    @property
-    def engine(self) -> str:
-        return self.engine_name
-
-    def _load(self, key: str) -> tuple[bytes, str]:
-        if key not in self.server.objects:
-            raise ObjectNotFoundError("there is no such object", op="get", url=f"{self.url}/{key}")
-        return self.server.objects[key], self.server.etag(key)
-
-    def get(
-        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
-    ) -> tuple[ObjectMeta, Buffer]:
-        self.asked.append(key)
-        data, etag = self._load(key)
-        return ObjectMeta(key, len(data), etag), data[start:end]
-
-    def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        self.asked.append(key)
-        data, etag = self._load(key)
-        buffer[:] = data[start : start + len(buffer)]
-        return ObjectMeta(key, len(data), etag)
-
-    def put(
-        self,
-        key: str,
-        data: Buffer,
-        *,
-        mode: PutMode = "overwrite",
-        content_type: str | None = None,
-        metadata: object = None,
-    ) -> PutResult:
-        self.asked.append(key)
-        self.server.objects[key] = bytes(data)
-        return PutResult(key, "general", len(data))
-
-    def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
-        self.asked.append(key)
-        return PartResult(number, "general", len(data))
-
-
-def direct(
-    server: RogueServer, *, ca_bundle: str | None = None, read_timeout: float = 10.0, unsigned: bool = False
-) -> tuple[DirectBackend, General]:
-    """A direct backend for `server`, and the general engine it has."""
+def s3_backend(
+    server: RogueServer,
+    *,
+    ca_bundle: str | None = None,
+    unsigned: bool = False,
+    token: str | None = None,
+    tls_reader: Any = None,
+    **options: Any,
+) -> S3Backend:
+    """Our S3 client on `server`, without retries around it."""
     settings = S3Settings(
         endpoint_url=server.endpoint_url,
         aws_access_key_id=KEY_ID,
         aws_secret_access_key=SECRET,
+        aws_session_token=token,
         addressing_style="path",
         ca_bundle=ca_bundle,
     )
-    general = General(server)
     source = CredentialsSource(settings, unsigned=unsigned)
-    options = StoreOptions(read_timeout=read_timeout, connect_timeout=5)
-    return DirectBackend(Endpoint.from_settings(settings, "bucket"), source, general, options), general
+    chosen = StoreOptions(**{"read_timeout": 10, "connect_timeout": 5, **options})
+    return S3Backend(Endpoint.from_settings(settings, "bucket"), source, chosen, tls_reader=tls_reader)
 
 
 # -- ways to misbehave: those that still are a right answer, and those that are not ------------------

@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 from forking import in_child
 
+from s3loader import AsyncObjectStore, ReadFailure
 from s3loader.errors import ClosedError, ObjectExistsError, ObjectNotFoundError
-from s3loader.store import ObjectStore, open_store
-from s3loader.store.aio import AsyncObjectStore
-from s3loader.store.bulk import ReadFailure
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.wrappers.fault import FaultBackend, Moment, Seen
+from s3loader.store import MemoryBackend, ObjectStore, open_store
+from s3loader.testing import FaultBackend, Moment, Seen
 from s3loader.types import PutRequest, ReadRequest, Update
 
 
@@ -28,14 +26,15 @@ def store() -> Any:
         yield store
 
 
-def threads() -> int:
-    return sum(thread.name.startswith("s3loader-aio") for thread in threading.enumerate())
+def threads() -> set[threading.Thread]:
+    """Those of async calls, of all stores of this process."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("s3loader-aio")}
 
 
 def test_every_verb_has_its_twin() -> None:
     """With the same arguments and the same documentation."""
     for name, verb in inspect.getmembers(ObjectStore, inspect.isfunction):
-        if name.startswith("_"):
+        if name.startswith("_") or name in ("below", "open_ahead", "network"):  # these ask for nothing
             continue
         twin = getattr(AsyncObjectStore, name)
         assert inspect.signature(twin) == inspect.signature(verb) or name == "open", name
@@ -76,7 +75,7 @@ def test_errors_come_behind_what_came_before_them(store: ObjectStore) -> None:
 
 def test_writer_and_reader(store: ObjectStore) -> None:
     async def main() -> None:
-        async with store.aio.multipart("k", part_size=10) as writer:
+        async with store.aio.multipart("k", part_size="10B") as writer:
             assert await writer.write(b"0123456789" * 3) == 30
             writer.reserve(5)[:] = b"hello"
             await writer.commit(5)
@@ -85,7 +84,7 @@ def test_writer_and_reader(store: ObjectStore) -> None:
         assert writer.result is not None
         assert writer.result.size == 35
         with pytest.raises(KeyError):  # noqa: PT012 - the block is the test
-            async with store.aio.multipart("no", part_size=10) as writer:
+            async with store.aio.multipart("no", part_size="10B") as writer:
                 await writer.write(bytes(25))
                 raise KeyError
         assert not await store.aio.exists("no")
@@ -107,7 +106,7 @@ def test_calls_run_side_by_side() -> None:
 
     def hook(seen: Seen, moment: Moment) -> None:
         if seen.op == "head" and moment == "before":
-            meeting.wait(30)
+            meeting.wait(600)
 
     with ObjectStore("memory://", FaultBackend(MemoryBackend(uuid.uuid4().hex), hook=hook)) as store:
         store.put("k", b"x")
@@ -126,7 +125,7 @@ def test_a_cancelled_iteration_is_closed() -> None:
     def hook(seen: Seen, moment: Moment) -> None:
         if seen.op == "get" and len(seen.key) > 1 and moment == "before":
             stuck.set()
-            assert release.wait(30)
+            assert release.wait(600)
 
     closed = threading.Event()
     with ObjectStore("memory://", FaultBackend(MemoryBackend(uuid.uuid4().hex), hook=hook)) as store:
@@ -153,14 +152,16 @@ def test_a_cancelled_iteration_is_closed() -> None:
                 await task
 
         asyncio.run(main())
-        assert closed.wait(30)
+        assert closed.wait(600)
 
 
 def test_close_ends_the_threads(store: ObjectStore, tmp_path: Path) -> None:
+    before = threads()  # other tests of this process keep stores open
+
     async def main() -> None:
         other = open_store(tmp_path)
         await other.aio.put("k", b"x")
-        assert threads() > 0
+        assert threads() - before
         await other.aio.close()
         with pytest.raises(ClosedError):
             await other.aio.get("k")
@@ -170,10 +171,9 @@ def test_close_ends_the_threads(store: ObjectStore, tmp_path: Path) -> None:
     store.close()
     with open_store(tmp_path) as third:
         asyncio.run(third.aio.get("k"))  # type: ignore[arg-type]
-    for thread in threading.enumerate():
-        if thread.name.startswith("s3loader-aio"):
-            thread.join(20)
-    assert threads() == 0
+    for thread in threads() - before:
+        thread.join(600)
+    assert threads() <= before
 
 
 def test_a_forked_child_has_threads_of_its_own(store: ObjectStore) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("action", ["truncate", "reset", "stall", "refuse", "drop_reply"])
 def test_a_read_that_breaks_once_is_whole_in_the_end(through: Open, action: Any) -> None:
     rule = Rule(action, method="GET", path="/k$", times=0)
-    store, _, _ = through(rule, read_timeout=0.3 if action == "stall" else 10, max_attempts=8)
+    store, _, _ = through(rule, read_timeout=0.3 if action == "stall" else 300, max_attempts=8)
     for verb, read in READS.items():
         rule.times = rule.fired + 1
         assert in_time(lambda read=read: read(store)) == DATA, verb  # type: ignore[misc]
@@ -67,8 +67,7 @@ def test_odd_answers_give_the_right_bytes_or_an_error(through: Open, what: str) 
 
 @pytest.mark.parametrize("kind", ["ministack", "rclone"])
 def test_an_object_that_changes_between_two_ranges(through: Open, engine: str, kind: ServerKind) -> None:
-    """Also on a server that ignores If-Match: the ETag that came is checked. (rclone answers a range with 200,
-    which obstore does not take: both are asked for anew, and are the new object's.)"""
+    """Also on a server that ignores If-Match: the ETag that came is checked."""
     first = Rule("hold_reply", method="GET", path="/k$", nth=1)
     second = Rule("hold", method="GET", path="/k$", nth=1)  # of those that the first rule leaves
     store, _, plain = through(first, second, kind=kind)
@@ -82,16 +81,14 @@ def test_an_object_that_changes_between_two_ranges(through: Open, engine: str, k
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    assert first.reached.wait(30)
-    assert second.reached.wait(30)
+    assert first.reached.wait(600)
+    assert second.reached.wait(600)
     plain.put("k", DATA[::-1])
     first.release.set()
     second.release.set()
-    thread.join(30)
+    thread.join(600)
     assert not thread.is_alive()
-    new = DATA[::-1]
-    anew = [new[:10], new[50_000:50_010]]
-    assert outcome == [anew if (engine, kind) == ("obstore", "rclone") else ObjectChangedError]
+    assert outcome == [ObjectChangedError]
 
 
 def test_an_iterator_left_while_the_server_is_silent(through: Open) -> None:
@@ -102,11 +99,11 @@ def test_an_iterator_left_while_the_server_is_silent(through: Open) -> None:
     requests = [ReadRequest("k", 0, len(DATA)), *(ReadRequest("silent", 0, len(DATA)) for _ in range(30))]
     results = store.read_many(requests, max_bytes=4 * len(DATA), concurrency=4, driver="threads")
     assert bytes(in_time(lambda: next(results)).data) == DATA
-    assert rule.reached.wait(30)
+    assert rule.reached.wait(600)
     in_time(results.close)  # type: ignore[attr-defined]
     in_time(store.close)
     rule.release.set()
     ours = {thread for thread in threading.enumerate() if "fault-proxy" not in thread.name} - before
     for thread in ours:
-        thread.join(30)
+        thread.join(600)
     assert not [thread for thread in ours if thread.is_alive()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 from urllib.parse import quote, quote_plus
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from s3loader.config import S3Settings
 from s3loader.errors import AccessDeniedError, StoreError, UnavailableError
 from s3loader.store.boto3.engine import Boto3Backend
-from s3loader.store.boto3.listing import entries_of, parse_page, read_pages_ourselves
+from s3loader.store.boto3.listing import entries_of, read_pages_ourselves
+from s3loader.store.s3.xml import read_page
 from s3loader.types import CommonPrefix, ObjectMeta
 
 LOCAL = S3Settings(endpoint_url="http://127.0.0.1:9", aws_access_key_id="K", aws_secret_access_key="S")
@@ -132,4 +134,4 @@ def test_what_is_no_page_is_an_error(status: int, body: bytes, kind: type[StoreE
 
 def test_a_page_without_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match="without"):
-        parse_page(b"<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>")
+        read_page(ElementTree.fromstring("<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>"))

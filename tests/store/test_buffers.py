@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3loader.store.buffers import BufferPool, shared_pool
+from s3loader.store.buffers import BufferPool, aligned_block, shared_pool
 
 
 def address(view: memoryview) -> int:
@@ -43,6 +43,18 @@ def test_sizes() -> None:
         view = pool.lease(size)
         assert size <= len(view) <= max(4096, size * 9 // 8 + 1)
         view[:] = b"\1" * len(view)
+
+
+def test_every_buffer_starts_on_a_64_byte_boundary() -> None:
+    """1-31 bytes into a page the kernel's copy is 3-4 times slower on a large part of all processors."""
+    pool = BufferPool()
+    for size in (1, 4096, 5000, 40_000, 100_000, 1 << 20, 9_000_000):
+        views = [pool.lease(size) for _ in range(5)]
+        assert not any(address(view) % 64 for view in views)
+        del views
+        assert address(pool.lease(size)) % 64 == 0  # one that was used before
+    assert len(aligned_block(0)) == 0
+    assert address(memoryview(aligned_block(777))) % 64 == 0
 
 
 def test_steady_use_circulates_few_buffers() -> None:

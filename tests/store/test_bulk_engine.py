@@ -12,16 +12,13 @@ from typing import Any
 import pytest
 from bulk_helpers import Engine, through
 
+from s3loader import PutFailure, ReadFailure, ReadResult
 from s3loader.errors import (
     ObjectNotFoundError,
     UnavailableError,
 )
-from s3loader.store import ObjectStore, open_store
-from s3loader.store.base import ReadResult
-from s3loader.store.bulk import PutFailure, ReadFailure
-from s3loader.store.wrappers.fault import Fault, FaultBackend
-from s3loader.store.wrappers.limit import LimitBackend
-from s3loader.store.wrappers.retry import RetryBackend
+from s3loader.store import ObjectStore, Pipeline, RateLimit, RetryPolicy, open_store
+from s3loader.testing import Fault, FaultBackend
 from s3loader.types import PutRequest, PutResult, ReadRequest
 
 
@@ -35,7 +32,7 @@ def test_an_engine_is_handed_everything(prefix: str) -> None:
     results = list(store.read_many(reads))
     assert [bytes(r.data) for r in results] == [b"3", b"1", b"1", b"0"]
     assert [r.request for r in results] == reads
-    assert engine.bulk == 9
+    assert engine.by_bulk == 9
     assert engine.closed == 2
 
 
@@ -66,7 +63,7 @@ def test_its_try_counts() -> None:
     """The engine's own try is the first of the request's: there is a wait behind it, and one less to come."""
     waits: list[float] = []
     engine = Engine(uuid.uuid4().hex)
-    broken: Any = RetryBackend(engine, max_attempts=3, sleep=waits.append)
+    broken: Any = Pipeline(engine, retry=RetryPolicy(3, sleep=waits.append))
     store = ObjectStore("memory://", broken)
     engine.failures = {"k": [UnavailableError("for now")]}
     calls = 0
@@ -94,7 +91,7 @@ def test_conditional_puts_go_the_general_way() -> None:
     """They need a write id, which the bulk verbs do not carry."""
     store, engine = through("p/")
     store.put("taken", b"theirs")
-    engine.bulk = 0
+    engine.by_bulk = 0
     requests = [
         PutRequest("a", b"1"),
         PutRequest("b", b"2", mode="create"),
@@ -104,7 +101,7 @@ def test_conditional_puts_go_the_general_way() -> None:
     ]
     results = list(store.put_many(requests, errors="return"))
     assert [type(r) for r in results] == [PutResult, PutResult, PutFailure, PutResult, PutResult]
-    assert engine.bulk == 3
+    assert engine.by_bulk == 3
     assert store.head("b").metadata
     assert store.get("taken") == b"theirs"
 
@@ -118,11 +115,10 @@ def test_an_engine_keeps_to_the_rate() -> None:
         clock[0] += seconds
 
     engine = Engine(uuid.uuid4().hex)
-    limited = LimitBackend(engine, 10.0, clock=lambda: clock[0], sleep=sleep)
-    store = ObjectStore("memory://", RetryBackend(limited))
+    store = ObjectStore("memory://", Pipeline(engine, limit=RateLimit(10.0, clock=lambda: clock[0], sleep=sleep)))
     engine.put("k", b"x")
     assert len(list(store.get_many(["k"] * 11))) == 11
-    assert engine.bulk == 11
+    assert engine.by_bulk == 11
     assert sum(waits) == pytest.approx(1.0)
     store.get("k")
     assert sum(waits) == pytest.approx(1.1)
@@ -151,10 +147,10 @@ def test_faults_see_every_request_of_a_bulk_call() -> None:
     """Around an engine with bulk verbs the fault layer is no hole."""
     engine = Engine(uuid.uuid4().hex)
     broken = FaultBackend(engine, [Fault("unavailable", op="get", nth=2)])
-    store = ObjectStore("memory://", RetryBackend(broken, sleep=lambda _: None))
+    store = ObjectStore("memory://", Pipeline(broken, retry=RetryPolicy(sleep=lambda _: None)))
     engine.put("k", b"x")
     assert len(list(store.get_many(["k"] * 4, driver="pump"))) == 4
-    assert engine.bulk == 0
+    assert engine.by_bulk == 0
     assert len(broken.seen) == 5
 
 

@@ -52,7 +52,7 @@ def test_static_keys_need_no_botocore() -> None:
         "assert type(c.secret_access_key) is str\n"
         "assert not {'botocore', 'boto3', 'obstore', 'numpy'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_environment_keys_of_aws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,11 @@ def test_fork_while_a_thread_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def hold() -> None:
         with source._process.lock:
             held.set()
-            release.wait(60)
+            release.wait(600)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(60)
+    assert held.wait(600)
 
     def work() -> None:
         keys = source()

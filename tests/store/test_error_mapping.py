@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import botocore.exceptions as boto
 import pytest
@@ -17,19 +17,26 @@ from botocore.stub import Stubber
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3loader import StoreOptions
 from s3loader import errors as e
 from s3loader.config import S3Settings
+from s3loader.store import Backend
 from s3loader.store.boto3.engine import Boto3Backend
 from s3loader.store.client_errors import from_botocore, from_obstore
-from s3loader.store.obstore.s3 import ObstoreS3Backend
-from s3loader.store.options import StoreOptions
+from s3loader.store.engine_choice import open_backend
 from s3loader.store.s3errors import Condition, Where, from_response, from_status, parse_error
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind
-from s3loader.types import PartResult, Update
+from s3loader.types import ObjectURL, PartResult, Update
 
 WHERE = Where("get", "s3://b/img_404.jpg")
-ENGINES = {"boto3": Boto3Backend, "obstore": ObstoreS3Backend}
-Engine = type[Boto3Backend]
+
+
+def our_client(bucket: str, settings: S3Settings, *, options: StoreOptions | None = None) -> Backend:
+    return open_backend(ObjectURL.parse(f"s3://{bucket}"), settings, options=options)
+
+
+Engine: TypeAlias = Callable[..., Backend]
+ENGINES: dict[str, Engine] = {"boto3": Boto3Backend, "direct": our_client}
 
 
 def document(code: str, message: str = "Why not", **more: str) -> bytes:
@@ -242,8 +249,8 @@ def settings_for(url: str, **more: Any) -> S3Settings:
     return S3Settings(endpoint_url=url, aws_access_key_id="S3LOADERTESTING00001", aws_secret_access_key="x" * 40, **more)
 
 
-def backend(engine: Engine, url: str, **more: Any) -> Boto3Backend:
-    return engine("b-bucket", settings_for(url, **more), options=StoreOptions(connect_timeout=2, read_timeout=2))
+def backend(engine: Engine, url: str, **more: Any) -> Backend:
+    return engine("b-bucket", settings_for(url, **more), options=StoreOptions(connect_timeout=300, read_timeout=300))
 
 
 def test_nothing_listens(engine: Engine) -> None:
@@ -266,7 +273,7 @@ def test_a_host_that_lets_nobody_in_was_sent_nothing(engine: Engine) -> None:
             knock = stack.enter_context(socket.socket())
             knock.setblocking(False)
             knock.connect_ex(full.getsockname())
-        options = StoreOptions(connect_timeout=0.3, read_timeout=10)
+        options = StoreOptions(connect_timeout=0.3, read_timeout=300)
         store = engine("b-bucket", settings_for(f"http://127.0.0.1:{full.getsockname()[1]}"), options=options)
         with pytest.raises(e.StoreTimeoutError, match="no connection in time") as caught:
             store.put("k", b"x")
@@ -279,7 +286,7 @@ def test_nobody_answers(engine: Engine) -> None:
         store = engine(
             "b-bucket",
             settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"),
-            options=StoreOptions(connect_timeout=2, read_timeout=0.3),
+            options=StoreOptions(connect_timeout=300, read_timeout=0.3),
         )
         with pytest.raises(e.StoreTimeoutError) as caught:
             store.get("img_404.jpg")

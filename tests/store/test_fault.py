@@ -20,8 +20,8 @@ from s3loader.errors import (
     TruncatedError,
     UnavailableError,
 )
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.wrappers.fault import Fault, FaultBackend, Seen
+from s3loader.store import MemoryBackend
+from s3loader.testing import Fault, FaultBackend, Seen
 
 
 def make(*faults: Fault, **options: Any) -> FaultBackend:
@@ -135,8 +135,7 @@ def test_the_hook_sees_before_and_after() -> None:
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_killed_at_a_request(tmp_path: Any, number: int) -> None:
     """The hook as tests of commits use it: a process dies at its request n, before or after it is done."""
-    from s3loader.store import ObjectStore
-    from s3loader.store.local.backend import LocalBackend
+    from s3loader.store import LocalBackend, ObjectStore
 
     def die(seen: Seen, moment: str) -> None:
         if (2 * seen.number - (moment == "before")) == number:

@@ -78,7 +78,7 @@ def test_pickled_to_a_process(tmp_path: Path, method: str) -> None:
     child = context.Process(target=_read, args=(store, answers))
     child.start()
     assert answers.get() == [b"1", b"2"]
-    child.join(30)
+    child.join(600)
     assert child.exitcode == 0
     child.close()
     answers.close()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import s3loader.store.direct.head as head_module
-from s3loader.store.direct.head import MAX_HEAD, Head, OddAnswer, check_read, parse_head
+import s3loader.store.s3.head as head_module
+from s3loader.store.s3.head import MAX_HEAD, Head, UnexpectedResponse, check_read, parse_head
 
 GOOD = (
     b'HTTP/1.1 206 Partial Content\r\nServer: s\r\nETag: "e-1"\r\nContent-Length: 10\r\n'
@@ -29,7 +29,7 @@ def test_fields() -> None:
     other = parse_head(
         head("content-LENGTH:  7 ", 'Etag: W/"x"', "connection: Keep-Alive, CLOSE", "x-amz-checksum-crc32c: AA==")
     )
-    assert (other.length, other.etag, other.keep_alive, other.checksum, other.size) == (7, 'W/"x"', False, "AA==", -1)
+    assert (other.length, other.etag, other.keep_alive, other.checksum, other.size) == (7, "x", False, "AA==", -1)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_many_different_lines_are_forgotten_again() -> None:
     ],
 )
 def test_odd_heads(raw: bytes) -> None:
-    with pytest.raises(OddAnswer):
+    with pytest.raises(UnexpectedResponse):
         parse_head(raw)
 
 
@@ -125,10 +125,10 @@ def test_only_what_was_asked_for_is_taken(
     found = parse_head(head(*lines, status=f"{status} X"))
     try:
         check_read(found, start, end, if_match)
-    except OddAnswer:
+    except UnexpectedResponse:
         return
     assert status in (200, 206)
-    assert if_match is None or etag == '"a"'
+    assert if_match is None or etag in ('"a"', 'W/"a"')  # a proxy marks an ETag weak; the bytes are the same
     if said is not None:
         first, last, size = said
         assert first == start
@@ -161,7 +161,7 @@ def test_any_change_of_a_byte_is_refused_or_harmless(data: st.DataObject) -> Non
     try:
         found: Head = parse_head(bytes(raw) + b"\r\n\r\n")
         check_read(found, 5, 15, "e-1")
-    except OddAnswer:
+    except UnexpectedResponse:
         return
     values = found.headers()
     assert (found.length, values["content-length"]) == (10, "10")

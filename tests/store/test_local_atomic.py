@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 
 from s3loader.errors import NoSpaceError, ObjectChangedError, ObjectExistsError, S3LoaderError
-from s3loader.store import open_store
+from s3loader.store import LocalBackend, open_store
 from s3loader.store.local import files as _files
-from s3loader.store.local.backend import LocalBackend
 from s3loader.store.local.files import TempFile
 from s3loader.types import Update
 
@@ -51,7 +50,7 @@ def test_a_killed_writer_leaves_the_old_object(tmp_path: Path, named: bool) -> N
         def slow(self, data):
             write(self, data[: len(data) // 2])
             print("half", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
         _files.TempFile.write = slow
         LocalBackend(sys.argv[1]).put("a/k", b"new" * 100_000)
         """,
@@ -98,7 +97,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         store = open_store(root)
         store.put("d/k", b"old", metadata={"a": "a"})
         child = run_child(code, str(root), str(step))
-        child.wait(60)
+        child.wait(600)
         assert child.stdout is not None
         child.stdout.close()
         found = store.get("d/k")
@@ -117,7 +116,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
 
 def _add_many(path: str, count: int, barrier: Any) -> None:
     store = open_store(path)
-    barrier.wait(30)
+    barrier.wait(600)
     for _ in range(count):
         while True:
             meta = store.head("counter")
@@ -132,7 +131,7 @@ def _three_at_once(context: Any, work: Callable[..., None], *args: Any) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(600)
         assert child.exitcode == 0
         child.close()
 
@@ -150,7 +149,7 @@ def test_updates_of_many_processes_lose_nothing(tmp_path: Path) -> None:
 def _create(path: str, barrier: Any, winners: Any) -> None:
     store = open_store(path)
     for i in range(10):
-        barrier.wait(30)
+        barrier.wait(600)
         with contextlib.suppress(ObjectExistsError):
             store.put(f"race/{i}", str(os.getpid()).encode(), mode="create")
             winners.put((i, os.getpid()))
@@ -186,7 +185,7 @@ def test_overwrites_respect_the_lock(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert child.poll() is None
     assert child.stdout.readline() == "done\n"
-    child.wait(30)
+    child.wait(600)
     child.stdout.close()
     assert bytes(backend.get("k")[1]) == b"theirs"
 
@@ -196,13 +195,13 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     with _files.locked(os.fsencode(tmp_path), exclusive=True):
         pid = os.fork()
         if pid == 0:
-            time.sleep(60)
+            time.sleep(3600)
             os._exit(0)
     try:
         backend = LocalBackend(str(tmp_path))
         old = backend.put("k", b"x")
         signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the lock is still held"))
-        signal.alarm(10)
+        signal.alarm(600)
         backend.put("k", b"y", mode=Update(old.etag))
         signal.alarm(0)
     finally:

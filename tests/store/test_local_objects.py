@@ -17,9 +17,7 @@ from s3loader.errors import (
     TruncatedError,
     UnsupportedOperationError,
 )
-from s3loader.store import open_store
-from s3loader.store.local.backend import LocalBackend
-from s3loader.store.memory import MemoryBackend
+from s3loader.store import LocalBackend, MemoryBackend, open_store
 
 
 def test_each_replacement_has_its_own_etag(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_metadata_in_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert store.get("k") == b"x", "nothing was half done"
     store.put("k", b"z", content_type="text/plain")  # a type is a comfort, not data
     store.put("new", b"z", mode="create")  # nor is our own write id
-    with store.multipart("parts", part_size=10) as writer:
+    with store.multipart("parts", part_size="10B") as writer:
         writer.write(bytes(25))
     assert not open_store(tmp_path / "sub").capabilities().metadata
 

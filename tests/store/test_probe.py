@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 
 from s3loader import events
-from s3loader.errors import AccessDeniedError, ObjectChangedError, ObjectNotFoundError, UnsupportedOperationError
-from s3loader.store import ObjectStore, StoreOptions, open_store
-from s3loader.store.memory import MemoryBackend
+from s3loader.errors import (
+    AccessDeniedError,
+    IntegrityError,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    S3LoaderError,
+    UnsupportedOperationError,
+)
+from s3loader.store import MemoryBackend, ObjectStore, Pipeline, RateLimit, RetryPolicy, open_store
 from s3loader.store.probe import conditional_writes, probe
-from s3loader.store.wrappers.fault import Fault, FaultBackend
-from s3loader.store.wrappers.observed import ObservedBackend
-from s3loader.store.wrappers.retry import RetryBackend
+from s3loader.testing import Fault, FaultBackend, FaultProxy, Rule, Server, server
 from s3loader.types import Buffer, Capabilities, DeleteFailure, ObjectMeta, PartResult, PutMode, PutRequest, PutResult, Update
 
 FULL = Capabilities(
@@ -68,7 +73,7 @@ class Ignorant(MemoryBackend):
 def test_each_ability_is_found_by_itself(can: str) -> None:
     backend = Ignorant(can)
     expected = Capabilities(**{name: name == can for name in ABILITIES})
-    assert probe(RetryBackend(backend)) == expected
+    assert probe(Pipeline(backend)) == expected
     assert list(backend.list()) == []
     assert list(backend.list_multipart()) == []
 
@@ -129,7 +134,7 @@ def test_conditions_are_found_by_themselves(can: str) -> None:
     seen: list[events.OpEvent] = []
     stop = events.subscribe(seen.append)
     try:
-        assert conditional_writes(ObservedBackend(RetryBackend(backend)), None) is (can == "create update")
+        assert conditional_writes(Pipeline(backend), None) is (can == "create update")
     finally:
         stop()
     assert len(seen) <= 6
@@ -166,7 +171,7 @@ def test_conditions_are_asked_once_per_bucket(caplog: pytest.LogCaptureFixture) 
         assert store.conditional_writes()
         assert open_store(url + "2").conditional_writes()
         assert seen == []
-        alone = ObjectStore("memory://alone", ObservedBackend(MemoryBackend(uuid.uuid4().hex)))
+        alone = ObjectStore("memory://alone", Pipeline(MemoryBackend(uuid.uuid4().hex)))
         assert alone.conditional_writes()
         assert len(seen) == 6
         assert alone.conditional_writes()
@@ -201,7 +206,7 @@ def test_it_is_asked_once_per_root() -> None:
 
 
 def watched(*faults: Fault) -> tuple[ObjectStore, list[events.OpEvent], Any]:
-    backend = RetryBackend(ObservedBackend(FaultBackend(MemoryBackend(uuid.uuid4().hex), faults)), sleep=lambda _: None)
+    backend = Pipeline(FaultBackend(MemoryBackend(uuid.uuid4().hex), faults), retry=RetryPolicy(sleep=lambda _: None))
     seen: list[events.OpEvent] = []
     return ObjectStore("memory://", backend), seen, events.subscribe(seen.append)
 
@@ -257,7 +262,9 @@ def test_a_listing_left_early_is_an_event() -> None:
 
 def test_waits_for_the_rate_are_events() -> None:
     seen: list[events.OpEvent] = []
-    store = open_store(f"memory://{uuid.uuid4().hex}", options=StoreOptions(max_requests_per_second=200))
+    slept: list[float] = []
+    limit = RateLimit(200, clock=lambda: 7.0 + sum(slept), sleep=slept.append)
+    store = ObjectStore("memory://", Pipeline(MemoryBackend(uuid.uuid4().hex), limit=limit))
     stop = events.subscribe(seen.append)
     try:
         for _ in range(4):
@@ -265,8 +272,8 @@ def test_waits_for_the_rate_are_events() -> None:
     finally:
         stop()
     waits = [e for e in seen if e.op == "WAIT"]
-    assert len(waits) == 3
-    assert all(e.end > e.start for e in waits)
+    assert len(waits) == len(slept) == 3
+    assert all(e.end >= e.start for e in waits)
 
 
 def test_the_whole_key_is_told() -> None:
@@ -279,3 +286,43 @@ def test_the_whole_key_is_told() -> None:
     finally:
         stop()
     assert [e.url for e in seen] == [f"{url}/k"]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Server]:
+    with server("ministack") as running:
+        yield running
+
+
+OPTIONS: dict[str, Any] = {"error": {"status": 503, "code": "SlowDown"}, "done_error": {"status": 500, "forward": True}}
+
+
+@pytest.mark.parametrize("action", ["refuse", "drop_reply", "error", "done_error", "truncate", "flip"])
+def test_a_network_that_fails_never_decides_whether_conditions_hold(s3: Server, action: str) -> None:
+    """Each of the probe's requests is struck, alone and with many that follow: what is found is the truth, or an error."""
+    kind: Any = "error" if action == "done_error" else action
+    for number, row in ((number, row) for number in itertools.count(1) for row in (1, 9)):
+        rules = [Rule(kind, nth=nth, **OPTIONS.get(action, {})) for nth in range(number, number + row)]
+        with FaultProxy(s3.endpoint_url, rules) as proxy:
+            store = s3.open_store(s3.bucket(), endpoint_url=proxy.endpoint_url)
+            store.backend.retry = RetryPolicy(sleep=lambda _: None)  # type: ignore[attr-defined]
+            try:
+                assert store.conditional_writes(), (number, row)
+            except S3LoaderError as error:
+                assert row > 1, error  # noqa: PT017
+            if not any(rule.fired for rule in rules):
+                break
+    assert number > 4
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "throttled", "timeout", "refused", "reset", "drop_reply", "truncate", "flip"])
+def test_a_network_that_fails_never_decides_what_a_store_can_do(kind: Any) -> None:
+    for number in itertools.count(1):
+        faulty = FaultBackend(MemoryBackend(uuid.uuid4().hex), [Fault(kind, nth=number)])
+        try:
+            assert probe(Pipeline(faulty, retry=RetryPolicy(sleep=lambda _: None))) == FULL, number
+        except IntegrityError:  # of what was damaged on its way to the store
+            assert kind == "flip"
+        if all(seen.fault is None for seen in faulty.seen):
+            break
+    assert number > 20

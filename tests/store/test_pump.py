@@ -1,7 +1,9 @@
-"""Both drivers of the direct engine: order, bounds, laziness, interruption."""
+"""Both drivers of our S3 client: order, bounds, laziness, interruption."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import resource
 import signal
@@ -9,18 +11,19 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rogue_server import BAD, Fault, Reply, Request, RogueServer, direct
+from rogue_server import Fault, Reply, Request, RogueServer, s3_backend
 
 from s3loader.errors import ObjectNotFoundError, StoreConnectionError
-from s3loader.store.direct.connection import Connections
-from s3loader.store.direct.jobs import Job
-from s3loader.store.direct.pump import Pump
-from s3loader.store.direct.reads import ReadJob
-from s3loader.store.direct.threads import Threads
+from s3loader.store.s3.connection import Connections
+from s3loader.store.s3.jobs import Job
+from s3loader.store.s3.pump import Pump
+from s3loader.store.s3.reads import ReadJob
+from s3loader.store.s3.threads import Threads
 from s3loader.types import ReadRequest
 
 MIB = 1 << 20
@@ -37,8 +40,8 @@ def server() -> Iterator[RogueServer]:
 
 
 def drive(server: RogueServer, driver: Driver, requests: Iterator[ReadRequest], **options: object) -> Iterator[Job]:
-    backend, _ = direct(server)
-    jobs = (ReadJob(backend._setting, request) for request in requests)
+    backend = s3_backend(server)
+    jobs = (ReadJob(backend._context, request) for request in requests)
     return driver(jobs, backend._connections, **options).run()  # type: ignore[arg-type]
 
 
@@ -51,7 +54,7 @@ class Gate:
 
     def __call__(self, request: Request, reply: Reply, sock: socket.socket) -> bool:
         self.waiting.release()
-        self.open.wait(10)
+        self.open.wait(600)
         sock.sendall(reply.raw())
         return True
 
@@ -68,7 +71,7 @@ def test_results_keep_the_order_of_requests_whatever_the_order_of_answers(server
         return None
 
     server.fault = first_last
-    threading.Thread(target=lambda: [others.acquire(timeout=10) for _ in range(9)] and gate.open.set(), daemon=True).start()
+    threading.Thread(target=lambda: [others.acquire(timeout=600) for _ in range(9)] and gate.open.set(), daemon=True).start()
     requests = [ReadRequest(f"k{i}", tag=i) for i in range(10)]
     jobs = list(drive(server, driver, iter(requests), max_bytes=64 * MIB, concurrency=3))
     assert [job.result.request.tag for job in jobs] == list(range(10))
@@ -88,8 +91,8 @@ def test_no_more_bytes_than_the_bound_are_in_hand(server: RogueServer, driver: D
             drawn.append(i)
             yield ReadRequest(f"b{i}", 0, size if known else None)
 
-    backend, _ = direct(server)
-    jobs = (ReadJob(backend._setting, request) for request in requests())
+    backend = s3_backend(server)
+    jobs = (ReadJob(backend._context, request) for request in requests())
     machine = driver(jobs, backend._connections, max_bytes=bound, concurrency=8)
     for taken, job in enumerate(machine.run(), 1):
         assert len(job.result.data) == size
@@ -143,9 +146,9 @@ def test_requests_are_drawn_as_they_are_needed(server: RogueServer, driver: Driv
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_connections_are_kept_and_shared(server: RogueServer, driver: Driver) -> None:
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     for _ in range(3):
-        jobs = (ReadJob(backend._setting, ReadRequest(f"k{i}")) for i in range(40))
+        jobs = (ReadJob(backend._context, ReadRequest(f"k{i}")) for i in range(40))
         assert all(job.result for job in driver(jobs, backend._connections, max_bytes=MIB, concurrency=4).run())
     backend.get("k1")
     assert server.connections <= 4
@@ -175,38 +178,37 @@ def test_an_error_of_the_requests_comes_after_the_answers_before_it(
         next(results)
 
 
-def test_the_general_engine_gets_no_more_at_once_than_there_may_be_connections(server: RogueServer) -> None:
-    backend, general = direct(server)
-    server.fault = lambda request: BAD["301"]
+def test_the_careful_path_gets_no_more_at_once_than_there_may_be_connections(server: RogueServer) -> None:
+    backend = s3_backend(server)
     most = 0
     running: list[int] = []
-    ask = general.get
 
-    def get(key: str, *args: object, **more: object) -> object:
+    def chunked(request: Request, reply: Reply, sock: socket.socket) -> bool:
         nonlocal most
         running.append(1)
         most = max(most, len(running))
-        try:
-            return ask(key, *args, **more)  # type: ignore[arg-type]
-        finally:
-            running.pop()
+        body, reply.body = reply.body, b""
+        head = reply.set("Content-Length", None).set("Transfer-Encoding", "chunked").raw()
+        sock.sendall(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        running.pop()
+        return True
 
-    general.get = get  # type: ignore[method-assign,assignment]
+    server.fault = lambda request: chunked
     requests = [ReadRequest(f"k{i % 40}", 0, 1000) for i in range(400)]
     results = list(backend.read_many(requests, max_bytes=MIB, concurrency=3))
     assert [result.request for result in results] == requests
-    assert len(general.asked) >= 390
+    assert all(result.data == server.objects[result.request.key][:1000] for result in results)
+    assert len(server.requests) < 420
     assert most <= 3
     backend.close()
 
 
 def test_an_idle_connection_that_talks_is_dropped(server: RogueServer) -> None:
-    backend, general = direct(server)
+    backend = s3_backend(server)
 
     def chatty(request: Request, reply: Reply, sock: socket.socket) -> bool:
-        sock.sendall(reply.raw())
-        if request.key == "k0":
-            sock.sendall(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        unasked = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil" if request.key == "k0" else b""
+        sock.sendall(reply.raw() + unasked)
         return True
 
     server.fault = lambda request: chatty
@@ -215,21 +217,20 @@ def test_an_idle_connection_that_talks_is_dropped(server: RogueServer) -> None:
             assert backend.get(f"k{i}")[1] == server.objects[f"k{i}"]
         results = backend.read_many((ReadRequest(f"k{i}") for i in range(6)), max_bytes=MIB, concurrency=2)
         assert [bytes(result.data) for result in results] == [server.objects[f"k{i}"] for i in range(6)]
-    assert set(general.asked) <= {f"k{i}" for i in range(6)}
     backend.close()
 
 
 SCRIPT = """
 import os, sys, threading, time
 sys.path[:0] = {path!r}
-from rogue_server import RogueServer, direct
+from rogue_server import RogueServer, s3_backend
 from s3loader.types import ReadRequest
 
 with RogueServer() as server:
     server.objects["k"] = bytes(100_000)
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     hold = threading.Event()
-    server.fault = lambda request: (lambda *a: hold.wait(60)) if len(server.requests) > 20 else None
+    server.fault = lambda request: (lambda *a: hold.wait(600)) if len(server.requests) > 20 else None
     threading.Thread(target=lambda: (sys.stdin.readline(), os.kill(os.getpid(), 2)), daemon=True).start()
     try:
         requests = [ReadRequest("k")] * 100
@@ -239,7 +240,7 @@ with RogueServer() as server:
         print("no interrupt")
     except KeyboardInterrupt:
         backend.close()
-        left = [t.name for t in threading.enumerate() if t.name.startswith("s3loader-direct")]
+        left = [t.name for t in threading.enumerate() if t.name.startswith("s3loader-s3")]
         print("interrupted", left, flush=True)
     hold.set()
 """
@@ -253,14 +254,14 @@ def test_ctrl_c_ends_it(driver: str) -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "go\n"
-        out, _ = child.communicate("\n", timeout=30)
+        out, _ = child.communicate("\n", timeout=600)
     assert out == "interrupted []\n"
     assert child.returncode == 0
 
 
 def test_ctrl_c_between_two_results(server: RogueServer) -> None:
     """SIGINT between two results: the iterator ends, its connections in use are closed, the others kept."""
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     results = backend.read_many((ReadRequest(f"k{i}") for i in range(40)), max_bytes=MIB, concurrency=4)
     next(results)
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - whichever of the two it hits
@@ -273,42 +274,41 @@ def test_ctrl_c_between_two_results(server: RogueServer) -> None:
 def test_threads_end_with_the_iterator(server: RogueServer) -> None:
     gate = Gate()
     server.fault = lambda request: gate if request.key != "k0" else None
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     requests = (ReadRequest(f"k{i}", 0, 1000) for i in range(40))
     results = backend.read_many(requests, max_bytes=MIB, concurrency=4, driver="threads")
     next(results)
-    assert all(gate.waiting.acquire(timeout=10) for _ in range(3))
+    assert all(gate.waiting.acquire(timeout=600) for _ in range(3))
     results.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("s3loader-direct")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("s3loader-s3")]
     gate.open.set()
     backend.close()
 
 
 def test_forgotten_backends_close_their_sockets(server: RogueServer) -> None:
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     backend.get("k1")
     connections = backend._connections
     assert isinstance(connections, Connections)
     [idle] = connections._idle
     del backend, connections
-    import gc
-
     gc.collect()
     assert idle.sock.fileno() == -1
 
 
 @pytest.mark.parametrize(("driver", "left"), [("pump", 0), ("pump", 1), ("pump", 3), ("threads", 0)])
 def test_no_descriptor_left_is_a_typed_error(server: RogueServer, driver: str, left: int) -> None:
-    backend, _ = direct(server)
+    backend = s3_backend(server)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
-        while True:
-            try:
-                taken.append(os.dup(0))
-            except OSError:
-                break
+        gc.collect()
+        for _ in range(5):  # what earlier tests left is given back by threads that are still ending
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            time.sleep(0.05)
         for _ in range(left):
             os.close(taken.pop())
         with pytest.raises(StoreConnectionError, match="no file descriptor") as caught:

@@ -4,7 +4,7 @@ import pytest
 
 from s3loader.errors import ConfigError
 from s3loader.store import StoreOptions, open_store
-from s3loader.store.direct.signer import Signer
+from s3loader.store.s3.signer import Signer
 from s3loader.testing import FaultProxy, server
 from s3loader.types import ReadRequest
 
@@ -18,7 +18,7 @@ def s3():
         yield s3
 
 
-@pytest.mark.parametrize("engine", ["direct", "obstore", "boto3"])
+@pytest.mark.parametrize("engine", ["direct", "boto3"])
 def test_every_request_says_it_and_is_signed_for_it(s3, engine):
     with (
         FaultProxy(s3.endpoint_url) as proxy,

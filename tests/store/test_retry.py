@@ -22,10 +22,8 @@ from s3loader.errors import (
     TruncatedError,
     UnavailableError,
 )
-from s3loader.store import ObjectStore
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.wrappers.fault import Fault
-from s3loader.store.wrappers.retry import RetryBackend
+from s3loader.store import MemoryBackend, ObjectStore, Pipeline, RetryPolicy
+from s3loader.testing import Fault
 from s3loader.types import DeleteFailure
 
 
@@ -91,7 +89,7 @@ def test_what_the_server_asks_for_is_waited() -> None:
             return super().head(key)
 
     inner = Asking(memory.name)
-    store = ObjectStore("memory://", RetryBackend(inner, clock=clock, sleep=clock.sleep))
+    store = ObjectStore("memory://", Pipeline(inner, retry=RetryPolicy(clock=clock, sleep=clock.sleep)))
     assert store.head("k").size == 1
     assert clock.slept == [3.5]
 
@@ -174,7 +172,7 @@ def test_delete_many_repeats_what_may_pass() -> None:
 
     clock = Clock()
     memory = Moody(uuid.uuid4().hex)
-    store = ObjectStore("memory://", RetryBackend(memory, clock=clock, sleep=clock.sleep, max_attempts=3))
+    store = ObjectStore("memory://", Pipeline(memory, retry=RetryPolicy(3, clock=clock, sleep=clock.sleep)))
     for key in "abcd":
         memory.put(key, b"")
     failures = store.delete_many(["a", "b", "c", "d", "denied"])

@@ -19,9 +19,9 @@ from s3loader.errors import (
     S3LoaderError,
     StoreConnectionError,
 )
-from s3loader.store.memory import MemoryBackend
-from s3loader.store.settle import WRITE_ID
-from s3loader.store.wrappers.fault import Fault, Seen
+from s3loader.store import MemoryBackend
+from s3loader.store.lost_reply import WRITE_ID
+from s3loader.testing import Fault, Seen
 from s3loader.types import Update
 
 
@@ -205,7 +205,7 @@ def test_told_outcomes_are_true(kinds: Sequence[Any], modes: Sequence[str]) -> N
 def test_a_lost_answer_to_complete(mode: Any) -> None:
     """The second completion finds the upload gone: the write id says that it is done."""
     store, memory, broken, _ = make(Fault("drop_reply", op="complete upload"))
-    with store.multipart("k", part_size=10, mode=mode) as writer:
+    with store.multipart("k", part_size="10B", mode=mode) as writer:
         writer.write(b"x" * 25)
     assert [seen.op for seen in broken.seen][-3:] == ["complete upload", "complete upload", "head"]
     assert writer.result is not None
@@ -222,7 +222,7 @@ def test_an_upload_that_vanished_is_unknown() -> None:
                 memory.abort_multipart(key, upload_id)
 
     broken.hook = vanish
-    writer = store.multipart("k", part_size=10)
+    writer = store.multipart("k", part_size="10B")
     writer.write(b"x" * 25)
     with pytest.raises(OutcomeUnknownError):
         writer.close()

@@ -70,7 +70,7 @@ def target(upstream: Upstream) -> str:
 
 
 def connect(proxy: FaultProxy, **options: Any) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(urlsplit(proxy.endpoint_url).netloc, timeout=20, **options)
+    return http.client.HTTPConnection(urlsplit(proxy.endpoint_url).netloc, timeout=600, **options)
 
 
 def ask(connection: http.client.HTTPConnection, method: str = "GET", path: str = "/b/k", **kwargs: Any) -> tuple[int, bytes]:
@@ -188,11 +188,11 @@ def test_stall_and_hold_wait_for_their_event(upstream: Upstream) -> None:
             answers: list[tuple[int, bytes]] = []
             thread = threading.Thread(target=lambda c=connection, a=answers: a.append(ask(c)))
             thread.start()
-            assert rule.reached.wait(20)
+            assert rule.reached.wait(600)
             assert not answers
             assert len(upstream.got) == arrived
             rule.release.set()
-            thread.join(20)
+            thread.join(600)
             assert answers == [(200, BODY)]
             connection.close()
 
@@ -203,10 +203,10 @@ def test_closing_cuts_what_is_held(upstream: Upstream) -> None:
     connection = connect(proxy)
     thread = threading.Thread(target=lost, args=(connection,))
     thread.start()
-    assert rule.reached.wait(20)
+    assert rule.reached.wait(600)
     proxy.close()
     proxy.close()
-    thread.join(20)
+    thread.join(600)
     assert not thread.is_alive()
     assert upstream.got == []
     assert not [t for t in threading.enumerate() if "fault-proxy" in t.name]
@@ -276,10 +276,10 @@ def test_tls_to_the_client(upstream: Upstream) -> None:
     authority.configure_trust(trust)
     with FaultProxy(target(upstream), ssl_context=context) as proxy:
         assert proxy.endpoint_url.startswith("https://")
-        connection = http.client.HTTPSConnection(urlsplit(proxy.endpoint_url).netloc, timeout=20, context=trust)
+        connection = http.client.HTTPSConnection(urlsplit(proxy.endpoint_url).netloc, timeout=600, context=trust)
         assert ask(connection) == (200, BODY)
         connection.close()
-        untrusting = http.client.HTTPSConnection(urlsplit(proxy.endpoint_url).netloc, timeout=20)
+        untrusting = http.client.HTTPSConnection(urlsplit(proxy.endpoint_url).netloc, timeout=600)
         with pytest.raises(ssl.SSLCertVerificationError):
             ask(untrusting)
         untrusting.close()

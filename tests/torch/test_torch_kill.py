@@ -58,7 +58,7 @@ def test_kill_and_resume_with_other_workers_and_batch_size(url, tmp_path, kill, 
 
     def job(*args):
         return subprocess.run(
-            [sys.executable, script, url, log, *args], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, script, url, log, *args], capture_output=True, text=True, timeout=600, check=False
         )
 
     first = job("2", "8", kill)
@@ -71,3 +71,39 @@ def test_kill_and_resume_with_other_workers_and_batch_size(url, tmp_path, kill, 
     assert second.returncode == 0, second.stderr
     ids = [i for line in log.read_text().splitlines() for i in json.loads(line)["ids"]]
     assert ids == [int(bytes(s[:6])) for batch in Loader(from_manifest(url), batch_size=8) for s in batch]
+
+
+ORPHANS = textwrap.dedent(
+    """
+    import os, signal, sys
+    from torch.utils.data import DataLoader
+    from s3loader.torch import S3DataLoader, S3IterableDataset, S3MapDataset
+
+    url, kind = sys.argv[1:]
+
+    def pad(sample):
+        return bytes(20_000)
+
+    def whole(samples):
+        return samples
+
+    options = {"num_workers": 2, "prefetch_factor": 8}
+    if kind == "S3DataLoader":
+        loader = S3DataLoader(url, batch_size=8, transform=pad, collate=None, **options)
+    elif kind == "S3IterableDataset":
+        loader = DataLoader(S3IterableDataset(url, batch_size=8, transform=pad, collate=None), batch_size=None, **options)
+    else:
+        loader = DataLoader(S3MapDataset(url, transform=pad), batch_size=8, collate_fn=whole, **options)
+    for batch in loader:
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+)
+
+
+@pytest.mark.parametrize("kind", ["S3DataLoader", "S3IterableDataset", "S3MapDataset"])
+def test_workers_of_a_killed_job_end_though_their_pipes_are_full(url, tmp_path, kind):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    # Workers hold the pipe that is read here to its end: while one of them lives, this waits.
+    done = subprocess.run([sys.executable, script, url, kind], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -9, done.stderr

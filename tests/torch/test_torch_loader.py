@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 from torch_helpers import content, number, numbered, numbers, sequence
 
+from s3loader import open_store
 from s3loader.errors import ConfigError, IntegrityError, SampleError, StateMismatchError
 from s3loader.loader import read_quarantine
-from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.testing import write_sharded_dataset
 from s3loader.torch import S3DataLoader, S3IterableDataset, S3MapDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -91,10 +91,13 @@ def test_without_a_batch_size_torch_makes_the_batches_and_nothing_is_lost_or_dou
     loader = DataLoader(dataset, batch_size=10, num_workers=2)
     values = sorted(int(v) for batch in loader for v in batch)
     assert values == sorted(len(content(i)) for i in range(SAMPLES))
-    with pytest.raises(ConfigError, match="batch size"):
+    with pytest.raises(ConfigError, match="cannot know what they have delivered"):
         dataset.state_dict()
     with pytest.raises(ConfigError, match="batch size"):
+        dataset.state_after(3)
+    with pytest.raises(ConfigError, match="batch size"):
         S3DataLoader(dataset)
+    assert len(numbers(S3DataLoader(S3IterableDataset(url), batch_size=10))) == SAMPLES
 
 
 def test_ranks_from_arguments_environment_and_no_sharding(url, monkeypatch):

@@ -2,9 +2,9 @@
 
 import torch
 
+from s3loader import open_store
 from s3loader.loader import Loader, from_manifest
-from s3loader.store.open import open_store
-from s3loader.testing.datasets import write_sharded_dataset
+from s3loader.testing import write_sharded_dataset
 
 
 def content(i):

@@ -5,17 +5,19 @@ Found by the core through `FRAMEWORK`, by name, at the first sight of one of JAX
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from s3loader.checkpoint.format.dtypes import numpy_dtype, numpy_name
-from s3loader.checkpoint.state.leaves import NUMPY, LeafAdapter, Piece, Source, Target
-from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader import CheckpointError, UnsupportedStateError
+from s3loader.adapters import NUMPY, LeafAdapter, Opened, Piece, Source, Target, WithState, numpy_dtype, numpy_name, with_fields
 
 __all__ = ["FRAMEWORK", "JAX"]
 
@@ -46,13 +48,7 @@ class _Array:
     kind = "jax"
 
     def source(self, value: Any) -> Source:
-        if isinstance(value, jax.ShapeDtypeStruct):
-            raise UnsupportedStateError(
-                "an abstract array has no data to save",
-                hint="save arrays that were computed; jax.eval_shape gives targets for restore, nothing to save",
-            )
-        if value.is_deleted():
-            raise UnsupportedStateError("the array was donated or deleted", hint="save before the step that donates it")
+        _expect_data(value)
         shape = tuple(value.shape)
         pieces = []
         for shard in value.addressable_shards:
@@ -62,11 +58,23 @@ class _Array:
         return Source(self.kind, _name_of(value.dtype), shape, pieces, sharded=not value.is_fully_addressable)
 
     def into(self, value: Any) -> Target | None:
+        if isinstance(value, jax.core.Tracer):
+            raise CheckpointError("the target is an array inside of jit", hint="restore outside of jit")
         sharding = value.sharding if value.sharding is not None else _default_sharding()
         return _target(_name_of(value.dtype), tuple(value.shape), sharding)
 
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
         return _target(dtype, shape, _default_sharding())
+
+
+def _expect_data(value: Any) -> None:
+    if isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer):
+        raise UnsupportedStateError(
+            "an abstract array has no data to save",
+            hint="save arrays that were computed, outside of jit; jax.eval_shape gives targets for restore, nothing to save",
+        )
+    if value.is_deleted():
+        raise UnsupportedStateError("the array was donated or deleted", hint="save before the step that donates it")
 
 
 def _opener(data: Any) -> Callable[[], memoryview]:
@@ -92,7 +100,11 @@ def _target(dtype: str, shape: tuple[int, ...], sharding: Sharding) -> Target:
 
     def finish() -> jax.Array:
         numpy_dtype(dtype)
-        arrays = [jax.device_put(part.finish(), device) for box, part in parts.items() for device in devices[box]]
+        arrays = [
+            jax.device_put(part.finish(), SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+            for box, part in parts.items()
+            for device in devices[box]
+        ]
         if arrays and arrays[0].dtype != numpy_dtype(dtype):
             raise CheckpointError(
                 f"JAX would make {arrays[0].dtype} of {numpy_dtype(dtype)}", hint="jax.config.update('jax_enable_x64', True)"
@@ -111,12 +123,16 @@ class _Key:
         self.kind = f"jax.key.{implementation}"
 
     def source(self, value: Any) -> Source:
+        _expect_data(value)
         inner = JAX.source(jax.random.key_data(value))
         return Source(self.kind, inner.dtype, inner.shape, inner.pieces, inner.sharded)
 
     def into(self, value: Any) -> Target | None:
-        inner = JAX.into(jax.random.key_data(value))
-        return self._wrapped(inner) if inner is not None else None
+        data = jax.eval_shape(jax.random.key_data, _abstract(value.shape, value.dtype))
+        sharding = value.sharding if value.sharding is not None else _default_sharding()
+        if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and not value.is_deleted():
+            sharding = jax.random.key_data(value).sharding
+        return self._wrapped(_target(_name_of(data.dtype), tuple(data.shape), sharding))
 
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
         return self._wrapped(JAX.fresh(dtype, shape))
@@ -131,14 +147,29 @@ class _Key:
 JAX: Final[LeafAdapter] = _Array()
 
 
-def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+    make: Any = jax.ShapeDtypeStruct  # its constructor is untyped
+    return make(shape, dtype)
+
+
+def _key_implementation(value: Any) -> str:
+    """The implementation of a random key, which may be abstract; empty for what is none."""
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return ""
+    told: list[str] = []
+
+    def ask(key: Any) -> Any:
+        told.append(str(jax.random.key_impl(key)))
+        return jax.random.key_data(key)
+
+    jax.eval_shape(ask, _abstract((), value.dtype))
+    return told[0]
 
 
 class _Jax:
     def adapter(self, value: Any) -> LeafAdapter | None:
-        if _is_key(value):
-            return _Key(str(jax.random.key_impl(value)))
+        if implementation := _key_implementation(value):
+            return _Key(implementation)
         return JAX if isinstance(value, jax.Array | jax.ShapeDtypeStruct) else None
 
     def adapter_of_kind(self, kind: str) -> LeafAdapter | None:
@@ -146,18 +177,47 @@ class _Jax:
             return _Key(kind.removeprefix("jax.key."))
         return JAX if kind == "jax" else None
 
-    def expand(self, value: Any) -> Any:
-        """The children of a registered pytree node by their keys; None for what is none."""
-        registry: Any = jax.tree_util.default_registry
-        if registry.flatten_one_level(value) is None:
+    def node(self, value: Any) -> Opened | None:
+        """A registered node by its children's keys. What holds no children and only belongs to the type (as the bookkeeping
+        of flax's modules does) is none of them."""
+        if type(value) in _BUILTIN:
             return None
-        nodes, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda child: child is not value)
-        return {_key(path[0]): child for path, child in nodes if path}
+        registry: Any = jax.tree_util.default_registry
+        opened = registry.flatten_one_level(value)
+        if opened is None or (isinstance(value, tuple) and [*map(id, opened[0])] == [*map(id, value)]):
+            return None
+        pairs, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda child: child is not value)
+        entries = [path[0] for path, _ in pairs]
+        keys = [_key(entry) for entry in entries]
+        if len(set(keys)) < len(keys):
+            keys = [*range(len(keys))]
+        all_children = dict(zip(keys, (child for _, child in pairs), strict=True))
+        children = {key: child for key, child in all_children.items() if not _is_bookkeeping(child)}
+        positions = not any(isinstance(entry, jax.tree_util.DictKey) for entry in entries)
+        sequence = positions and [*children] == [*range(len(children))]
+        fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        if (
+            len(children) == len(all_children)
+            and fields
+            and all(key in fields and getattr(value, key) is child for key, child in children.items())
+        ):
+            return Opened(
+                "dict",
+                children,
+                lambda values: with_fields(value, values),
+                fixed=True,
+                named=True,
+                rest=frozenset(fields) - children.keys(),
+                foreign=True,
+            )
 
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
-        """A new node of the same kind with the children restored."""
-        nodes, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda child: child is not value)
-        return jax.tree_util.tree_unflatten(structure, [state[_key(path[0])] for path, _ in nodes])
+        def rebuild(values: dict[Any, Any]) -> Any:
+            return jax.tree_util.tree_unflatten(structure, [values.get(key, all_children[key]) for key in keys])
+
+        return Opened("list" if sequence else "dict", children, rebuild, fixed=True, foreign=True)
+
+    def object(self, value: Any) -> WithState | None:
+        return None
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
         return None
@@ -166,10 +226,22 @@ class _Jax:
         raise CheckpointError(f"unknown constant {tag} {of!r}", hint="the checkpoint was written by a newer s3loader")
 
 
-def _key(entry: Any) -> str:
+_BUILTIN: Final = (dict, OrderedDict, defaultdict, list, tuple, type(None))
+"""Containers of Python that JAX knows, and that are the core's."""
+
+
+def _is_bookkeeping(child: Any) -> bool:
+    registry: Any = jax.tree_util.default_registry
+    if child is None or isinstance(child, dict | list | tuple):
+        return False
+    opened = registry.flatten_one_level(child)
+    return opened is not None and not list(opened[0])
+
+
+def _key(entry: Any) -> Any:
     for name in ("key", "name", "idx"):
         if hasattr(entry, name):
-            return str(getattr(entry, name))
+            return getattr(entry, name)
     return str(entry)
 
 

@@ -9,15 +9,17 @@ from typing import Any, Unpack
 import jax
 from jax.sharding import Sharding
 
-from s3loader.errors import ConfigError
-from s3loader.loader import AdapterKeywords, Batch, FromSources, Loader, LoaderStats, Source, open_source
+from s3loader import Batch, ConfigError, Loader, LoaderStats, SampleError
+from s3loader.adapters import AdapterKeywords, DatasetSource, FromSources, batch_error, checked, find_ranks, open_source
 from s3loader_jax.sharding import process_slice, shard_batch
 
 __all__ = ["S3JaxIterable"]
 
 
+@checked
 class S3JaxIterable(FromSources):
-    """Iterates over batches of samples; each `iter` is one epoch, and the next one begins where that ended.
+    """Iterates over batches of samples; each `iter` is one epoch, and the next one is of the next epoch, or where `on_break`
+    says after one that was broken off.
 
     The order is that of the torch and TensorFlow adapters, sample for sample, and the state of one loads in the others.
 
@@ -26,13 +28,14 @@ class S3JaxIterable(FromSources):
         batch_size: Samples per batch and rank. With a `sharding` the global batch is ``batch_size * world_size``.
         sharding: Lay numeric arrays out as global `jax.Array`s, axis 0 being the batch. Ranks are read off it: processes
             whose devices hold the same rows load the same samples. None: numpy arrays, nothing is put on a device.
-        rank: Default without a `sharding`: `jax.process_index`, read when an iteration begins.
-        world_size: Default without a `sharding`: `jax.process_count`.
+        rank: Default without a `sharding`: `jax.process_index`, or, where jax knows of one process only, what is found of
+            ``RANK`` and Slurm; read when an iteration begins.
+        world_size: Default without a `sharding`: `jax.process_count`, or what is found.
         tail: ``"drop"`` (the default here: one batch shape, one compilation), ``"pad"`` or ``"short"``; see
             `s3loader.LoaderOptions`. A `sharding` needs one of the first two.
         device_prefetch: Batches on the devices or on their way, the one you compute on included; 2 is double buffering.
             Only with a `sharding`.
-        collate: ``"fixed"`` (the default here), ``"ragged"`` or a function; see `s3loader.LoaderOptions`.
+        collate: ``"fixed"`` (the default here), ``"ragged"`` or a function of a list of samples.
         options: Everything else of `s3loader.LoaderOptions`: ``shuffle seed decode transform on_error memory_limit ...``;
             with a URL also those of `s3loader.open_dataset` and `open_store`.
 
@@ -42,7 +45,7 @@ class S3JaxIterable(FromSources):
 
     def __init__(
         self,
-        dataset: Source,
+        dataset: DatasetSource,
         *,
         batch_size: int,
         sharding: Sharding | None = None,
@@ -85,10 +88,8 @@ class S3JaxIterable(FromSources):
         if self._sharding is not None:
             return process_slice(self._sharding)
         rank, world_size = self._ranks
-        return (
-            jax.process_index() if rank is None else rank,
-            jax.process_count() if world_size is None else world_size,
-        )
+        found = (jax.process_index(), jax.process_count()) if jax.process_count() > 1 else find_ranks()[:2]
+        return found[0] if rank is None else rank, found[1] if world_size is None else world_size
 
     @property
     def stats(self) -> LoaderStats:
@@ -102,9 +103,9 @@ class S3JaxIterable(FromSources):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; a loaded position in that epoch is kept."""
         loader = self.loader
-        before = loader.position.turn
+        before = loader.cursor.turn
         loader.set_epoch(epoch)
-        if loader.position.turn != before:
+        if loader.cursor.turn != before:
             self._delivered = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,6 +131,8 @@ class S3JaxIterable(FromSources):
     def iter_batches(self) -> Iterator[Batch]:
         """As iterating, with the origin of each batch."""
         loader = self.loader
+        if self._delivered is not None and loader.options.on_break == "rest" and not loader.cursor.restart:
+            loader.load_state_dict(self.state_dict())  # what waited on the devices was not given out
         batches = loader.iter_batches()
         waiting: deque[Batch] = deque()
         self._delivered = None
@@ -141,23 +144,29 @@ class S3JaxIterable(FromSources):
                     try:
                         batch = next(batches, None)
                         if batch is not None and self._sharding is not None:
-                            batch.data = shard_batch(batch.data, self._sharding, loader.topology.world_size)
+                            batch.data = self._placed(batch, self._sharding, loader.topology.world_size)
                     except Exception as error:  # noqa: BLE001 - raised below, behind the batches that come before it
                         batch, failure = None, error
                     if turn < 0:
-                        turn = loader.position.turn
+                        turn = loader.cursor.turn
                     if batch is None:
                         finished = True
                         break
                     waiting.append(batch)
                 if waiting:
                     batch = waiting.popleft()
-                    if turn == loader.position.turn:  # else another position was chosen meanwhile
+                    if turn == loader.cursor.turn:  # else another position was chosen meanwhile
                         self._delivered = (batch.epoch, batch.consumed)
                     yield batch
             if failure is not None:
                 raise failure
-            if turn == loader.position.turn:
+            if turn == loader.cursor.turn:
                 self._delivered = None  # the epoch is over: the loader's own state says so
         finally:
             batches.close()
+
+    def _placed(self, batch: Batch, sharding: Sharding, world_size: int) -> Any:
+        try:
+            return shard_batch(batch.data, sharding, world_size)
+        except SampleError as error:
+            raise batch_error("placing", error, self.dataset, batch.epoch, batch.samples, batch.positions) from None

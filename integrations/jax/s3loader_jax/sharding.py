@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from s3loader.errors import ConfigError
+from s3loader import ConfigError, SampleError
+from s3loader.adapters import map_leaves
 
 __all__ = ["place", "process_slice", "shard_batch"]
 
@@ -81,11 +82,39 @@ def place(array: npt.NDArray[Any], sharding: Sharding, world_size: int) -> jax.A
 
 
 def shard_batch(batch: Any, sharding: Sharding, world_size: int) -> Any:
-    """`batch` with each of its numeric arrays as a global `jax.Array`; anything else stays as it is."""
-    if isinstance(batch, Mapping):
-        return {name: shard_batch(value, sharding, world_size) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return type(batch)(shard_batch(value, sharding, world_size) for value in batch)
-    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc" and batch.ndim:
-        return place(batch, sharding, world_size)
-    return batch
+    """`batch` with each of its numeric arrays as a global `jax.Array`; anything else, and containers, stay as they are.
+
+    Raises:
+        SampleError: without ``jax_enable_x64`` a number has no room; `.row` is its sample.
+    """
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or not value.ndim or not _is_numeric(value.dtype):
+            return value
+        return place(_with_room(value), sharding, world_size)
+
+    return map_leaves(batch, placed)
+
+
+def _is_numeric(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "biufc" or (dtype.kind == "V" and bool(jax.numpy.issubdtype(dtype, np.number)))
+
+
+def _with_room(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`array` in the dtype that jax has for it: of 32 bits for 64, unless ``jax_enable_x64`` is set. Floats are rounded."""
+    canonical: Callable[[Any], np.dtype[Any]] = jax.dtypes.canonicalize_dtype
+    dtype = canonical(array.dtype)
+    if dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    whole = array.dtype.kind in "iu"
+    lost = np.asarray(cast != array) if whole else np.isfinite(array) & ~np.isfinite(cast)
+    if lost.any():
+        place = np.argwhere(lost)[0]
+        raise SampleError(
+            f"{array[tuple(place)]!r} has no room in {dtype}, which jax makes of {array.dtype}",
+            hint="set jax_enable_x64, or bring the samples to another dtype in transform=",
+            row=int(place[0]),
+        )
+    return cast

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import keras
 
-from s3loader.checkpoint import CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, SaveHandle
-from s3loader.errors import ConfigError
+from s3loader import CheckpointManager, CheckpointOptions, ConfigError, KeepPolicy, LatestN, SaveHandle
+from s3loader.adapters import checked
 from s3loader_tensorflow.dataset import S3TFLoader
 
 __all__ = ["S3BackupAndRestore"]
@@ -32,10 +32,11 @@ class S3BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # ker
             done: ``dataset.skip(backup.batch)`` for that epoch.
         keep: Which backups to keep.
         delete_checkpoint: Delete them when training has ended well.
-        options: See `CheckpointOptions`.
+        options: A `CheckpointOptions`: budgets in bytes, concurrency, deadlines in seconds; default: its defaults.
         store_options: Passed on to `open_store`.
     """
 
+    @checked
     def __init__(
         self,
         backup_dir: str | os.PathLike[str] | CheckpointManager,

@@ -1,4 +1,4 @@
-"""What s3loader's checkpoints need to know of TensorFlow and Keras: tensors, variables, modules, models, optimizers.
+"""What s3loader's checkpoints need to know of TensorFlow: tensors, variables, modules, generators.
 
 Found by the core through `FRAMEWORK`, by name, at the first sight of one of their objects.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from s3loader.checkpoint.format.dtypes import DTYPES, numpy_name
-from s3loader.checkpoint.state.leaves import NUMPY, LeafAdapter, Source, Target
-from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader import CheckpointError, UnsupportedStateError
+from s3loader.adapters import DTYPES, NUMPY, LeafAdapter, Opened, Source, Target, WithState, numpy_name, with_variables
 
 __all__ = ["FRAMEWORK", "TENSORFLOW"]
 
@@ -38,10 +36,12 @@ class _Tensor:
         return Source(self.kind, inner.dtype, inner.shape, inner.pieces)
 
     def into(self, value: Any) -> Target | None:
-        name = numpy_name(keras.backend.standardize_dtype(value.dtype))
+        name = numpy_name(value.dtype.base_dtype.name)
         if name is None:
-            return None
-        shape = tuple(value.shape)
+            raise CheckpointError(
+                f"the tensor of the target is of {value.dtype.name}, which no checkpoint holds", hint="give None in its place"
+            )
+        shape = tuple(value.shape if value.shape.is_fully_defined() else _numpy(value).shape)
         if not hasattr(value, "assign"):
             return self.fresh(name, shape)
         inner = NUMPY.fresh(name, shape)
@@ -61,7 +61,7 @@ class _Tensor:
 
 def _numpy(value: Any) -> Any:
     """The value as an array that later changes do not reach."""
-    return np.array(value.numpy() if hasattr(value, "numpy") else keras.ops.convert_to_numpy(value))
+    return np.array(value.numpy())
 
 
 TENSORFLOW: Final[LeafAdapter] = _Tensor()
@@ -69,35 +69,23 @@ TENSORFLOW: Final[LeafAdapter] = _Tensor()
 
 class _TensorFlow:
     def adapter(self, value: Any) -> LeafAdapter | None:
-        return TENSORFLOW if isinstance(value, tf.Tensor | tf.Variable | keras.Variable) else None
+        return TENSORFLOW if isinstance(value, tf.Tensor | tf.Variable) else None
 
     def adapter_of_kind(self, kind: str) -> LeafAdapter | None:
         return TENSORFLOW if kind == "tensorflow" else None
 
-    def expand(self, value: Any) -> Any:
-        """Variables by name; a Keras object's are numbered, since Keras names layers anew in every model."""
-        if isinstance(value, keras.optimizers.Optimizer):
-            return {f"{i:04d}": variable for i, variable in enumerate(value.variables)}
-        if isinstance(value, keras.Layer | keras.Metric):
-            return {f"{i:04d}.{variable.name}": variable for i, variable in enumerate(value.variables)}
+    def node(self, value: Any) -> Opened | None:
+        return None
+
+    def object(self, value: Any) -> WithState | None:
+        """A generator, or a module: its variables by their paths."""
         if isinstance(value, tf.random.Generator):
-            return {"state": value.state}
+            return with_variables(value, {"state": value.state})
         if isinstance(value, tf.Module):
             walk: Any = getattr(value, "_flatten")  # noqa: B009 - what `Module.variables` uses, with the paths
             pairs = walk(predicate=lambda item: isinstance(item, tf.Variable), with_path=True)
-            return {".".join(str(part) for part in path): variable for path, variable in pairs}
+            return with_variables(value, {".".join(str(part) for part in path): variable for path, variable in pairs})
         return None
-
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
-        """Every variable was assigned already; make sure that they are all."""
-        have = set(self.expand(value))
-        if have != set(state):
-            missing, extra = sorted(have - set(state)), sorted(set(state) - have)
-            raise CheckpointError(
-                f"{type(value).__name__}: the checkpoint lacks {missing[:3]} and has {extra[:3]} beside what the object has",
-                hint="build it before restoring: model.build(...), optimizer.build(model.trainable_variables)",
-            )
-        return value
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
         if isinstance(value, tf.DType):

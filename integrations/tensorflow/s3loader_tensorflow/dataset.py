@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
-import numpy as np
 import tensorflow as tf
 
-from s3loader.errors import ConfigError, PlanError
-from s3loader.loader import AdapterKeywords, Batch, FromSources, Loader, LoaderStats, Source, open_source
-from s3loader_tensorflow.specs import spec_of, to_tensorflow
+from s3loader import Batch, ConfigError, Loader, LoaderStats, PlanError
+from s3loader.adapters import AdapterKeywords, DatasetSource, FromSources, checked, make_collate, open_source
+from s3loader_tensorflow.specs import collate_tensors, held, spec_of, to_tensorflow
 
 __all__ = ["S3TFLoader", "make_tf_dataset"]
 
 
+@checked
 class S3TFLoader(FromSources):
     """Makes `tf.data.Dataset`s of one exactly resumable order, and knows its state.
 
@@ -24,11 +26,14 @@ class S3TFLoader(FromSources):
     Args:
         source: A dataset (`s3loader.loader`), or the URL of a manifest, prefix, shard or WebDataset pattern.
         batch_size: Samples per batch and rank.
-        output_signature: Specs of a batch; None reads one sample and derives them.
+        output_signature: Specs of a batch; None reads one sample and derives them. Every value comes as it is, or is an error:
+            of another kind or shape, or a number that the dtype does not hold. (Floats are rounded to fewer bits where you give
+            the specs.) With ``collate="ragged"`` arrays derived are `tf.RaggedTensorSpec`s.
         rank: This process among those that train together.
         world_size: How many there are.
-        options: Everything else of `s3loader.LoaderOptions`. Here `collate` is ``"fixed"`` unless given, and samples that are
-            bytes become one `tf.string` tensor per batch. With a URL also those of `s3loader.open_dataset` and `open_store`.
+        options: Everything else of `s3loader.LoaderOptions`. Here `on_break` is ``"again"`` unless given, and without `collate`
+            arrays and numbers are stacked as by ``"fixed"``, bytes and strings are `tf.string`s. With a URL also those
+            of `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable, or TensorFlow has no type for a batch.
@@ -36,7 +41,7 @@ class S3TFLoader(FromSources):
 
     def __init__(
         self,
-        source: Source,
+        source: DatasetSource,
         *,
         batch_size: int,
         output_signature: Any = None,
@@ -45,13 +50,20 @@ class S3TFLoader(FromSources):
         **options: Unpack[AdapterKeywords],
     ) -> None:
         dataset, rest = open_source(source, options)
-        rest.setdefault("collate", _collate)
+        given = rest.get("collate")
+        self._make_batch = make_collate(given) or collate_tensors
+        self._ragged = given == "ragged"
+        rest["collate"] = self._collate
+        rest.setdefault("on_break", "again")  # Keras looks at one batch before it trains on any
         self.loader = Loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size, **rest)
         self._signature = output_signature
+        self._chosen = output_signature is not None
         self._complete = 0
         """How many of `_given` belong to passes that came to their end."""
-        self._given: list[tuple[int, int]] = []
-        """(epoch, positions consumed) behind each batch handed to tf.data since the state began."""
+        self._given: list[_Handed] = []
+        """The batches handed to tf.data since the state began."""
+        self.batches_per_pass: int | None = None
+        """How many `dataset` told tf.data last; None if it told none."""
         self._base = self._position()
 
     def _position(self) -> tuple[int, int]:
@@ -68,8 +80,8 @@ class S3TFLoader(FromSources):
         """Static specs of a batch; the batch axis is fixed where `tail` is ``"drop"`` or ``"pad"``."""
         if self._signature is None:
             options = self.loader.options
-            rows = None if options.tail == "short" else options.batch_size
-            self._signature = spec_of(self._one_sample(), rows)
+            rows = None if options.tail == "short" or options.on_error == "skip" else options.batch_size
+            self._signature = spec_of(self._one_sample(), rows, ragged=self._ragged)
         return self._signature
 
     def _one_sample(self) -> Any:
@@ -84,7 +96,13 @@ class S3TFLoader(FromSources):
         batches.close()
         if first is None:
             raise ConfigError("the dataset is empty, so its specs cannot be read off it", hint="give output_signature=")
-        return to_tensorflow(first.data)
+        return first.data
+
+    def _collate(self, samples: list[Any]) -> Any:
+        """A batch as tf.data takes it, held against the specs once they are known: in the loader, so that an error comes with
+        the place of its sample."""
+        made = to_tensorflow(self._make_batch(samples))
+        return made if self._signature is None else held(made, self._signature, rounding=self._chosen)
 
     def dataset(self, *, known_length: bool = True) -> tf.data.Dataset:
         """A dataset of batches. Each pass over it is one epoch, and the next pass (or ``repeat``) is the next epoch.
@@ -94,7 +112,7 @@ class S3TFLoader(FromSources):
                 shorter than the epochs after it, so then the dataset serves one pass; make the next one after it.
                 False: any number of passes of unknown length.
         """
-        length = len(self.loader) if known_length else None
+        self.batches_per_pass = length = len(self.loader) if known_length else None
         partial = bool(self.loader.state_dict()["consumed"]) and length is not None
         passes = iter([True]) if partial else None
 
@@ -115,10 +133,10 @@ class S3TFLoader(FromSources):
         # A pass that was dropped half-way counts for nothing: Keras looks at one batch before it trains on any.
         mine = self._given = self._given[: self._complete]
         for batch, last in _with_end(self.loader.iter_batches()):
-            mine.append((batch.epoch, batch.consumed))
+            mine.append(_Handed(batch.epoch, batch.consumed, len(batch.samples)))
             if last and mine is self._given:
                 self._complete = len(mine)
-            yield to_tensorflow(batch.data)
+            yield batch.data
 
     def __len__(self) -> int:
         """Batches in the next pass."""
@@ -129,16 +147,47 @@ class S3TFLoader(FromSources):
         self.loader.set_epoch(epoch)
         self._given, self._complete, self._base = [], 0, self._position()
 
-    def state_dict(self, batches: int) -> dict[str, Any]:
-        """Where the sequence stands after `batches` batches, counted since this loader was made, loaded or given an epoch.
+    def handed_out(self, *, whole_passes: bool = False) -> tuple[int, int]:
+        """Batches and samples that tf.data has got since this loader was made, loaded or given an epoch.
+
+        Args:
+            whole_passes: Only those of passes that came to their end.
+        """
+        handed = self._given[: self._complete] if whole_passes else self._given
+        return len(handed), sum(batch.samples for batch in handed)
+
+    def state_dict(self, batches: int | None = None, *, samples: int | None = None) -> dict[str, Any]:
+        """Where the sequence stands after so many batches, counted since this loader was made, loaded or given an epoch.
+
+        Args:
+            batches: Batches as this loader makes them.
+            samples: Samples in place of batches, where ``unbatch().batch()`` or the like made others of them. What
+                is left out on the way (``filter``, ``on_error="skip"``) counts as used.
 
         Raises:
-            PlanError: so many batches were never handed out.
+            PlanError: so many were never handed out; or `samples` end inside of a batch, of which there is no state.
+            ConfigError: not one of the two is given.
         """
+        if (batches is None) == (samples is None):
+            raise ConfigError("a state is that after a number of batches, or of samples", hint="give one of the two")
+        if batches is None:
+            batches = self._batches_of(samples or 0)
         if not 0 <= batches <= len(self._given):
             raise PlanError(f"{batches} batches were not handed out; {len(self._given)} were")
-        epoch, consumed = self._given[batches - 1] if batches else self._base
+        epoch, consumed = self._given[batches - 1][:2] if batches else self._base
         return self.loader.plan.state(epoch, consumed).as_dict()
+
+    def _batches_of(self, samples: int) -> int:
+        ends = list(itertools.accumulate((handed.samples for handed in self._given), initial=0))
+        batches = bisect.bisect_left(ends, samples)
+        if samples < 0 or batches == len(ends):
+            raise PlanError(f"{samples} samples were not handed out; {ends[-1]} were")
+        if ends[batches] != samples:
+            raise PlanError(
+                f"{samples} samples end inside of a batch of the loader, of which there is no state",
+                hint="choose a batch_size= for the loader that divides the batches you train with",
+            )
+        return batches
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
         """Go on from `state` in the next pass; make the dataset (`dataset`) after this.
@@ -148,6 +197,15 @@ class S3TFLoader(FromSources):
         """
         self.loader.load_state_dict(state, allow_changed=allow_changed)
         self._given, self._complete, self._base = [], 0, self._position()
+
+
+class _Handed(NamedTuple):
+    """A batch given to tf.data."""
+
+    epoch: int
+    consumed: int
+    """Positions of the epoch, behind it."""
+    samples: int
 
 
 def _with_end(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -173,8 +231,11 @@ class _Options(AdapterKeywords, total=False):
     world_size: int
 
 
-def make_tf_dataset(source: Source, *, batch_size: int = 1, map_fn: Any = None, **options: Unpack[_Options]) -> tf.data.Dataset:
-    """A `tf.data.Dataset` of batches in a shuffled, verified order; see `S3TFLoader` for the options and for resuming.
+@checked
+def make_tf_dataset(
+    source: DatasetSource, *, batch_size: int = 1, map_fn: Any = None, **options: Unpack[_Options]
+) -> tf.data.Dataset:
+    """A `tf.data.Dataset` of batches in a shuffled, verified order. Takes the options of `S3TFLoader`, which also resumes.
 
     Args:
         source: As for `S3TFLoader`.
@@ -184,15 +245,3 @@ def make_tf_dataset(source: Source, *, batch_size: int = 1, map_fn: Any = None, 
     """
     made = S3TFLoader(source, batch_size=batch_size, **options).dataset()
     return made if map_fn is None else made.map(map_fn, num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _collate(samples: list[Any]) -> Any:
-    """Columns of samples: arrays and numbers stacked, bytes and strings as lists (one `tf.string` each)."""
-    head = samples[0]
-    if isinstance(head, Mapping):
-        return {name: _collate([sample[name] for sample in samples]) for name in head}
-    if isinstance(head, tuple):
-        return tuple(_collate(list(column)) for column in zip(*samples, strict=True))
-    if isinstance(head, (str, bytes, bytearray, memoryview)):
-        return samples
-    return np.stack(samples) if isinstance(head, np.ndarray) else np.asarray(samples)

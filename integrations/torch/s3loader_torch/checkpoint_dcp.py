@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -35,18 +36,31 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from s3loader.checkpoint import Checkpoint, CheckpointManager, CheckpointOptions, KeepPolicy, LatestN, dcp
-from s3loader.checkpoint.dcp import PartWriter, Ticket, Writing
-from s3loader.checkpoint.format.records import box_of
-from s3loader.checkpoint.locating import telling
-from s3loader.checkpoint.meeting import Box
-from s3loader.checkpoint.protocol.session import Identity, identify
-from s3loader.checkpoint.state import tree
-from s3loader.checkpoint.state.leaves import LeafAdapter, Target, adapter_of_kind
-from s3loader.errors import CheckpointError, ConfigError
+from s3loader import Checkpoint, CheckpointError, CheckpointManager, CheckpointOptions, ConfigError, KeepPolicy, LatestN
+from s3loader.adapters import (
+    Box,
+    Identity,
+    LeafAdapter,
+    PartWriter,
+    Target,
+    Ticket,
+    Writing,
+    adapter_of_kind,
+    box_of,
+    checked,
+    find_ranks,
+    flat_entries,
+    known_url,
+    leaf_names,
+    with_error_context,
+)
 from s3loader_torch.checkpoint_state import TORCH, torch_dtype
+from s3loader_torch.compat import manager_keywords
 
 __all__ = ["S3StorageReader", "S3StorageWriter"]
+
+_WRITER: Final = ("path", "step", "keep", "options", "world_size", "job", "overwrite", "thread_count")
+_READER: Final = ("path", "step", "verify")
 
 
 def _done(value: Any) -> Any:
@@ -66,19 +80,28 @@ class S3StorageWriter(StorageWriter):
         step: Save as this step of a run, and leave its other steps alone. Default: in the place of what `path` holds.
         keep: Which steps to keep afterwards; default: all where `step` is given, else only the new one.
         region: As in s3torchconnector.
-        options: See `CheckpointOptions`.
+        options: A `CheckpointOptions`: budgets in bytes, concurrency, deadlines in seconds; default: its defaults.
         world_size: Only with ``use_collectives=False``: how many ranks save together; default: those of the default process
             group. Give it where the save has a smaller group, and 1 with ``no_dist=True`` in a process that has a group.
         job: Only with ``use_collectives=False`` and several ranks: a name for this incarnation of the job, the same on all
-            ranks and new at every start; default: what torchrun or Slurm say.
+            ranks and new at every start; default: as for `CheckpointManager`.
+        overwrite: Whether to replace what is committed: at `step`, or, without one, at `path`. Default: without a `step`
+            only. False raises `StepExistsError` before anything is written.
+        thread_count: Parts uploaded at a time, as `CheckpointOptions` has it (`concurrency`).
+        endpoint: As `endpoint_url`.
+        s3client_config: An `S3ClientConfig` of s3torchconnector.
         store_options: Passed on to `open_store`: ``endpoint_url``, ...
 
     With ``use_collectives=False`` the ranks meet in the store: what several have is still written once, and one conditional
     write still makes all of it appear. Every rank must save then, in the same order.
 
-    What is no tensor must be JSON-like (see `CheckpointManager.save`): nothing is pickled.
+    What is no tensor must be JSON-like (or made of arrays): nothing is pickled.
+
+    Raises:
+        ConfigError: an option that neither we nor `open_store` know, or have a use for; the hint says what to do.
     """
 
+    @checked
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -89,45 +112,64 @@ class S3StorageWriter(StorageWriter):
         options: CheckpointOptions | None = None,
         world_size: int | None = None,
         job: str = "",
+        overwrite: bool | None = None,
+        thread_count: int | None = None,
+        endpoint: str | None = None,
+        s3client_config: Any = None,
         **store_options: Any,
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] | None = path
-        self._step, self._keep, self._options = step, keep, options
+        words = {"endpoint": endpoint, "s3client_config": s3client_config, **store_options}
+        self._store_options = manager_keywords(type(self).__name__, region, words, _WRITER)
+        if thread_count is not None:
+            options = (options or CheckpointOptions()).replace(concurrency=thread_count)
+        self._step, self._keep, self._options, self._overwrite = step, keep, options, overwrite
         self._world, self._job = world_size, job
         self._meets: Identity | None = None
-        self._store_options = {**store_options, **({"region": region} if region else {})}
         self._writing: Writing | None = None
-        self._coordinator = False
+        self._ticket: Ticket | None = None
+        self._rank = 0
+        self._save_id = uuid.uuid4().hex
 
     @property
     def _where(self) -> str:
         return str(self.checkpoint_id or "")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """See `StorageWriter.reset`."""
+        """Begin another save, at `checkpoint_id` where it is given."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
+        self._save_id = uuid.uuid4().hex
         self._close()
 
-    @telling("save")
+    @with_error_context("save")
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """See `StorageWriter.set_up_storage_writer`.
+        """Open the run; DCP calls it on every rank.
 
         Raises:
             ConfigError: no path; or ``use_collectives=False`` with several ranks, and no name for the job.
         """
         if self.checkpoint_id is None:
             raise ConfigError("no checkpoint path", hint="pass path=... or checkpoint_id=...")
-        self._coordinator = is_coordinator
+        self._rank, self._ticket = kwargs.get("rank") or 0, None
         self._meets = self._identity(kwargs.get("rank") or 0) if kwargs.get("use_collectives", True) is False else None
         keep = self._keep if self._keep is not None or self._step is not None else LatestN(1)
-        manager = CheckpointManager(self.checkpoint_id, keep=keep, options=self._options, **self._store_options)
-        self._writing = Writing(manager, self._step)
+        manager = CheckpointManager(
+            self.checkpoint_id, keep=keep, rank=0, world_size=1, options=self._options, **self._store_options
+        )
+        if self._overwrite and self._step is not None and self._meets is not None and self._meets.world > 1:
+            manager.close()
+            raise ConfigError(
+                f"step {self._step} cannot be replaced by ranks that meet in the store",
+                url=str(self.checkpoint_id),
+                hint="use_collectives=True, or delete the step first: `s3loader ckpt delete`",
+            )
+        self._writing = Writing(manager, self._step, self._overwrite)
 
-    @telling("plan")
+    @with_error_context("plan")
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """See `StorageWriter.prepare_local_plan`; without collectives, the ranks meet here."""
+        """This rank's plan, as it is; without collectives, the ranks meet here."""
         if self._meets is None:
             return plan
         if not getattr(plan, "usable", True):
@@ -136,21 +178,21 @@ class S3StorageWriter(StorageWriter):
                 url=str(self.checkpoint_id),
                 hint="enable_plan_caching=False, or use_collectives=True",
             )
-        ticket, own = self._need().meet(self._meets, [_box(item) for item in plan.items])
-        return replace(plan, items=[plan.items[place] for place in own], storage_data=ticket)
+        self._ticket, own = self._need().meet(self._meets, [_box(item) for item in plan.items])
+        return replace(plan, items=[plan.items[place] for place in own])
 
-    @telling("plan")
+    @with_error_context("plan")
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Begin the attempt, and tell every rank of it."""
+        """Begin the attempt. Planners keep what is returned from save to save, so it says nothing of it."""
         if self._meets is not None:
             return plans
-        tickets = self._need().begin(len(plans))
-        return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
+        seats = self._need().begin(len(plans))
+        return [replace(plan, storage_data=seat) for plan, seat in zip(plans, seats, strict=True)]
 
-    @telling("save")
+    @with_error_context("save")
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         """Upload this rank's tensors, then its part manifest."""
-        ticket: Ticket = plan.storage_data
+        ticket = self._ticket or self._need().ticket(plan.storage_data, self._rank)
         paths: Mapping[str, Sequence[str | int]] = plan.planner_data or {}
         part = self._need().part(ticket)
         try:
@@ -177,9 +219,10 @@ class S3StorageWriter(StorageWriter):
                 box = item.tensor_data.chunk
                 part.add_box(fqn, path, TORCH.source(tensor.detach()), tuple(item.tensor_data.size), tuple(box.offsets))
 
-    @telling("save")
+    @with_error_context("save")
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Publish; called by the coordinator when every rank has written."""
+        metadata.storage_meta = self.storage_meta()
         written = {(r.index.fqn, r.index.offset) for rank in results for r in rank}
         planned = {
             (fqn, chunk.offsets)
@@ -203,11 +246,11 @@ class S3StorageWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a URL or path we know."""
-        return dcp.known_url(checkpoint_id)
+        return known_url(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
-        """See `StorageWriter.storage_meta`."""
-        return StorageMeta(checkpoint_id=self.checkpoint_id)
+        """The checkpoint's id; with every save another ``save_id``."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
 
     def _need(self) -> Writing:
         if self._writing is None:
@@ -219,10 +262,12 @@ class S3StorageWriter(StorageWriter):
         return self._writing
 
     def _identity(self, rank: int) -> Identity:
-        world = self._world
-        if world is None:
-            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return Identity(rank, world, self._job or identify(os.environ))
+        if self._world is not None:
+            return Identity(rank, self._world, self._job)
+        found = find_ranks()
+        if found.source != "torch.distributed":  # then DCP counts one rank
+            return Identity(rank, 1, self._job)
+        return Identity(rank, found.world_size, self._job, found.source)
 
     def _close(self) -> None:
         if self._writing is not None:
@@ -261,9 +306,16 @@ class S3StorageReader(StorageReader):
         step: Which step; default: the newest.
         region: As in s3torchconnector.
         verify: Compare checksums of everything read.
+        endpoint: As `endpoint_url`.
+        s3client_config: An `S3ClientConfig` of s3torchconnector.
+        reader_constructor: Means nothing here: what a plan wants is fetched in large ranges.
         store_options: Passed on to `open_store`: ``endpoint_url``, ...
+
+    Raises:
+        ConfigError: an option that neither we nor `open_store` know.
     """
 
+    @checked
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -271,12 +323,16 @@ class S3StorageReader(StorageReader):
         step: int | None = None,
         region: str | None = None,
         verify: bool = True,
+        endpoint: str | None = None,
+        s3client_config: Any = None,
+        reader_constructor: Any = None,
         **store_options: Any,
     ) -> None:
         super().__init__()
         self.checkpoint_id: str | os.PathLike[str] | None = path
         self._step, self._verify = step, verify
-        self._store_options = {**store_options, **({"region": region} if region else {})}
+        words = {"endpoint": endpoint, "s3client_config": s3client_config, **store_options}
+        self._store_options = manager_keywords(type(self).__name__, region, words, _READER)
         self._manager: CheckpointManager | None = None
         self._found: Checkpoint | None = None
         self._names: dict[str, str] = {}
@@ -287,12 +343,12 @@ class S3StorageReader(StorageReader):
         return str(self.checkpoint_id or "")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """See `StorageReader.reset`."""
+        """Begin another restore, of `checkpoint_id` where it is given."""
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self._close()
 
-    @telling("load")
+    @with_error_context("load")
     def read_metadata(self) -> Metadata:
         """The checkpoint's index, as DCP wants it.
 
@@ -302,11 +358,11 @@ class S3StorageReader(StorageReader):
         if self.checkpoint_id is None:
             raise ConfigError("no checkpoint path", hint="pass path=... or checkpoint_id=...")
         self._close()
-        self._manager = CheckpointManager(self.checkpoint_id, **self._store_options)
+        self._manager = CheckpointManager(self.checkpoint_id, rank=0, world_size=1, **self._store_options)
         self._found = found = self._manager.open(self._step)
         told: dict[str, Any] = {}
         paths: dict[str, tuple[str | int, ...]] = {}
-        for entry in dcp.flat_entries(found, self._tensor):
+        for entry in flat_entries(found, self._tensor):
             paths[entry.fqn] = entry.path
             if not entry.is_tensor:
                 told[entry.fqn] = BytesStorageMetadata()
@@ -317,17 +373,24 @@ class S3StorageReader(StorageReader):
             boxes = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in map(box_of, chunks)]
             properties = TensorProperties(dtype=torch_dtype(chunks[0].dtype))
             told[entry.fqn] = TensorStorageMetadata(properties, torch.Size(chunks[0].shape), boxes)
-        return Metadata(state_dict_metadata=told, planner_data=paths, storage_data={})
+        return Metadata(
+            state_dict_metadata=told,
+            planner_data=paths,
+            storage_data={},
+            storage_meta=StorageMeta(
+                checkpoint_id=self.checkpoint_id, save_id=str(found.info["attempt"]), load_id=uuid.uuid4().hex
+            ),
+        )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """See `StorageReader.set_up_storage_reader`."""
+        """Nothing to set up: `read_metadata` has opened the checkpoint."""
 
-    @telling("plan")
+    @with_error_context("plan")
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note which checkpoint this rank has opened."""
         return replace(plan, storage_data=(self._need().step, self._need().info["attempt"]))
 
-    @telling("plan")
+    @with_error_context("plan")
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Make sure that every rank reads the same checkpoint."""
         seen = {plan.storage_data for plan in plans}
@@ -337,24 +400,35 @@ class S3StorageReader(StorageReader):
             )
         return plans
 
-    @telling("load")
+    @with_error_context("load")
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
         """Read everything the plan wants."""
         wanted: list[tuple[str, Target]] = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                buffer = io.BytesIO()
-                torch.save(self._values[item.storage_index.fqn], buffer)  # planners unpickle what they get: this is our own
-                buffer.seek(0)
-                planner.load_bytes(item, buffer)
+                self._load_value(item, planner)
             else:
                 wanted.append((self._names[item.storage_index.fqn], self._target(item, planner)))
         self._need().read(wanted, verify=self._verify)
         return _done(None)
 
+    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        """Planners unpickle what they get: this is our own."""
+        fqn = item.storage_index.fqn
+        value, place = self._values[fqn], getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
+        if isinstance(place, torch.Tensor):
+            raise CheckpointError(
+                f"{fqn!r} is a {type(value).__qualname__} in the checkpoint, a tensor in the target",
+                hint="give a value of the kind that was saved in its place, and convert what comes back",
+            )
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        planner.load_bytes(item, buffer)
+
     def _tensor(self, name: str) -> Any:
         first = self._need().chunks(name)[0]
-        adapter = adapter_of_kind(dict(tree.leaf_names(self._need().tree))[name])
+        adapter = adapter_of_kind(dict(leaf_names(self._need().tree))[name])
         return self._need().read([(name, adapter.fresh(first.dtype, tuple(first.shape)))])[name]
 
     def _target(self, item: ReadItem, planner: LoadPlanner) -> Target:
@@ -382,7 +456,7 @@ class S3StorageReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a URL or path we know."""
-        return dcp.known_url(checkpoint_id)
+        return known_url(checkpoint_id)
 
     def _need(self) -> Checkpoint:
         if self._found is None:

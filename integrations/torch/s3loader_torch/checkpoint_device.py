@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from s3loader.checkpoint.state.leaves import Device
+from s3loader.adapters import Device
 
 __all__ = ["device_of"]
 

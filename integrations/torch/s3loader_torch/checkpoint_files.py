@@ -10,10 +10,9 @@ import io
 from types import TracebackType
 from typing import Any
 
-from s3loader.errors import ConfigError
-from s3loader.store import ObjectStore, open_store
-from s3loader.store.multipart import MultipartWriter
-from s3loader.types import ObjectURL
+from s3loader import ConfigError, MultipartWriter, ObjectStore, ObjectURL, open_store
+from s3loader.adapters import checked
+from s3loader_torch.compat import store_keywords
 
 __all__ = ["S3Checkpoint", "S3CheckpointReader", "S3CheckpointWriter"]
 
@@ -81,6 +80,7 @@ class S3CheckpointReader(io.BufferedReader):
         self._store.close()
 
 
+@checked
 class S3Checkpoint:
     """Writers and readers of single-object checkpoints.
 
@@ -93,12 +93,24 @@ class S3Checkpoint:
     Args:
         region: AWS region.
         endpoint: URL of another S3-compatible store; `endpoint_url` is the same.
+        s3client_config: An `S3ClientConfig` of s3torchconnector: profile, attempts, path style, anonymity, ``requester_pays``.
+        reader_constructor: Means nothing here: a reader fetches the ranges it is asked for.
         store_options: Passed on to `open_store`.
+
+    Raises:
+        ConfigError: an option that `open_store` does not know.
     """
 
-    def __init__(self, region: str | None = None, endpoint: str | None = None, **store_options: Any) -> None:
-        given = {"region": region, "endpoint_url": endpoint}
-        self._options = {**{name: value for name, value in given.items() if value is not None}, **store_options}
+    def __init__(
+        self,
+        region: str | None = None,
+        endpoint: str | None = None,
+        s3client_config: Any = None,
+        reader_constructor: Any = None,
+        **store_options: Any,
+    ) -> None:
+        words = {"endpoint": endpoint, "s3client_config": s3client_config, **store_options}
+        self._options = store_keywords(type(self).__name__, region, words)
 
     def writer(self, s3_uri: str) -> S3CheckpointWriter:
         """A file to write to; used in a ``with`` block, an exception inside leaves nothing behind."""
@@ -118,11 +130,9 @@ class S3Checkpoint:
             raise
 
     def _open(self, uri: str) -> tuple[ObjectStore, str]:
-        url = ObjectURL.parse(uri)
-        folder, _, key = url.key.rpartition("/")
+        folder, key = ObjectURL.parse(uri).split()
         if not key:
             raise ConfigError(
                 f"{uri!r} names no object", hint="give the whole URL of an object, e.g. s3://bucket/run/model.ckpt"
             )
-        where = ObjectURL(url.scheme, url.bucket, folder or ("/" if url.scheme == "file" else ""))
-        return open_store(str(where), **self._options), key
+        return open_store(folder, **self._options), key

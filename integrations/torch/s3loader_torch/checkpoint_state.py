@@ -6,15 +6,27 @@ Found by the core through `FRAMEWORK`, by name, at the first sight of one of tor
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree
 
-from s3loader.checkpoint.format.dtypes import nbytes
-from s3loader.checkpoint.state.leaves import LeafAdapter, Piece, Source, Target
-from s3loader.checkpoint.state.memory import LARGE, fresh_memory
-from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader import CheckpointError, UnsupportedStateError
+from s3loader.adapters import (
+    LARGE,
+    LeafAdapter,
+    Opened,
+    Piece,
+    Source,
+    Target,
+    WithState,
+    fresh_memory,
+    loading,
+    nbytes,
+    overlaps,
+)
 from s3loader_torch.checkpoint_device import device_of
 
 __all__ = ["DTYPES", "FRAMEWORK", "SHARDED", "TORCH", "tensor_bytes", "torch_dtype"]
@@ -115,17 +127,18 @@ class _Tensor:
 
     def into(self, value: torch.Tensor) -> Target | None:
         name = _NAMES.get(value.dtype)
-        if name is None or value.layout is not torch.strided or value.device.type == "meta" or _memoryless(value):
-            return None
+        if (why := _why_not(value)) or name is None:
+            raise CheckpointError(
+                f"the tensor of the target {why or f'is of {value.dtype}, which no checkpoint holds'}",
+                hint="give a dense tensor with memory of its own (module.to_empty(device=...), tensor.contiguous()), or None",
+            )
         shape = tuple(value.shape)
-        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), shape, strict=True)):
-            return None  # expanded: several elements share their memory
         if _plain(value):
             return Target(name, shape, [Piece((0,) * len(shape), shape, lambda: tensor_bytes(value))], lambda: value, True)
         staged = self.fresh(name, shape)
 
         def finish() -> torch.Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), torch.inference_mode(value.is_inference()):
                 value.copy_(staged.finish())
             return value
 
@@ -139,6 +152,17 @@ class _Tensor:
             return tensor_bytes(made[0])
 
         return Target(dtype, shape, [Piece((0,) * len(shape), shape, allocate)], lambda: made[0])
+
+
+def _why_not(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot be filled; empty where it can."""
+    if tensor.device.type == "meta":
+        return "is on the meta device, so there is no memory to fill"
+    if _memoryless(tensor):
+        return f"is a {type(tensor).__qualname__}, which has no memory of its own"
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        return "is not dense"
+    return "has elements that share memory (it is expanded)" if overlaps(tensor.shape, tensor.stride()) else ""
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -155,10 +179,12 @@ TORCH: Final[LeafAdapter] = _Tensor()
 class _Sharded:
     """`DTensor` (FSDP2, tensor parallel) and `ShardedTensor` (FSDP1): every rank saves and restores its own boxes.
 
-    Of the replicas along a mesh dimension only the first saves.
+    Of the replicas along a mesh dimension only the first saves. The kind says how a `DTensor` was placed on its mesh:
+    ``torch.dtensor.S0,R@dp,tp``.
     """
 
-    kind = "torch"
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def source(self, value: Any) -> Source:
         boxes, mine = _local_boxes(value)
@@ -178,6 +204,8 @@ class _Sharded:
             for offset, shape, target in inner
             for piece in (target.pieces if target is not None else ())
         ]
+        if value.dtype not in _NAMES:
+            raise CheckpointError(f"the tensor of the target is of {value.dtype}, which no checkpoint holds")
 
         def finish() -> Any:
             for _, _, target in inner:
@@ -190,8 +218,75 @@ class _Sharded:
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
         return TORCH.fresh(dtype, shape)
 
+    def beside(self, dtype: str, shape: tuple[int, ...], neighbours: Iterable[Any]) -> Target:
+        """On the mesh of a `DTensor` among `neighbours` that has as many dimensions (and the same names) as the one saved."""
+        spread = [value for value in neighbours if _is_sharded(value)]
+        if not spread:
+            return self.fresh(dtype, shape)
+        placed, _, names = self.kind.removeprefix("torch.dtensor.").partition("@")
+        placements = [_placement(text) for text in placed.split(",")]
+        meshes = {value.device_mesh for value in spread if hasattr(value, "device_mesh")}
+        fitting = [mesh for mesh in meshes if mesh.ndim == len(placements)]
+        named = [mesh for mesh in fitting if names and names == _mesh_names(mesh)]
+        if None in placements or len(named or fitting) != 1:
+            raise CheckpointError(
+                "it was spread over processes when it was saved, and the target has no place for it, and no mesh of "
+                f"{len(placements)} dimensions to spread it over",
+                hint="give a target for it: a DTensor (for an optimizer, the state after one step or get_state_dict's)",
+            )
+        return spread_target((named or fitting)[0], placements, dtype, shape)
 
-SHARDED: Final[LeafAdapter] = _Sharded()
+    def like(self, value: Any, dtype: str) -> Target:
+        if not hasattr(value, "device_mesh"):
+            raise CheckpointError(
+                f"a {type(value).__qualname__} is filled in place only", hint="restore without assign=True, or without it"
+            )
+        device = None if value.device.type == "meta" else value.device
+        return spread_target(value.device_mesh, value.placements, dtype, tuple(value.shape), device)
+
+
+def spread_target(mesh: Any, placements: Sequence[Any], dtype: str, shape: tuple[int, ...], device: Any = None) -> Target:
+    """A new `DTensor` with these placements on that mesh; this rank reads its own box."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local_shape, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+    local = torch.empty(local_shape, dtype=torch_dtype(dtype), device=device if device is not None else mesh.device_type)
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    target = SHARDED.into(whole)
+    assert target is not None
+    return target
+
+
+def _placement(text: str) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if text == "R":
+        return Replicate()
+    return Shard(int(text[1:])) if text[:1] == "S" and text[1:].isdecimal() else None
+
+
+def _placed(placement: Any) -> str:
+    from torch.distributed.tensor import Shard
+
+    if placement.is_replicate():
+        return "R"
+    return f"S{placement.dim}" if type(placement) is Shard else "?"
+
+
+def _mesh_names(mesh: Any) -> str:
+    return ",".join(mesh.mesh_dim_names or ())
+
+
+def _kind_of(value: Any) -> str:
+    if type(value).__name__ == "ShardedTensor":
+        return "torch.sharded"
+    names = _mesh_names(value.device_mesh)
+    return f"torch.dtensor.{','.join(map(_placed, value.placements))}" + (f"@{names}" if names else "")
+
+
+SHARDED: Final = _Sharded("torch.sharded")
 _Box = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 
@@ -221,21 +316,39 @@ def _is_sharded(value: Any) -> bool:
 class _Torch:
     def adapter(self, value: Any) -> LeafAdapter | None:
         if _is_sharded(value):
-            return SHARDED
+            return _Sharded(_kind_of(value))
         return TORCH if isinstance(value, torch.Tensor) else None
 
     def adapter_of_kind(self, kind: str) -> LeafAdapter | None:
+        if kind.startswith(("torch.dtensor.", "torch.sharded")):
+            return _Sharded(kind)
         return TORCH if kind == "torch" else None
 
-    def expand(self, value: Any) -> Any:
-        """The state of a module; everything else that has ``state_dict()`` is the core's."""
-        return value.state_dict() if isinstance(value, torch.nn.Module) else None
+    def node(self, value: Any) -> Opened | None:
+        """A class that somebody has registered with `torch.utils._pytree`; Python's own containers are the core's."""
+        known = _pytree.SUPPORTED_NODES.get(type(value))
+        if known is None or type(value).__module__ in ("builtins", "collections"):
+            return None
+        children, context = known.flatten_fn(value)
+        keys = _keys(known, value, children)
+        tag = "list" if keys == list(range(len(children))) else "dict"
 
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
-        """Nothing is left to do for a plain module whose tensors were all filled in place."""
-        if not (in_place and _state_is_its_memory(value) and set(state) == set(value.state_dict())):
-            value.load_state_dict(state)
-        return value
+        def rebuild(values: dict[Any, Any]) -> Any:
+            return known.unflatten_fn([values[key] for key in keys], context)
+
+        return Opened(tag, dict(zip(keys, children, strict=True)), rebuild, fixed=True, foreign=True)
+
+    def object(self, value: Any) -> WithState | None:
+        """A module or an optimizer; everything else that has ``state_dict()`` is the core's."""
+        if isinstance(value, torch.nn.Module):
+            return WithState(value.state_dict(), functools.partial(_load_module, value), exact=True)
+        if isinstance(value, torch.optim.Optimizer):
+            parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+            place = functools.partial(_place, parameters)
+            return WithState(
+                value.state_dict(), functools.partial(_load_optimizer, value), exact=True, near=parameters, place=place
+            )
+        return None
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
         if isinstance(value, torch.dtype):
@@ -254,6 +367,57 @@ class _Torch:
         if tag == "torch.size":
             return torch.Size(of)
         raise CheckpointError(f"unknown constant {tag} {of!r}", hint="the checkpoint was written by a newer s3loader")
+
+
+def _keys(known: Any, value: Any, children: Sequence[Any]) -> list[Any]:
+    """What the registry calls the children, else the keys of a mapping that it takes apart in its order, else positions."""
+    with_keys = getattr(known, "flatten_with_keys_fn", None)
+    if with_keys is not None:
+        pairs, _ = with_keys(value)
+        return [
+            next((getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)), str(key)) for key, _ in pairs
+        ]
+    if isinstance(value, Mapping) and [*map(id, value.values())] == [*map(id, children)]:
+        return [*value]
+    return [*range(len(children))]
+
+
+def _load_module(module: torch.nn.Module, state: Any, name: str, in_place: bool) -> torch.nn.Module:
+    """Nothing is left to do for a plain module whose tensors were all filled in place."""
+    own = module.state_dict()
+    for key, tensor in own.items():
+        if not isinstance(tensor, torch.Tensor) or key not in state:
+            continue
+        if tensor.device.type == "meta":
+            raise CheckpointError(
+                f"'{name}/{key}' of the target is on the meta device, so there is no memory to fill",
+                hint="materialise the module first: module.to_empty(device=...), or restore(..., assign=True)",
+            )
+        if not isinstance(state[key], torch.Tensor):
+            raise CheckpointError(
+                f"'{name}/{key}' is a {type(state[key]).__qualname__} in the checkpoint, a tensor in the target",
+                hint="restore it without a target and convert it; `s3loader ckpt inspect` tells what was saved",
+            )
+    if not (in_place and _state_is_its_memory(module) and set(state) == set(own)):
+        with loading(module, name):
+            module.load_state_dict(state)
+    return module
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Any, name: str, in_place: bool) -> torch.optim.Optimizer:
+    with loading(optimizer, name):
+        optimizer.load_state_dict(state)
+    return optimizer
+
+
+def _place(parameters: Sequence[Any], path: tuple[Any, ...], dtype: str, shape: tuple[int, ...]) -> Target | None:
+    """The state of a parameter that is spread over processes is spread as the parameter is, where it has its shape."""
+    parameter: Any = None
+    if len(path) > 2 and path[0] == "state" and isinstance(path[1], int) and path[1] < len(parameters):
+        parameter = parameters[path[1]]
+    if type(parameter).__name__ == "ShardedTensor" or not _is_sharded(parameter) or tuple(parameter.shape) != shape:
+        return None
+    return spread_target(parameter.device_mesh, parameter.placements, dtype, shape, parameter.device)
 
 
 FRAMEWORK: Final = _Torch()

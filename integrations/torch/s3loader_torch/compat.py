@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Final, TypedDict
 
-from s3loader.loader import SourceKeywords
-from s3loader.store.options import StoreOptions
+from s3loader import ConfigError, StoreOptions
+from s3loader.adapters import SourceKeywords, StoreKeywords, unknown_option
 
-__all__ = ["ConnectorKeywords", "DatasetKeywords", "without_connector"]
+__all__ = ["ConnectorKeywords", "DatasetKeywords", "manager_keywords", "store_keywords", "without_connector"]
 
 _MEANINGLESS: Final = {
     "part_size": (8 << 20, "ranges are cut to fit the samples, and memory_limit= and prefetch= bound them"),
     "throughput_target_gbps": (10.0, "concurrency= says how many requests run at a time"),
 }
 """Of an `S3ClientConfig`: its own default, and what stands for it here."""
+
+_NOT_NEEDED: Final = {
+    "prefix_strategy": "files lie under an attempt that is never used again, and large parts need few requests a prefix",
+    "single_file_per_rank": "options=CheckpointOptions(file_size=...) says how large files are",
+    "sync_files": "a save has ended when its data is durable",
+    "per_thread_copy_ahead": "options=CheckpointOptions(staging_budget=...) bounds the memory",
+    "cache_staged_state_dict": "staging memory is kept for the next save anyway",
+    "serialization_format": "tensors are safetensors, the rest is JSON",
+    "enable_consolidation": "`s3loader ckpt export` writes one file",
+    "_extensions": "files are stored as they are",
+}
+"""Keywords of DCP's and s3torchconnector's writers that we have no use for, and why."""
 
 
 class ConnectorKeywords(TypedDict, total=False):
@@ -50,6 +62,34 @@ def without_connector(options: Mapping[str, Any]) -> dict[str, Any]:
         known = {field.name: getattr(given, field.name) for field in fields(given)}
         out["options"] = StoreOptions(**{**known, "requester_pays": given.requester_pays or pays})
     return {**out, **rest}
+
+
+def manager_keywords(owner: str, region: str | None, options: Mapping[str, Any], more: Iterable[str] = ()) -> dict[str, Any]:
+    """The same as `store_keywords`, as `CheckpointManager` takes them, whose `options` are its own."""
+    ours = store_keywords(owner, region, options, more)
+    return {"store_options" if name == "options" else name: value for name, value in ours.items()}
+
+
+def store_keywords(owner: str, region: str | None, options: Mapping[str, Any], more: Iterable[str] = ()) -> dict[str, Any]:
+    """What `open_store` takes, of what a class that passes it on was given, in our words or in s3torchconnector's.
+
+    Args:
+        owner: The class.
+        region: Its `region`, a parameter of its own.
+        options: The other keywords.
+        more: Names that it takes besides.
+
+    Raises:
+        ConfigError: one of them is unknown; the hint names what is near, or why there is none.
+    """
+    known = StoreKeywords.__optional_keys__ | ConnectorKeywords.__optional_keys__
+    unknown = options.keys() - known - set(more)
+    for name in sorted(unknown & _NOT_NEEDED.keys()):
+        raise ConfigError(f"{owner}: {name}= means nothing here", hint=f"leave it out: {_NOT_NEEDED[name]}")
+    if unknown:
+        raise unknown_option(unknown, sorted({"region", *known, *more}), owner)
+    ours = without_connector(options)
+    return {**ours, "region": region} if region is not None else ours
 
 
 def _of_config(config: Any) -> dict[str, Any]:

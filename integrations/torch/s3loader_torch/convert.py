@@ -1,31 +1,25 @@
-"""From bytes to what torch code wants, and cheap passage from worker processes.
-
-A tensor sent from a worker costs a file descriptor, fresh shared memory and a round trip, so a batch of many
-small ones travels as one: its bytes are laid end to end, and the list is made again on the other side.
-"""
+"""From bytes to what torch code wants."""
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Mapping
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 
-from s3loader.errors import ConfigError, SampleError
-from s3loader.loader import Collate, Ragged, collate_fixed, collate_ragged
-from s3loader_torch.ring import SharedRows, lend_slot
+from s3loader import Collate, ConfigError, Ragged, SampleError
+from s3loader.adapters import columns, map_leaves, ragged, stacked
+from s3loader_torch.transport import Raw, pack, pack_views, tensor_over
 
 __all__ = [
-    "Packed",
     "RaggedTensor",
     "ReturnType",
     "S3Reader",
     "convert_batch",
-    "pack",
+    "pack_batch",
     "to_return_type",
     "to_tensors",
     "torch_collate",
@@ -33,14 +27,7 @@ __all__ = [
 
 ReturnType: TypeAlias = Literal["tensor", "bytes", "reader", "sample"]
 """What raw bytes become. ``"tensor"``: a uint8 tensor without a copy. ``"bytes"``: `bytes`. ``"reader"``: a file with the
-object's key, as s3torchconnector gives. ``"sample"``: memoryviews from an `S3DataLoader` without workers, else `bytes`."""
-
-
-_SENDABLE: Final = frozenset({torch.Tensor, str, bool, int, float, complex, type(None)})
-"""Types that need no look before they are sent."""
-
-_BY_PIPE: Final = 1 << 20
-"""Bytes of a batch up to which a pipe costs less than shared memory (a third, at 128 KiB)."""
+object's key, as s3torchconnector gives. ``"sample"``: memoryviews from an `S3DataLoader`, else `bytes`."""
 
 
 class S3Reader(io.BytesIO):
@@ -71,20 +58,11 @@ class RaggedTensor(NamedTuple):
 
 def tensor_of(view: memoryview) -> torch.Tensor:
     """A uint8 tensor over `view`; a copy only where the memory is read-only."""
-    if not len(view):
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    return tensor_over(bytearray(view) if view.readonly else view)
 
 
-def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """`leaf` of every leaf of lists, tuples and dicts."""
-    if isinstance(value, Mapping):
-        return {key: _map(item, leaf) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, leaf) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, leaf) for item in value)
-    return leaf(value)
+def _views_as(make: Callable[[memoryview], Any], sample: Any) -> Any:
+    return map_leaves(sample, lambda value: make(value) if isinstance(value, memoryview) else value)
 
 
 class ToReturnType:
@@ -97,10 +75,12 @@ class ToReturnType:
 
     def __call__(self, sample: Any, key: str = "") -> Any:
         if self._kind == "reader":
-            sample = _map(sample, lambda value: S3Reader(value, key, self._bucket) if isinstance(value, memoryview) else value)
+            sample = map_leaves(
+                sample, lambda value: S3Reader(value, key, self._bucket) if isinstance(value, memoryview) else value
+            )
         elif self._kind != "sample":
             leaf = tensor_of if self._kind == "tensor" else bytes
-            sample = _map(sample, lambda value: leaf(value) if isinstance(value, memoryview) else value)
+            sample = map_leaves(sample, lambda value: leaf(value) if isinstance(value, memoryview) else value)
         return sample if self._transform is None else self._transform(sample)
 
 
@@ -127,141 +107,121 @@ def convert_batch(data: Any, kind: ReturnType) -> Any:
             return _tensor_leaf(value)
         return tensor_of(value) if kind == "tensor" else bytes(value) if kind == "bytes" else value
 
-    return _map(data, leaf)
+    return map_leaves(data, leaf)
+
+
+def pack_batch(data: Any, kind: ReturnType | None) -> Any:
+    """What leaves a worker for `convert_batch` of `data`, or where `kind` is None for `to_tensors` of it.
+
+    Raises:
+        SampleError: it holds something that cannot be sent.
+    """
+    if kind in ("tensor", "bytes") and type(data) is list and set(map(type, data)) == {memoryview}:
+        return pack_views(data, as_bytes=kind == "bytes")
+    make: Any = {"tensor": tensor_over, "bytes": bytes}.get(kind or "")
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, memoryview):
+            return _tensor_leaf(value)
+        return value if make is None else Raw(value, make)
+
+    return pack(map_leaves(data, leaf))
 
 
 def to_tensors(data: Any) -> Any:
     """Arrays of a collated batch as tensors over the same memory; anything else as it is."""
     if type(data) is list and set(map(type, data)) == {torch.Tensor}:
         return data
-    return _map(data, _tensor_leaf)
+    return map_leaves(data, _tensor_leaf)
 
 
 def _tensor_leaf(value: Any) -> Any:
     if isinstance(value, Ragged):
         return RaggedTensor(_tensor_leaf(value.values), _tensor_leaf(value.offsets))
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+    if type(value) is not np.ndarray and not isinstance(value, np.memmap):  # a mask or the like would be lost
+        return value
+    through = _AS_BITS.get(value.dtype.name)
+    if through is not None:
+        bits, dtype = through
+        return _tensor_leaf(value.view(bits)).view(dtype)
+    if value.dtype.kind not in "biufc" or value.dtype.type in (np.longdouble, np.clongdouble):
+        return value
+    if not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
+    try:
         return torch.from_numpy(value if value.flags.writeable else value.copy())
-    return value
+    except ValueError:  # it runs backwards, or over fields of records
+        return torch.from_numpy(value.copy())
+
+
+_AS_BITS: Final = {
+    name: (np.dtype(np.int16 if dtype.itemsize == 2 else np.uint8), dtype)
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if (dtype := getattr(torch, name, None)) is not None
+}
+"""Types of `ml_dtypes`, which share their names with torch's: (a type of numpy's as wide, torch's)."""
 
 
 class _Collated:
     """A collate of the engine, for samples that hold tensors. Picklable."""
 
     def __init__(self, kind: str) -> None:
-        self._collate = collate_fixed if kind == "fixed" else collate_ragged
+        self._ragged = kind == "ragged"
+        self._leaf = ragged if self._ragged else stacked
 
     def __call__(self, samples: list[Any]) -> Any:
-        arrays = [_map(sample, lambda value: value.numpy() if isinstance(value, torch.Tensor) else value) for sample in samples]
-        return to_tensors(self._collate(arrays))
+        return to_tensors(columns(samples, self._column) if samples else samples)
+
+    def _column(self, values: list[Any], field: str) -> Any:
+        if not any(isinstance(value, torch.Tensor) for value in values):
+            return self._leaf(values, field)
+        tensors = [_tensor_leaf(value) for value in values]
+        head = tensors[0]
+        for row, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor) or not isinstance(head, torch.Tensor):
+                _differ("type", type(head).__name__, type(tensor).__name__, row, field)
+        ragged = self._ragged and head.ndim > 0 and len({tensor.shape for tensor in tensors}) > 1
+        dtype = head.dtype
+        for row, tensor in enumerate(tensors):
+            shapes = [one.shape[1:] if ragged else one.shape for one in (head, tensor)]
+            if shapes[0] != shapes[1] or (ragged and not tensor.ndim):
+                _differ("shape", head.shape, tensor.shape, row, field)
+            if tensor.device != head.device or tensor.layout != head.layout:
+                _differ("device or layout", (head.device, head.layout), (tensor.device, tensor.layout), row, field)
+            if tensor.dtype != dtype:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        for row, tensor in enumerate(tensors):
+            if tensor.dtype != dtype and not _holds(dtype, tensor):
+                _differ("dtype", head.dtype, tensor.dtype if row else dtype, row, field)
+        with torch.no_grad():
+            alike = [tensor.to(dtype) for tensor in tensors]
+            rows = torch.cat(alike) if ragged else torch.stack(alike)
+        rows.requires_grad_(any(tensor.requires_grad for tensor in tensors))
+        if not ragged:
+            return rows
+        offsets = [0, *itertools.accumulate(len(tensor) for tensor in tensors)]
+        return RaggedTensor(rows, torch.tensor(offsets, dtype=torch.int64))
+
+
+def _differ(what: str, first: Any, other: Any, row: int, field: str) -> NoReturn:
+    at = f" at {field}" if field else ""
+    raise SampleError(
+        f"samples differ in {what}: {first}, {other}{at}",
+        hint=f"bring them to one {what} in transform=, or use collate=None",
+        row=row,
+        field=field,
+    )
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    """Whether `dtype` has every value of `tensor` as it is; flags are no numbers."""
+    if torch.bool in (dtype, tensor.dtype):
+        return False
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return True  # `dtype` is what it was promoted to
+    return bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
 
 
 def torch_collate(collate: Collate) -> Collate:
     """`collate` for samples that may hold CPU tensors."""
     return _Collated(collate) if isinstance(collate, str) else collate
-
-
-class Packed:
-    """A batch on its way out of a worker; unpickles to the batch itself."""
-
-    def __init__(self, rebuild: Callable[..., Any], *parts: Any) -> None:
-        self._call = (rebuild, parts)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._call
-
-    def _refuse(self, *_: Any) -> Any:
-        raise ConfigError(
-            "the collate_fn of the DataLoader gets batches that are packed to leave the worker",
-            hint="give the function to the dataset, as collate=",
-        )
-
-    __len__ = __iter__ = __getitem__ = _refuse
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy and pickle ask for hooks
-            raise AttributeError(name)
-        return self._refuse()
-
-
-class _Hole:
-    """Stands for one packed leaf."""
-
-    __slots__ = ("as_bytes", "index")
-
-    def __init__(self, index: int, as_bytes: bool) -> None:
-        self.index = index
-        self.as_bytes = as_bytes
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hole, (self.index, self.as_bytes))
-
-
-def _unpack(structure: Any, values: Any, sizes: list[int]) -> Any:
-    rows = _rows(values, sizes)
-
-    def fill(value: Any) -> Any:
-        if not isinstance(value, _Hole):
-            return value
-        row = rows[value.index]
-        return row.numpy().tobytes() if value.as_bytes else row
-
-    return _map(structure, fill)
-
-
-def _unpack_list(values: Any, sizes: list[int], as_bytes: bool) -> list[Any]:
-    rows = _rows(values, sizes)
-    return [row.numpy().tobytes() for row in rows] if as_bytes else list(rows)
-
-
-def pack(data: Any, kind: ReturnType) -> Any:
-    """`data`, or a `Packed` that unpickles to it, where it holds byte strings or flat uint8 tensors; raw bytes as `kind`."""
-    as_bytes = kind != "tensor"
-    if type(data) is list and set(map(type, data)) == {memoryview}:
-        return Packed(_unpack_list, *_joined([np.frombuffer(view, dtype=np.uint8) for view in data]), as_bytes)
-    rows: list[Any] = []
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, (bytes, memoryview)):
-            rows.append(np.frombuffer(value, dtype=np.uint8))
-            return _Hole(len(rows) - 1, as_bytes=as_bytes or isinstance(value, bytes))
-        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1 and value.device.type == "cpu":
-            rows.append(value.numpy())
-            return _Hole(len(rows) - 1, as_bytes=False)
-        if type(value) not in _SENDABLE:
-            _check_sendable(value)
-        return value
-
-    structure = _map(data, mark)
-    return Packed(_unpack, structure, *_joined(rows)) if rows and not isinstance(data, torch.Tensor) else data
-
-
-def _check_sendable(value: Any) -> None:
-    """The thread of torch's queue prints what it cannot pickle and drops it, and the training process would wait for ever."""
-    try:
-        ForkingPickler.dumps(value)
-    except Exception as error:  # whatever the object's own pickling raises
-        raise SampleError(
-            f"a batch cannot be sent from a worker: {type(error).__name__}: {error}",
-            hint="return tensors, arrays, numbers, text, bytes, or lists and dicts of them from transform= or collate=",
-        ) from error
-
-
-def _joined(rows: list[Any]) -> tuple[Any, list[int]]:
-    """(all rows end to end, their sizes): through the queue's pipe while that is cheaper, else in shared memory."""
-    sizes = [len(row) for row in rows]
-    if sum(sizes) <= _BY_PIPE:
-        return bytearray(b"".join(rows)), sizes
-    slot = lend_slot(sum(sizes))
-    if slot is not None:
-        np.concatenate(rows, out=slot.data[: sum(sizes)])
-        return SharedRows(slot, sum(sizes)), sizes
-    values = torch.empty(sum(sizes), dtype=torch.uint8)
-    np.concatenate(rows, out=values.numpy())
-    return values, sizes
-
-
-def _rows(values: Any, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-    if isinstance(values, bytearray):
-        values = tensor_of(memoryview(values))
-    return torch.split(values, sizes)

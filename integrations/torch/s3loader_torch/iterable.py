@@ -3,83 +3,88 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, TypeAlias, Unpack, cast
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from s3loader.errors import ConfigError, S3LoaderError, SampleError
-from s3loader.loader import (
+from s3loader import (
     Batch,
-    FromSources,
+    Collate,
+    ConfigError,
+    Explanation,
     Loader,
-    LoaderKeywords,
     LoaderOptions,
-    LoaderStats,
-    Quarantined,
-    Source,
+    Place,
+    Plan,
+    S3LoaderError,
+    SampleError,
+    StateMismatchError,
+)
+from s3loader.adapters import (
+    DatasetSource,
+    FromSources,
+    LoaderKeywords,
+    PlanState,
+    Schedule,
+    Tail,
+    Topology,
+    batch_error,
+    checked,
+    make_collate,
     open_source,
 )
-from s3loader.loader.position import checked_epoch
-from s3loader.loader.samples import batch_error
-from s3loader.plan import Plan, PlanState, Schedule, Topology
 from s3loader_torch.compat import DatasetKeywords, without_connector
-from s3loader_torch.convert import ReturnType, convert_batch, pack, to_return_type, to_tensors, torch_collate
-from s3loader_torch.topology import Ranks, current_topology
+from s3loader_torch.convert import ReturnType, convert_batch, pack_batch, to_return_type, to_tensors, torch_collate
+from s3loader_torch.iteration import Iteration, Progress
+from s3loader_torch.start import SharedStart, iteration_name
+from s3loader_torch.topology import Ranks, current_topology, end_with_parent, is_shared_out_by_caller
 
-__all__ = ["S3IterableDataset"]
+__all__ = ["BatchOf", "S3IterableDataset", "Yields"]
+
+Yields: TypeAlias = Literal["batches", "samples"]
 
 _FLAT_BATCH = 32
 """Neighbours in the sequence that one worker takes where torch makes the batches."""
-
-
-class Delivery(NamedTuple):
-    """What a worker of `S3DataLoader` hands over with each batch."""
-
-    consumed: int
-    data: Any
-    worker: int
-    stats: LoaderStats
-    quarantine: tuple[Quarantined, ...]
-    error: S3LoaderError | None
-    empty: bool = False
-    """All samples of this step were skipped; there is no batch."""
-
-
-def _shared(values: list[int]) -> torch.Tensor:
-    tensor = torch.tensor(values, dtype=torch.int64)
-    tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
-    return tensor
 
 
 class _Options(LoaderKeywords, DatasetKeywords, total=False):
     pass
 
 
+@checked
 class S3IterableDataset(IterableDataset[Any], FromSources):
-    """Samples or batches of a dataset, in one exactly resumable order, shared out to ranks and workers.
+    """Batches or samples of a dataset, in one exactly resumable order, shared out to ranks and workers.
 
-    With `batch_size` it yields whole batches: use ``DataLoader(dataset, batch_size=None, num_workers=k)``, or `S3DataLoader`,
-    which also counts what was delivered. Without it, it yields single samples for ``DataLoader(dataset, batch_size=...)``;
-    torch does not tell a dataset its batch size, so such a run has no exact state to resume from, and workers share blocks.
+    With `batch_size` it gives whole batches: use ``DataLoader(dataset, batch_size=None, num_workers=k)``, or `S3DataLoader`,
+    which also counts what was delivered. With ``yields="samples"`` it gives single samples, for who makes batches of the same
+    size of them, ``DataLoader(dataset, batch_size=B)``; these are then the same batches. Without a `batch_size` it gives single
+    samples for batches of any size: workers share blocks, and the number of batches is not known before.
+
+    In a plain `DataLoader` every iteration is of the epoch that `set_epoch` chose. A loaded state is where one iteration
+    begins; those after it are whole. (torch's seed of an iteration tells workers which one they are of.)
 
     `from_prefix` and `from_objects` take s3torchconnector's keywords, and do as it does unless told otherwise: readers, in the
     order listed.
 
-    Ranks are found when an iteration begins: arguments, device mesh, `torch.distributed`, or ``RANK`` and ``WORLD_SIZE``.
+    Ranks are found when an iteration begins: arguments, device mesh, `torch.distributed`, or ``RANK`` and ``WORLD_SIZE``. For
+    Accelerate and transformers, which share out themselves what a dataset gives, it gives everything.
 
     Args:
         dataset: What `s3loader.open_dataset` returns, or a URL for it.
         batch_size: Samples per batch and rank.
+        yields: ``"batches"``, or ``"samples"`` where the DataLoader makes batches of `batch_size`. Default: what `batch_size`
+            says.
         rank: This rank, if it is not to be found by itself.
         world_size: Number of ranks.
         device_mesh: A `DeviceMesh`; peers along other than its data-parallel dimension get the same samples.
         mesh_dim: Name of that dimension.
         return_type: What raw bytes become: ``"tensor"``, ``"bytes"``, ``"reader"`` or ``"sample"``.
         enable_sharding: False gives every rank and worker all samples, as s3torchconnector does by default.
-        options: See `s3loader.LoaderOptions`; with a URL also those of `s3loader.open_dataset` and `open_store`.
+        options: The fields of `s3loader.LoaderOptions` (`on_break` is `S3DataLoader`'s); with a URL also those of
+            `s3loader.open_dataset` and `open_store`.
 
     Raises:
         ConfigError: an option is unusable.
@@ -89,9 +94,10 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
 
     def __init__(
         self,
-        dataset: Source,
+        dataset: DatasetSource,
         *,
         batch_size: int | None = None,
+        yields: Yields | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         device_mesh: Any = None,
@@ -101,70 +107,144 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         **options: Unpack[_Options],
     ) -> None:
         super().__init__()
-        self.source, rest = open_source(dataset, without_connector(options))
+        self.source, self._given = open_source(dataset, without_connector(options))
         self.batch_size = batch_size
+        self.yields: Yields = yields or ("samples" if batch_size is None else "batches")
+        self.gives: Literal["batches", "samples", "deliveries"] = self.yields
         self.return_type: ReturnType = return_type
         self._ranks = Ranks(rank, world_size, device_mesh, mesh_dim)
         self._sharded = enable_sharding
+        self._refuse_odd_options(yields)
+        self._settle()
+        self._start = SharedStart()
+        self._state: PlanState | None = None
+        self._allow_changed = False
+        self._own: tuple[int, Progress] | None = None
+        """The process that a worker's own state was loaded in, and what it says."""
+        self._begun = 0
+        self._live: Iteration | None = None
+        self._planned: tuple[Any, Loader] | None = None
+        self._found: tuple[int, int] | None = None
+
+    def _refuse_odd_options(self, yields: Any) -> None:
+        if yields not in ("batches", "samples", None):
+            raise ConfigError(f"unknown yields {yields!r}", hint='use "batches" or "samples"')
+        if yields == "batches" and self.batch_size is None:
+            raise ConfigError('yields="batches" needs a batch size', hint="give batch_size=")
+        if self.yields == "samples" and self._given.get("collate") is not None:
+            raise ConfigError(
+                "collate= makes a batch, and this dataset yields samples",
+                hint="give the function to the DataLoader, as collate_fn=, or a batch_size to the dataset",
+            )
+        if "on_break" in self._given:
+            raise ConfigError(
+                "a plain DataLoader keeps the epoch that set_epoch chose, whatever was broken off",
+                hint="give on_break= to S3DataLoader",
+            )
+
+    def _settle(self) -> None:
+        """Options of the engine, for what this is to give."""
         bucket = self.source.store.url.partition("://")[2].partition("/")[0]
-        transform, collate = rest.get("transform"), rest.get("collate")
-        convert = to_return_type(return_type, transform, bucket)
+        transform, collate = self._given.get("transform"), self._given.get("collate")
+        convert = to_return_type(self.return_type, transform, bucket)
         # Where no function of the user's sees single samples, a whole batch is converted at a time.
-        self._late = transform is None and return_type != "reader" and not callable(collate)
+        self._late = transform is None and self.return_type != "reader" and not callable(collate)
         self._options = {
-            **rest,
-            "batch_size": _FLAT_BATCH if batch_size is None else batch_size,
+            **self._given,
+            "batch_size": self.block,
             "transform": None if self._late else convert,
-            "collate": torch_collate(collate),
-            "transform_key": return_type == "reader",
+            "collate": None if self.gives == "samples" else torch_collate(collate),
+            "transform_key": self.return_type == "reader",
         }
         LoaderOptions.of(self._options)
-        # Epoch and start of the next iteration, seen by workers that live already.
-        self._shared = _shared([0, 0])
-        self._state: PlanState | None = None
-        self._first_step = 0
-        self._next_step = 0
-        self._allow_changed = False
-        self._live: Loader | None = None
-        self._planned: tuple[Any, Plan] | None = None
-        self._begun = (0, 0)
-        self._deliveries = False
-        self._found: tuple[int, int] | None = None
+
+    @property
+    def block(self) -> int:
+        """Neighbours in the sequence that one worker takes at a time."""
+        return _FLAT_BATCH if self.batch_size is None else self.batch_size
+
+    @property
+    def tail(self) -> Tail:
+        """What happens to samples that fill no batch on every rank: ``"drop"``, ``"pad"`` or ``"short"``."""
+        return cast("Tail", self._options.get("tail", "short"))
+
+    # -- twins -------------------------------------------------------------------------------
+
+    def _twin(self, **changes: Any) -> S3IterableDataset:
+        """The same dataset with changes, and an epoch and start of its own."""
+        twin = copy.copy(self)
+        vars(twin).update(changes)
+        twin._start = self._start.copy()
+        twin._live = twin._planned = None
+        twin._settle()
+        return twin
+
+    def for_deliveries(self) -> S3IterableDataset:
+        """The same dataset, yielding `Delivery` in place of batches: for `S3DataLoader`."""
+        return self._twin(gives="deliveries")
+
+    def for_samples(self) -> S3IterableDataset:
+        """The same dataset, yielding single samples: what a `DataLoader` calls its dataset."""
+        return self._twin(yields="samples", gives="samples")
+
+    def in_batches(self, batch_size: int, **options: Any) -> S3IterableDataset:
+        """The same dataset in batches of this size, and with other options of the loader."""
+        return self._twin(batch_size=batch_size, yields="batches", gives="batches", _given={**self._given, **options})
+
+    @property
+    def collate_fn(self) -> BatchOf:
+        """Makes of a list of samples what this dataset, or the one it is a twin of, calls a batch."""
+        return BatchOf(self._given.get("collate"))
 
     # -- epochs and state --------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration, also in workers that live already. A loaded position in it is kept."""
-        if checked_epoch(epoch) != int(self._shared[0]):
-            self._shared[0], self._shared[1] = epoch, 0
-            self._first_step = 0
+        """Choose the epoch of the next iterations, also in workers that live already. A loaded position in it is kept."""
+        before = self._start.chosen
+        self._start.set_epoch(epoch)
+        if self._start.chosen != before:
+            self._own = self._live = None
 
     @property
     def epoch(self) -> int:
-        """The epoch that `set_epoch` or a loaded state chose."""
-        return int(self._shared[0])
+        """The epoch of the next iteration."""
+        return self._start.epoch
 
     @property
-    def start(self) -> int:
-        """Positions of that epoch that are consumed before the next iteration begins."""
-        return int(self._shared[1])
+    def begins(self) -> tuple[int, int]:
+        """Epoch and start in it, as they were chosen or loaded last."""
+        return self._start.chosen
 
     def begin_at(self, epoch: int, consumed: int, *, apart: bool = False) -> None:
         """Choose epoch and start of the next iteration, also in workers that live already; `apart`: not in those."""
         if apart:  # another iteration's workers may just be starting
-            self._shared = _shared([epoch, consumed])
-        self._shared[0], self._shared[1] = epoch, consumed
-        self._first_step = 0
-
-    def for_deliveries(self) -> S3IterableDataset:
-        """The same dataset with an epoch of its own, yielding `Delivery` in place of batches: for `S3DataLoader`."""
-        twin = copy.copy(self)
-        twin._shared = _shared(self._shared.tolist())
-        twin._deliveries = True
-        return twin
+            self._start = SharedStart()
+        self._start.choose(epoch, consumed)
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> None:
-        """Begin the next iterations at `state`. Call it before workers are started, or use `S3DataLoader`.
+        """Begin the next iteration at `state`. Call it before workers are started, or use `S3DataLoader`.
+
+        Raises:
+            StateMismatchError: the state belongs to other data, seed or options; or to one worker of several.
+        """
+        workers, in_worker = int(state.get("workers", 1)), get_worker_info() is not None
+        if workers > 1 and not in_worker:
+            raise StateMismatchError(
+                f"this is the state of one of {workers} workers",
+                hint="give the StatefulDataLoader the state that it returned, with as many workers",
+                differs=["workers"],
+            )
+        loaded = self.adopt(state, allow_changed=allow_changed)
+        progress = Progress.of(state, loaded)
+        self._own = (os.getpid(), progress) if in_worker or progress.step or progress.samples else None
+        self._live = None
+        if not in_worker:
+            epoch, consumed = loaded.epoch, min(loaded.consumed, self.plan.size)
+            over = consumed > 0 and self._own is None and not self.is_left(epoch, consumed)
+            self._start.choose(epoch, consumed, over=over)
+
+    def adopt(self, state: Mapping[str, Any], *, allow_changed: bool = False) -> PlanState:
+        """Take the order from `state`, but no position.
 
         Raises:
             StateMismatchError: the state belongs to other data, seed or options.
@@ -172,53 +252,81 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
         loaded, before = PlanState.from_dict(state), (self._state, self._allow_changed)
         self._state, self._allow_changed = loaded, allow_changed
         try:
-            size = self.loader(self.whole_rank()).plan.size  # refuses a wrong state here, not in a worker
+            self._whole_now()  # refuses a wrong state here, not in a worker
         except S3LoaderError:
             self._state, self._allow_changed = before
             raise
-        self.begin_at(loaded.epoch, min(loaded.consumed, size))
-        self._first_step = int(state.get("worker_step", 0))
+        return loaded
+
+    def restored(self, epoch: int, name: int) -> None:
+        """An iteration was restored by itself: a chosen start is void, and the iterations after it are of its epoch."""
+        self._own = None
+        self._start.restored(epoch, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands in the sequence: for `torchdata`'s StatefulDataLoader, which asks each worker.
 
-        In a plain `DataLoader` the training process cannot know what its workers have delivered: use `state_after`,
-        or `S3DataLoader`.
+        Raises:
+            ConfigError: batches come from the workers of a plain `DataLoader`, and this process cannot know how many of them
+                have arrived: use `state_after`, or `S3DataLoader`.
         """
-        self._need_batch_size()
-        loader = self._live if self._live is not None else self.loader(self.whole_rank())
-        if get_worker_info() is None or self._live is None:
-            return loader.state_dict()
-        epoch, consumed = self._begun
-        state = loader.plan.state(epoch, consumed).as_dict()
-        return {**state, "worker_step": self._next_step}
+        if self._live is not None:
+            return self._live.state_dict()
+        if self._start.taken and get_worker_info() is None:
+            raise ConfigError(
+                "workers have begun to read, and the training process cannot know what they have delivered",
+                hint="use S3DataLoader, which counts; or state_after(batches), with batch_size= given to the dataset",
+            )
+        if self._own is not None and self._own[0] == os.getpid():
+            _, (epoch, start, step, samples) = self._own
+            own = {"worker_step": step, **({"worker_samples": samples} if samples else {})}
+            return {**self.plan.state(epoch, start).as_dict(), **own}
+        return self.plan.state(*self._start.chosen).as_dict()
 
     def state_after(self, batches: int) -> dict[str, Any]:
-        """The state when this rank has got `batches` batches of the current epoch (since the loaded state, if any)."""
-        self._need_batch_size()
-        plan, epoch = self.plan, self.epoch
-        schedule = self.schedule(epoch, self.start)
-        return plan.state(epoch, plan.base(epoch, schedule.consumed_after(batches))).as_dict()
+        """The state when this rank has got `batches` batches of the iteration that began last.
 
-    def schedule(self, epoch: int, consumed: int) -> Schedule:
-        """How an epoch, from `consumed` on, is cut into batches for all ranks."""
-        size, tail = self._options["batch_size"], self._options.get("tail", "short")
-        return self.plan.schedule(epoch, size, world_size=self.whole_rank().world_size, tail=tail, consumed=consumed)
+        After a state was loaded or an epoch chosen it is that of the next iteration.
 
-    def _need_batch_size(self) -> None:
+        Raises:
+            ConfigError: the dataset does not know the batch size.
+        """
         if self.batch_size is None:
             raise ConfigError(
                 "an exact state needs the dataset to know the batch size",
-                hint="give S3IterableDataset(..., batch_size=B) and DataLoader(..., batch_size=None)",
+                hint='give S3IterableDataset(..., batch_size=B), and yields="samples" where the DataLoader makes the batches',
             )
+        if not batches and not self._start.taken:
+            return self.plan.state(*self._start.chosen).as_dict()
+        epoch, start = self._start.last
+        return self.plan.state(epoch, self.plan.base(epoch, self.schedule(epoch, start).consumed_after(batches))).as_dict()
+
+    def schedule(self, epoch: int, consumed: int) -> Schedule:
+        """How an epoch, from `consumed` on, is cut into batches for all ranks."""
+        world_size = self.whole_rank().world_size
+        return self.plan.schedule(epoch, self.block, world_size=world_size, tail=self.tail, consumed=consumed)
+
+    def is_left(self, epoch: int, consumed: int) -> bool:
+        """Whether any rank gets a batch of `epoch` behind `consumed` positions of it."""
+        return self.schedule(epoch, consumed).steps(0) > 0  # the first rank is the last to get none
 
     def __len__(self) -> int:
-        """Batches (without `batch_size`: samples) of a whole epoch for this rank, over all its workers."""
-        rank, schedule = self.whole_rank().rank, self.schedule(self.epoch, self.start)
-        steps = schedule.steps(rank)
-        return steps if self.batch_size is not None else int(schedule.positions(rank, range(steps))[1].sum())
+        """Batches (or samples, as it yields them) of a whole epoch for this rank, over all its workers.
 
-    # -- iteration ---------------------------------------------------------------------------
+        Raises:
+            TypeError: the batch size is not known here. How many batches a DataLoader makes of the samples depends on it and
+                on the workers, and a wrong number ends epochs early.
+        """
+        if self.batch_size is None:
+            raise TypeError(
+                "an S3IterableDataset that does not know the batch size has no length: "
+                'give it batch_size=, and yields="samples" where the DataLoader makes the batches'
+            )
+        rank, schedule = self.whole_rank().rank, self.schedule(self.epoch, 0)
+        steps = schedule.steps(rank)
+        return steps if self.gives != "samples" else int(schedule.positions(rank, range(steps))[1].sum())
+
+    # -- ranks and order ---------------------------------------------------------------------
 
     def whole_rank(self) -> Topology:
         """The topology of the whole rank, workers not told apart."""
@@ -226,6 +334,9 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
 
     def _resolve(self) -> tuple[int, int]:
         if not self._sharded:
+            return 0, 1
+        if is_shared_out_by_caller():
+            self._ranks.refuse_given()
             return 0, 1
         return self._found if self._found is not None else self._ranks.resolve()
 
@@ -237,80 +348,98 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
     @property
     def plan(self) -> Plan:
         """The order of samples for the ranks there are now."""
+        return self._whole.plan
+
+    @property
+    def _whole(self) -> Loader:
+        """The engine of the whole rank, which nothing is read with."""
         key = (self._resolve()[1] if self._sharded else 1, self._state, self._allow_changed)
         if self._planned is None or self._planned[0] != key:
-            self._planned = (key, self.loader(self.whole_rank()).plan)
+            self._planned = (key, self._whole_now())
         return self._planned[1]
 
-    def loader(self, topology: Topology) -> Loader:
-        """The engine for one process, at the current epoch and start."""
+    def _whole_now(self) -> Loader:
+        loader = self.loader(self.whole_rank(), self._start.epoch, 0)
+        _ = loader.plan  # refuses a wrong state
+        return loader
+
+    # -- provenance --------------------------------------------------------------------------
+
+    def where(self, position: int, *, epoch: int | None = None) -> Place:
+        """What stands at a position of the sequence, without running anything.
+
+        Raises:
+            PlanError: there is no such position.
+        """
+        return self._whole.where(position, epoch=self.epoch if epoch is None else epoch)
+
+    def find(self, key: str, *, epoch: int | None = None) -> tuple[int, int]:
+        """(step, rank) at which the sample with this key comes in a whole epoch; (-1, -1) if never.
+
+        Raises:
+            ConfigError: the dataset does not know the batch size.
+            PlanError: there is no such sample.
+        """
+        if self.batch_size is None:
+            raise ConfigError("steps are batches, and this dataset does not know their size", hint="give batch_size=")
+        return self._whole.find(key, epoch=self.epoch if epoch is None else epoch)
+
+    def explain(self, *, workers: int = 1, price_per_1000_gets: float = 0.0004, price_per_gb: float = 0.0) -> Explanation:
+        """What an epoch costs over all ranks: requests, bytes, memory, price, found by a dry run of the planner.
+
+        Args:
+            workers: Processes per rank that read.
+            price_per_1000_gets: Of the store; the default is S3 Standard's in us-east-1, in dollars.
+            price_per_gb: Of traffic.
+        """
+        return self._whole.explain(workers=workers, price_per_1000_gets=price_per_1000_gets, price_per_gb=price_per_gb)
+
+    # -- iteration ---------------------------------------------------------------------------
+
+    def loader(self, topology: Topology, epoch: int, start: int) -> Loader:
+        """The engine for one process, for one iteration."""
         loader = Loader(
             self.source,
             rank=topology.rank,
             world_size=topology.world_size,
             worker=topology.worker,
             workers=topology.workers,
-            epoch=int(self._shared[0]),
+            epoch=epoch,
             first_epoch=0,
             **self._options,
         )
         if self._state is not None:
             loader.load_state_dict(self._state.as_dict(), allow_changed=self._allow_changed)
-        loader.position.load(int(self._shared[0]), int(self._shared[1]))
+        loader.cursor.load(epoch, start)
         return loader
 
     def __iter__(self) -> Iterator[Any]:
+        """An iteration begins, of this process or this worker."""
+        end_with_parent()
         topology = current_topology(*self._resolve()) if self._sharded else Topology()
-        loader = self._live = self.loader(topology)
-        in_worker = get_worker_info() is not None
-        self._begun = (loader.epoch, loader.position.start)
-        # Taken, not only read: another iterator over this dataset begins at its own first step.
-        first_step, self._first_step = self._first_step, 0
-        self._next_step = first_step
-        # torch asks the workers in turn, so a step of which nothing is left must take its turn too.
-        batches = loader.iter_batches(first_step=first_step, with_empty=self._deliveries)
-        noted = 0
-        try:
-            while True:
-                try:
-                    batch = next(batches, None)
-                    none = batch is None or batch.empty or self.batch_size is None
-                    data = None if batch is None or none else self._converted(batch, in_worker)
-                except S3LoaderError as error:
-                    if not self._deliveries:
-                        raise
-                    # torch would rebuild the exception from its text alone and lose what it knows.
-                    yield Delivery(0, None, topology.worker, loader.stats, tuple(loader.quarantine[noted:]), error)
-                    return
-                new = tuple(loader.quarantine[noted:])
-                noted = len(loader.quarantine)
-                if batch is None:
-                    return
-                self._next_step = batch.step + topology.workers
-                if self.batch_size is None:
-                    yield from convert_batch(batch.data, self._plain)
-                    continue
-                if self._deliveries:
-                    yield Delivery(batch.consumed, data, topology.worker, loader.stats, new, None, batch.empty)
-                else:
-                    yield data
-        finally:
-            batches.close()
-            self._next_step = 0
+        name = iteration_name(self._begun)
+        self._begun += 1
+        if self._own is not None and self._own[0] == os.getpid():
+            progress = self._own[1]
+            self.restored(progress.epoch, name)
+        else:
+            progress = Progress(*self._start.take(name))
+        self._live = Iteration(self, topology, progress, name)
+        return self._live
 
-    @property
-    def _plain(self) -> ReturnType:
-        """The return type for a plain DataLoader: it takes a memoryview for a sequence, and makes a list of ints of it."""
-        return "bytes" if self.return_type == "sample" and not self._deliveries else self.return_type
-
-    def _converted(self, batch: Batch, in_worker: bool) -> Any:
+    def converted(self, batch: Batch) -> Any:
+        """What is given of a batch of the engine."""
         data = batch.data
-        if in_worker:
+        # A plain DataLoader takes a memoryview for a sequence, and makes a list of ints of it.
+        kind = "bytes" if self.return_type == "sample" and self.gives != "deliveries" else self.return_type
+        if self.gives == "samples":
+            return convert_batch(data, kind) if self._late or not callable(self._given.get("collate")) else data
+        if get_worker_info() is not None:
             try:
-                return pack(to_tensors(data), self.return_type)
+                return pack_batch(data, kind if self._late else None)
             except SampleError as error:
                 raise batch_error("sending", error, self.source, batch.epoch, batch.samples, batch.positions) from error
-        return convert_batch(data, self._plain) if self._late else to_tensors(data)
+        return convert_batch(data, kind) if self._late else to_tensors(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickled when spawned workers start: they cannot ask `torch.distributed`, so the ranks go with it."""
@@ -322,3 +451,16 @@ class S3IterableDataset(IterableDataset[Any], FromSources):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._live = self._planned = None
+
+
+class BatchOf:
+    """A `collate_fn` that makes batches as the dataset does. Picklable if its function is."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+        """As the dataset was told."""
+        self._function = make_collate(torch_collate(collate))
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """A batch of `samples`."""
+        return samples if self._function is None else to_tensors(self._function(samples))

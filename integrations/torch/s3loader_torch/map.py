@@ -8,14 +8,16 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
-from s3loader.errors import ConfigError
-from s3loader.loader import Decode, FromSources, SampleReader, Source, open_source
+from s3loader import ConfigError, Decode, SampleReader
+from s3loader.adapters import DatasetSource, FromSources, checked, open_source
 from s3loader_torch.compat import DatasetKeywords, without_connector
 from s3loader_torch.convert import ReturnType, to_return_type, to_tensors
+from s3loader_torch.topology import end_with_parent
 
 __all__ = ["S3MapDataset"]
 
 
+@checked
 class S3MapDataset(TorchDataset[Any], FromSources):
     """Random access: ``dataset[i]``, and ``dataset.__getitems__([i, j, ...])``, which torch's DataLoader calls for each batch.
 
@@ -25,9 +27,9 @@ class S3MapDataset(TorchDataset[Any], FromSources):
 
     Args:
         dataset: What `s3loader.open_dataset` returns, or a URL for it.
-        decode: See `s3loader.LoaderOptions`.
+        decode: Extension -> function, a function, or one of the names that `s3loader.LoaderOptions` knows; None: no decoding.
         transform: Called with each decoded sample.
-        return_type: What raw bytes become; see `S3IterableDataset`.
+        return_type: What raw bytes become: ``"tensor"``, ``"bytes"``, ``"reader"`` or ``"sample"``.
         verify: Check the CRC32C of every member that has one.
         options: With a URL, those of `s3loader.open_dataset` and `open_store`.
 
@@ -39,7 +41,7 @@ class S3MapDataset(TorchDataset[Any], FromSources):
 
     def __init__(
         self,
-        dataset: Source,
+        dataset: DatasetSource,
         *,
         decode: Decode = None,
         transform: Callable[[Any], Any] | None = None,
@@ -71,6 +73,7 @@ class S3MapDataset(TorchDataset[Any], FromSources):
         Raises:
             IndexError: an index is out of range.
         """
+        end_with_parent()
         size = len(self)
         numbers = np.array([range(size)[index] for index in indices], dtype=np.int64)
         return [to_tensors(sample) for sample in self._reader.read(numbers)]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+import sys
+from multiprocessing import util
+from typing import Any, Final, NamedTuple
 
-import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
-from s3loader.errors import ConfigError
-from s3loader.plan import Topology
+from s3loader import ConfigError
+from s3loader.adapters import Topology, find_ranks
 
-__all__ = ["Ranks", "current_topology"]
+__all__ = ["Ranks", "current_topology", "end_with_parent", "is_shared_out_by_caller"]
+
+_SHARE_OUT: Final = {"DataLoaderDispatcher", "IterableDatasetShard"}
+"""Classes of Accelerate and transformers that read everything and give each process its part."""
 
 
 class Ranks(NamedTuple):
@@ -23,7 +27,8 @@ class Ranks(NamedTuple):
     mesh_dim: str | None = None
 
     def resolve(self) -> tuple[int, int]:
-        """(rank, world size): arguments, then the device mesh, then `torch.distributed`, then ``RANK`` and ``WORLD_SIZE``.
+        """(rank, world size): arguments, then the device mesh, then what is found: `torch.distributed`, ``RANK`` and
+        ``WORLD_SIZE``, a Slurm job step.
 
         Of a mesh with several dimensions the data-parallel one counts: peers along the others get the same samples.
 
@@ -36,12 +41,20 @@ class Ranks(NamedTuple):
             return self.rank, self.world_size
         if self.device_mesh is not None:
             return self._of_mesh()
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
-        rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-        if rank is not None and world_size is not None:
-            return int(rank), int(world_size)
-        return 0, 1
+        found = find_ranks()
+        return found.rank, found.world_size
+
+    def refuse_given(self) -> None:
+        """Refuse ranks that the user gave, where another shares out what the dataset gives.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        if (self.rank, self.world_size, self.device_mesh) != (None, None, None):
+            raise ConfigError(
+                "Accelerate shares out what the dataset gives, so ranks given to the dataset would share it out twice",
+                hint="leave rank, world_size and device_mesh out, or use prepare_loader(accelerator, S3DataLoader(...))",
+            )
 
     def _of_mesh(self) -> tuple[int, int]:
         mesh, name = self.device_mesh, self.mesh_dim
@@ -60,3 +73,41 @@ def current_topology(rank: int, world_size: int) -> Topology:
     """The topology of this process: a DataLoader worker, or the training process itself."""
     info = get_worker_info()
     return Topology(rank, world_size, info.id, info.num_workers) if info is not None else Topology(rank, world_size)
+
+
+_ends_with_parent: set[int] = set()
+"""Process ids of workers that are prepared already; a set, since a forked child inherits it."""
+
+
+def end_with_parent() -> None:
+    """A DataLoader worker whose training process was killed will end, though nobody reads what it still has to give.
+
+    At its end a worker waits until its last batches are read. The other workers hold the reading end of its pipe too, so
+    where the training process is gone nothing wakes it, and its memory and standard output stay taken for ever.
+    """
+    if get_worker_info() is not None and os.getpid() not in _ends_with_parent:
+        _ends_with_parent.add(os.getpid())
+        util.Finalize(None, _end_orphan, (os.getppid(),), exitpriority=100)  # before the queue's own, which waits
+
+
+def _end_orphan(parent: int) -> None:
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def is_shared_out_by_caller() -> bool:
+    """Whether this is asked on behalf of Accelerate or transformers, for a loader that shares out by itself.
+
+    They do not tell the dataset, which would share out a second time and lose samples; so it looks who calls. Forked workers
+    inherit the calls of their parent.
+    """
+    if "accelerate" not in sys.modules and "transformers" not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_qualname.partition(".")[0] in _SHARE_OUT:
+            module = frame.f_globals.get("__name__", "")
+            if module.partition(".")[0] in ("accelerate", "transformers"):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return False

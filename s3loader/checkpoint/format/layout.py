@@ -4,14 +4,15 @@
 
     s3loader.json                                     format, run id, what the store can do
     control/epoch-00000007.json                       one per job incarnation: writer fence, resume step
-    control/save-<attempt>.json                       the step of a save whose ranks meet here, see `meeting`
+    control/save-<attempt>.json                       the step of a save whose ranks meet here
+    control/save-dcp-<origin>.json                    the save that DCP's coordinator has under way
     control/pin-<attempt>-00000.json                  files of earlier steps that a save under way needs
-    ckpt/compacted.json                               deleted steps whose tombstones are gone, see `compaction`
+    ckpt/compacted.json                               deleted steps whose tombstones are gone
     ckpt/000000001000/root.jsonl                      THE COMMIT POINT, one per step; later its tombstone
     ckpt/000000001000/root-00000001.jsonl             the same, where the step was deleted and saved again
     ckpt/000000001000/<attempt>/intent-00000.json     what rank 0 is about to do
     ckpt/000000001000/<attempt>/d-00003-000.safetensors   rank 3, file 0
-    ckpt/000000001000/<attempt>/plan-00003.json       rank 3's boxes, and plan.json: who writes what; see `meeting`
+    ckpt/000000001000/<attempt>/plan-00003.json       rank 3's boxes, and plan.json: who writes what
     ckpt/000000001000/<attempt>/part-00003.json       rank 3's part, written after its data is durable
     ckpt/000000001000/<attempt>/index.json.zst        all parts, merged
 
@@ -51,6 +52,7 @@ __all__ = [
     "root_key",
     "step_of",
     "step_prefix",
+    "ticket_key",
 ]
 
 MARKER: Final = "s3loader.json"
@@ -76,7 +78,7 @@ class AttemptKey:
     attempt: str
     file: str
     generation: int = 0
-    """Of a root, see `compaction`."""
+    """Of a root: how often the step was deleted and saved again before."""
 
 
 def _checked(step: int) -> int:
@@ -131,6 +133,11 @@ def pin_key(attempt: str, rank: int) -> str:
 def begin_key(attempt: str) -> str:
     """Where rank 0 says which step `attempt` is."""
     return f"{SAVES}{attempt}.json"
+
+
+def ticket_key(origin: str) -> str:
+    """Where the coordinator `origin` of a save through DCP says which attempt it is."""
+    return f"{SAVES}dcp-{origin}.json"
 
 
 def plan_id(rank: int) -> str:

@@ -1,7 +1,8 @@
 """The JSON documents of an attempt: intent, part manifest, index; and their validation.
 
 Encoded with `msgspec`, in field order, so that equal contents are equal bytes: several
-publishers of one attempt write the same index.
+publishers of one attempt write the same index. The first field is the checksum of all that
+follows (`s3loader.checksum.seal_json`); records of older releases have none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from s3loader.checkpoint.format import segments
-from s3loader.checkpoint.format.dtypes import DTYPES, nbytes
+from s3loader.checksum import json_seal_holds, seal_json
+from s3loader.dtypes import DTYPES, nbytes
 from s3loader.errors import FormatError
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "Pin",
     "PlanRecord",
     "SharesRecord",
+    "TicketRecord",
     "decode",
     "encode",
+    "is_sealed",
 ]
 
 FORMAT: Final = 1
@@ -100,6 +104,16 @@ class BeginRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Why it could not begin."""
 
 
+class TicketRecord(msgspec.Struct, kw_only=True):
+    """``control/save-dcp-<origin>.json``: what DCP's coordinator tells the other ranks of the save under way."""
+
+    format: int
+    step: int
+    attempt: str
+    world: int
+    epoch: EpochRecord
+
+
 class PlanRecord(msgspec.Struct, kw_only=True):
     """``plan-RRRRR.json``: what a rank has."""
 
@@ -140,13 +154,13 @@ class Chunk(msgspec.Struct, kw_only=True, omit_defaults=True):
     begin: int
     end: int
     crc: bytes
-    """CRC32C of each segment (see `segments`), 4 little-endian bytes each."""
+    """CRC32C of each segment (a piece between two multiples of the block size), 4 little-endian bytes each."""
     offset: list[int] | None = None
     """Where the box begins; None: the whole tensor."""
     box: list[int] | None = None
     """Shape of the box; None: the whole tensor."""
     hash: bytes = b""
-    """Recognises the content (see `hashing`); empty where nobody will ask."""
+    """96 bits of checksum that recognise the content; empty where nobody will ask."""
 
 
 class Part(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -163,7 +177,7 @@ class Part(msgspec.Struct, kw_only=True, omit_defaults=True):
     files: list[FileRecord]
     chunks: list[Chunk]
     tree: Any
-    """The items, see `tree`; leaves are chunks by name."""
+    """The items as JSON; leaves are chunks by name."""
     replicas: list[Chunk] = []
     """Tensors another rank writes, with this rank's checksums of them."""
     metrics: dict[str, float] = {}
@@ -174,7 +188,7 @@ class Part(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Compacted(msgspec.Struct, kw_only=True):
-    """``ckpt/compacted.json``: steps of which generations are dead for ever, see `compaction`."""
+    """``ckpt/compacted.json``: steps of which generations are dead for ever."""
 
     format: int
     generations: list[list[list[int]]]
@@ -207,8 +221,13 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 def encode(record: msgspec.Struct) -> bytes:
-    """`record` as JSON."""
-    return msgspec.json.encode(record)
+    """`record` as JSON, with its checksum."""
+    return seal_json(msgspec.json.encode(record))
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the record in `data` has a checksum, and that holds."""
+    return json_seal_holds(data) is True
 
 
 def decode(data: bytes | memoryview, record: type[Record], where: str) -> Record:
@@ -217,9 +236,14 @@ def decode(data: bytes | memoryview, record: type[Record], where: str) -> Record
     Raises:
         FormatError: `data` (the object `where`) is not one, or of a newer format.
     """
+    if json_seal_holds(data, b'{"%s":' % record.__struct_fields__[0].encode()) is False:
+        raise FormatError(
+            f"{where} is not what was written: its checksum does not match",
+            hint="it is damaged; `s3loader ckpt verify --all` tells which steps are whole",
+        )
     try:
         result = msgspec.json.decode(data, type=record)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise FormatError(
             f"{where} is not a {record.__name__.lower()} record: {error}",
             hint="it is damaged, or no file of s3loader; `s3loader ckpt verify --all` tells which steps are whole",
@@ -242,6 +266,12 @@ def _check(files: Sequence[FileRecord], chunks: Sequence[Chunk], block: int, whe
     sizes = {file.id: file.size for file in files}
     if block <= 0:
         raise FormatError(f"{where}: a block size of {block}", hint="it is damaged; go back to an earlier step")
+    for file in files:
+        if not 0 <= file.header <= file.size or len(file.crc) != 4 * segments.count(0, file.header, block):
+            raise FormatError(
+                f"{where}: the file {file.id!r} has a header of {file.header} of {file.size} bytes",
+                hint="it is damaged; go back to an earlier step",
+            )
     for chunk in chunks:
         offset, box = box_of(chunk)
         inside = len(offset) == len(box) == len(chunk.shape) and all(

@@ -2,7 +2,7 @@
 
 A stalled writer may still publish an attempt that looks abandoned, so the step's root is rewritten
 first (*fenced*): whatever that writer was about to send has a condition that no longer holds.
-Tombstones are compacted last: see `compaction`.
+Tombstones are compacted last (tombstones.py): the generations that they end are marked as dead, then they are deleted.
 Every step of a collection can be cut off and done again.
 """
 
@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass, field
 
 from s3loader.checkpoint.format import layout
-from s3loader.checkpoint.protocol.compaction import dead_keys
 from s3loader.checkpoint.protocol.retention import delete_keys, in_use
-from s3loader.checkpoint.protocol.root import Root
+from s3loader.checkpoint.protocol.roots import Root
 from s3loader.checkpoint.protocol.run import Run, Scan
+from s3loader.checkpoint.protocol.tombstones import dead_keys
 from s3loader.errors import AccessDeniedError, FencedError, ObjectNotFoundError, StepExistsError, UnsupportedOperationError
 from s3loader.types import ObjectMeta
 
@@ -61,7 +61,7 @@ def collect(run: Run, *, epoch: int, grace: float, dry_run: bool = False) -> GCR
     needed = before.referenced()
     alive: set[tuple[int, str]] = set()
     for step, attempts in before.attempts.items():
-        found = before.roots.get(step, Root(step, "absent", generation=run.mark.generation(step)))
+        found = before.roots.get(step, Root(step, "absent", generation=run.tombstones.generation(step)))
         old = {a: metas for a, metas in attempts.items() if _abandoned(found, a, metas, now - grace)}
         alive.update((step, attempt) for attempt in attempts.keys() - old.keys() - {found.attempt})
         old = {a: left for a, metas in old.items() if (left := [meta for meta in metas if meta.key not in needed])}
@@ -93,9 +93,9 @@ def _fence(run: Run, found: Root, old: dict[str, list[ObjectMeta]], epoch: int, 
         return True  # nobody writes over one
     try:
         if found.state == "committed":
-            run.touch(found)
+            run.roots.touch(found)
         else:
-            run.retire(found, epoch)
+            run.roots.retire(found, epoch)
     except (StepExistsError, FencedError) as error:
         report.skipped[found.step] = str(error.message)
         return False
@@ -104,7 +104,7 @@ def _fence(run: Run, found: Root, old: dict[str, list[ObjectMeta]], epoch: int, 
 
 
 def _compact(run: Run, report: GCReport, scan: Scan, before: float) -> None:
-    """Delete the tombstones of steps of which nothing else is left, after they were marked: see `compaction`."""
+    """Delete the tombstones of steps of which nothing else is left, after they were marked."""
     gone = set(report.keys)
     dead: dict[int, int] = {}
     for step, found in scan.roots.items():
@@ -116,8 +116,8 @@ def _compact(run: Run, report: GCReport, scan: Scan, before: float) -> None:
     report.compacted = sorted(dead)
     if not report.dry_run:
         if dead:
-            run.mark.add(dead)
-        delete_keys(run, dead_keys(scan.objects, run.mark))
+            run.tombstones.add(dead)
+        delete_keys(run, dead_keys(scan.objects, run.tombstones))
 
 
 def _count(run: Run, report: GCReport, doomed: dict[int, dict[str, list[ObjectMeta]]]) -> None:

@@ -6,6 +6,7 @@ A pure function of the parts, so that several publishers of one attempt write eq
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -14,11 +15,12 @@ import zstandard
 
 from s3loader.checkpoint.format import boxes, layout, records
 from s3loader.checkpoint.format.records import Chunk, Index, Part, box_of
-from s3loader.checkpoint.protocol import root
+from s3loader.checkpoint.protocol import roots
 from s3loader.checkpoint.state import tree
-from s3loader.errors import CheckpointError, FencedError, IncompleteCheckpointError
+from s3loader.errors import CheckpointError, FencedError, FormatError, IncompleteCheckpointError
 from s3loader.exchange.lines import file_entry
 from s3loader.exchange.types import FileEntry
+from s3loader.shard.compression import unpack
 
 __all__ = ["Merged", "unpack_index"]
 
@@ -52,7 +54,8 @@ class Merged:
                 f"step {first.step} was collected or deleted between the begin of one rank's save and another's",
                 hint="save it again; a grace time of garbage collection that is longer than any save avoids this",
             )
-        missing = sorted(set(range(first.world)) - {part.rank for part in parts})
+        have = {part.rank for part in parts}
+        missing = list(itertools.islice((rank for rank in range(first.world) if rank not in have), 1000))
         if missing:
             raise IncompleteCheckpointError(
                 f"step {first.step}: parts of ranks {missing} are missing",
@@ -86,7 +89,7 @@ class Merged:
             run: Id of the run.
             sizes: Size and ETag, as the store lists them, of every part and data file by its key.
             was: Attempts that were committed at this step before.
-            taken: Files that an earlier attempt at this step began, see `resuming`.
+            taken: Files that an earlier attempt at this step began, and this one goes on with.
         """
         first, index = self.first, self.index
         prefix = layout.step_prefix(first.step) + first.attempt + "/"
@@ -116,7 +119,7 @@ class Merged:
             "refs": sorted({at.step for name in refs if name not in taken and (at := layout.parse_key(name)) is not None}),
         }
         entry = file_entry(prefix + layout.INDEX, layout.INDEX, None, "application/zstd", len(self.packed), None)
-        return root.committed_entries(facts, entry, others)
+        return roots.committed_entries(facts, entry, others)
 
 
 def unpack_index(data: bytes, facts: Mapping[str, Any], where: str) -> Index:
@@ -130,7 +133,11 @@ def unpack_index(data: bytes, facts: Mapping[str, Any], where: str) -> Index:
             f"{where} is not the index that was committed",
             hint="restore(on_corruption='previous') goes back a step; `s3loader ckpt verify --all` checks each",
         )
-    return records.decode(zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_INDEX), Index, where)
+    try:
+        text = unpack(data, at_most=_MAX_INDEX)
+    except FormatError as error:
+        raise FormatError(f"{where} is no zstd frame of an index: {error.message}", hint=error.hint) from error
+    return records.decode(text, Index, where)
 
 
 def _check_tiling(chunks: Sequence[Chunk]) -> None:

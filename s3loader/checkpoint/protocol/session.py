@@ -2,28 +2,49 @@
 
 Rank 0 takes the next epoch number by creating its object; the nonce in it makes the attempt ids
 that every rank derives by itself. A job that finds a higher epoch than its own has been superseded.
+
+All managers of a process that write to one run are one incarnation, so they number their saves together and do not fence each
+other. Where the job has several ranks it lasts as long as the process, since all ranks must count alike; a process that is
+alone looks whether its epoch still is the newest, and begins another one where it is not.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from s3loader.checkpoint.format import layout, records
 from s3loader.checkpoint.format.records import EpochRecord
-from s3loader.checkpoint.protocol.patience import Patience
+from s3loader.checkpoint.protocol.polling import Polling
+from s3loader.checkpoint.protocol.retention import later
 from s3loader.checkpoint.protocol.run import Run
+from s3loader.checkpoint.threads import at_once
 from s3loader.errors import ConfigError, FencedError, IncompleteCheckpointError
+from s3loader.ranks import Board, board, find_ranks, job_of
 
 _log = logging.getLogger("s3loader.checkpoint")
 _EPOCHS_KEPT = 16
 
-__all__ = ["Identity", "Session", "identify", "open_session"]
+__all__ = [
+    "Identity",
+    "Incarnation",
+    "Session",
+    "agree",
+    "forget",
+    "identify",
+    "incarnation_of",
+    "open_session",
+    "under_way",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,8 @@ class Identity:
     world: int = 1
     job: str = ""
     """The same on every rank of one incarnation, and never the same again; only needed where `world` > 1."""
+    source: str = ""
+    """Where `rank` and `world` were found, if the user did not give them."""
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:
@@ -46,34 +69,86 @@ class Identity:
                 hint="at most 99,999 ranks save one checkpoint; let one rank of several save for them",
             )
 
+    @property
+    def way_out(self) -> str:
+        """What to add to a hint where ranks are missing that were found, not given."""
+        if not self.source:
+            return ""
+        return f"; {self.world} ranks were found in {self.source}: where this process saves alone, give rank=0, world_size=1"
 
-def identify(environ: Mapping[str, str]) -> str:
-    """A job's name from its launcher's variables: torchrun's run id, or Slurm's job and step; empty where there is none.
 
-    The restart count is part of it: a restarted job is another incarnation.
+def identify(rank: int | None = None, world: int | None = None, job: str = "") -> Identity:
+    """Who this process is: what the user said, else what is found.
+
+    The job's name is that of its launcher; or rank 0 makes one up when the session is opened.
+
+    Raises:
+        ConfigError: only one of `rank` and `world` was given, or they do not fit.
     """
-    run = environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run != "none":
-        return f"torchelastic/{run}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if "SLURM_JOB_ID" in environ:
-        parts = (environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"))
-        return "slurm/" + "/".join(parts)
-    return ""
+    if (rank is None) != (world is None):
+        raise ConfigError("rank= and world_size= belong together", hint="give both, or neither")
+    if rank is not None and world is not None:
+        return Identity(rank, world, job)
+    return Identity(*find_ranks()[:2], job, find_ranks().source)
+
+
+class Incarnation:
+    """What all sessions of a process on one run share."""
+
+    def __init__(self, record: EpochRecord) -> None:
+        self.record = record
+        self.saves = itertools.count(1)
+        self.stands_at: int | None = None
+        """The step that it has committed, or gone back to, last."""
+
+
+_incarnations: Final[dict[tuple[int, str, int], Incarnation]] = {}
+"""By process id, nonce and rank: a forked child is an incarnation of its own."""
+_current: Final[dict[tuple[int, str, Identity], Incarnation]] = {}
+"""The last one by process id, run and identity."""
+_under_way: Final[dict[str, dict[str, int]]] = {}
+"""Steps of this process's saves that have not ended, by run and attempt."""
+_opening: Final[dict[tuple[int, str, Identity], threading.Lock]] = {}
+_notes: Final[dict[int, itertools.count[int]]] = {}
+"""How many notes the processes of a job have left each other, by process id: all count alike."""
+_lock = threading.Lock()
+
+
+def under_way(url: str) -> dict[str, int]:
+    """The saves of this process on a run that have not ended: attempt -> step. Whoever begins one adds it."""
+    return _under_way.setdefault(url, {})
+
+
+def forget(saves: dict[str, int], attempt: str) -> None:
+    """`attempt` has ended; `saves` is of `under_way`."""
+    saves.pop(attempt, None)
+
+
+def _shared(record: EpochRecord, rank: int) -> Incarnation:
+    with _lock:
+        return _incarnations.setdefault((os.getpid(), record.nonce, rank), Incarnation(record))
 
 
 class Session:
-    """What this process knows of its incarnation."""
+    """What this process knows of its incarnation.
 
-    def __init__(self, run: Run, identity: Identity, record: EpochRecord) -> None:
+    Args:
+        run: Where.
+        identity: Who.
+        record: Of its epoch.
+        unfinished: Steps that were begun and not committed; default: as the record says.
+    """
+
+    def __init__(self, run: Run, identity: Identity, record: EpochRecord, unfinished: list[int] | None = None) -> None:
         self.run, self.identity, self.record = run, identity, record
         self.epoch, self.nonce, self.resume_step = record.epoch, record.nonce, record.resume_step
+        self.unfinished = record.unfinished if unfinished is None else unfinished
         self.pid = os.getpid()
-        self._saves = 0
+        self.incarnation = _shared(record, identity.rank)
 
     def next_attempt(self) -> str:
         """Id of the next save. Ranks that save in the same order get the same ids."""
-        self._saves += 1
-        return layout.attempt_id(self.epoch, self._saves, self.nonce)
+        return layout.attempt_id(self.epoch, next(self.incarnation.saves), self.nonce)
 
     def check_fence(self) -> None:
         """Make sure that no newer incarnation has begun.
@@ -82,39 +157,156 @@ class Session:
             FencedError: one has.
         """
         newest = self.run.newest_epoch(after=self.epoch)
-        if newest > self.epoch:
-            raise FencedError(
-                f"a newer job (epoch {newest}) has taken over this run from epoch {self.epoch}",
-                url=self.run.store.url,
-                epoch=newest,
-                hint="this process should end; restart it to continue from the newest checkpoint",
-            )
+        if newest <= self.epoch:
+            return
+        found = self.run.read(layout.epoch_key(newest), EpochRecord)
+        other = found[0] if found is not None else None
+        who = f", begun by process {other.pid} on {other.host}" if other is not None else ""
+        hint = "this process should end; restart it to continue from the newest checkpoint"
+        if other is not None and other.job and other.job == self.identity.job:
+            hint = f"both call themselves job {other.job!r}: job= must be another one at every start of the job"
+        elif self.identity.world == 1:
+            hint += "; if both are ranks of one job, tell each: CheckpointManager(..., rank=, world_size=, job=)"
+        raise FencedError(
+            f"a newer job (epoch {newest}{who}) has taken over this run from epoch {self.epoch}",
+            url=self.run.store.url,
+            epoch=newest,
+            hint=hint,
+        )
+
+    def await_discarded(self, step: int, deadline: float) -> None:
+        """Return when rank 0 has deleted every step after `step`: none is committed anew without this rank.
+
+        Raises:
+            IncompleteCheckpointError: it did not in time.
+        """
+        polling = Polling(deadline, longest=1.0)
+        while left := later(self.run, step):
+            if polling.over:
+                raise IncompleteCheckpointError(
+                    f"rank 0 did not roll back to step {step} within {deadline:.0f} s: step {left[0].step} is still there",
+                    url=self.run.store.url,
+                    missing=[0],
+                    hint=f"every rank must call it, with the same step; see what rank 0 raised{self.identity.way_out}",
+                )
+            polling.pause()
 
 
 def open_session(run: Run, identity: Identity, survey: Callable[[], tuple[int | None, list[int]]], deadline: float) -> Session:
-    """Begin (rank 0) or join (others) the incarnation.
+    """Begin the incarnation (rank 0), join it (others), or go on with this process's.
 
     Args:
         run: Where.
-        identity: Who.
+        identity: Who; where several ranks have no name for the job, they agree on one through their framework's store.
         survey: Asked by rank 0 for the step that all ranks resume from, and for newer ones that were begun and not committed.
         deadline: Seconds that other ranks wait for rank 0.
 
     Raises:
-        ConfigError: several ranks, and no `Identity.job`.
+        ConfigError: several ranks, and no way to a name of the job.
         IncompleteCheckpointError: rank 0 did not begin it in time.
     """
-    if identity.world > 1 and not identity.job:
+    key = os.getpid(), run.store.url, identity
+    with _lock:
+        opening = _opening.setdefault(key, threading.Lock())
+    with opening:
+        session = _opened(run, identity, _current.get(key), survey, deadline)
+        _current[key] = session.incarnation
+    return session
+
+
+def _opened(
+    run: Run,
+    identity: Identity,
+    known: Incarnation | None,
+    survey: Callable[[], tuple[int | None, list[int]]],
+    deadline: float,
+) -> Session:
+    if known is not None and identity.world > 1:
+        return Session(run, replace(identity, job=known.record.job), known.record)
+    named = _named(identity, deadline)
+    if named.rank:
+        return Session(run, named, _join(run, named, deadline))
+    (step, unfinished), newest = at_once(survey, run.newest_epoch)
+    if known is not None and newest == known.record.epoch and _is_still(run, known.record):
+        return Session(run, named, known.record, unfinished)
+    return Session(run, named, _begin(run, named, step, unfinished, newest))
+
+
+def incarnation_of(run: Run, identity: Identity) -> Incarnation | None:
+    """The one that this process has begun or joined, None before that."""
+    return _current.get((os.getpid(), run.store.url, identity))
+
+
+def _is_still(run: Run, record: EpochRecord) -> bool:
+    found = run.read(layout.epoch_key(record.epoch), EpochRecord)
+    return found is not None and found[0].nonce == record.nonce
+
+
+def _named(identity: Identity, deadline: float) -> Identity:
+    """`identity` with a name for the job that no other start of it has."""
+    if identity.world == 1 or identity.job:
+        return identity
+    launched = job_of(os.environ)
+    notes = board(identity.rank, identity.world)
+    if notes is not None:
+        return replace(identity, job=f"{launched or 'job'}/{_told(notes, identity, lambda: secrets.token_hex(8), deadline)}")
+    if not launched:
         raise ConfigError(
             "several ranks, but no name for this incarnation of the job",
-            hint="pass job=..., the same on all ranks and new at every start (torchrun --rdzv-id and Slurm give one)",
+            hint="pass job=..., the same on all ranks and new at every start; or initialize torch.distributed or "
+            "jax.distributed first (torchrun --rdzv-id and Slurm give one, too)" + identity.way_out,
         )
-    if identity.rank:
-        return Session(run, identity, _join(run, identity, deadline))
-    step, unfinished = survey()
+    return replace(identity, job=launched)
+
+
+def agree(run: Run, identity: Identity, choose: Callable[[], int | None], deadline: float) -> tuple[bool, int | None]:
+    """Let rank 0 choose a step for all ranks through their framework's store, without writing anything to the run.
+
+    Returns:
+        Whether there is such a store, and the step.
+
+    Raises:
+        IncompleteCheckpointError: rank 0 did not choose in time.
+    """
+    notes = board(identity.rank, identity.world)
+    if notes is None:
+        return False, None
+    step: int | None = _told(notes, identity, choose, deadline)
+    return True, step
+
+
+def _told(notes: Board, identity: Identity, choose: Callable[[], Any], deadline: float) -> Any:
+    """What rank 0 chose (JSON), on every rank."""
+    with _lock:
+        number = next(_notes.setdefault(os.getpid(), itertools.count(1)))
+    name = f"s3loader/checkpoint/{number}"
+    if identity.rank == 0:
+        try:
+            value = choose()
+        except BaseException as error:
+            notes.put(name, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            raise
+        notes.put(name, json.dumps({"value": value}))
+        return value
+    found = notes.get(name, deadline)
+    told = json.loads(found) if found is not None else {}
+    if "error" in told:
+        raise IncompleteCheckpointError(f"rank 0 failed: {told['error']}", missing=[0], hint="see the error that rank 0 raised")
+    if found is None:
+        raise IncompleteCheckpointError(
+            f"rank 0 did not begin to save or restore within {deadline:.0f} s",
+            missing=[0],
+            hint=f"every rank must, in the same order; CheckpointOptions(deadline=...) if rank 0 is slow{identity.way_out}",
+        )
+    return told["value"]
+
+
+def _begin(run: Run, identity: Identity, step: int | None, unfinished: list[int], newest: int) -> EpochRecord:
     nonce = secrets.token_hex(4)
     while True:
-        epoch = run.newest_epoch() + 1
+        if not newest and step is not None:  # ckpt/ was copied without control/; retention goes by the order of epochs
+            newest = max(int(root.facts["epoch"]) for root in run.scan().committed())
+        epoch = newest + 1
         record = EpochRecord(
             format=records.FORMAT,
             epoch=epoch,
@@ -129,7 +321,8 @@ def open_session(run: Run, identity: Identity, survey: Callable[[], tuple[int | 
         )
         if run.create(layout.epoch_key(epoch), records.encode(record)):
             _forget_old(run, epoch)
-            return Session(run, identity, record)
+            return record
+        newest = run.newest_epoch()
 
 
 def _forget_old(run: Run, epoch: int) -> None:
@@ -142,17 +335,17 @@ def _forget_old(run: Run, epoch: int) -> None:
 
 
 def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
-    patience = Patience(deadline, longest=1.0)
+    polling = Polling(deadline, longest=1.0)
     seen: set[int] = set()
     while True:
         for entry in reversed(list(run.store.list(layout.CONTROL + "epoch-"))):
             epoch = layout.epoch_of(entry.key)
             if epoch is None or epoch in seen:
                 continue
-            found = run.get(entry.key)
+            found = run.read(entry.key, EpochRecord)
             if found is None:
                 continue
-            record = records.decode(found[0], EpochRecord, entry.key)
+            record = found[0]
             seen.add(epoch)
             if record.job == identity.job:
                 if record.world != identity.world:
@@ -161,11 +354,12 @@ def _join(run: Run, identity: Identity, deadline: float) -> EpochRecord:
                         hint="give every rank the same world_size=",
                     )
                 return record
-        if patience.over:
+        if polling.over:
             raise IncompleteCheckpointError(
                 f"rank 0 of job {identity.job!r} did not begin within {deadline:.0f} s",
                 url=run.store.url,
                 missing=[0],
-                hint="rank 0 must save or restore too, with the same job=; CheckpointOptions(deadline=...) if it is slow",
+                hint="rank 0 must save or restore too, with the same job=; CheckpointOptions(deadline=...) if it is slow"
+                + identity.way_out,
             )
-        patience.pause()
+        polling.pause()

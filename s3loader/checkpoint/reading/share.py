@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, TypeVar
 
-from s3loader.transfer.diskcache import DiskCache
+from s3loader.fetch.diskcache import DiskCache
 from s3loader.types import Buffer
 
 __all__ = ["NodeShare"]

@@ -15,12 +15,15 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from s3loader.checkpoint.format import segments
 from s3loader.checkpoint.format.boxes import Overlap, intersect, linear, row_blocks
-from s3loader.checkpoint.format.dtypes import itemsize
 from s3loader.checkpoint.format.records import Chunk, box_of
 from s3loader.checkpoint.reading.share import NodeShare
 from s3loader.checkpoint.state.leaves import Target
 from s3loader.checksum import crc32c
+from s3loader.dtypes import itemsize
 from s3loader.errors import CheckpointError, IntegrityError
+from s3loader.fetch.spans import neighbours
+from s3loader.fetch.verified import mismatch, once_more
+from s3loader.progress import Report
 from s3loader.store import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 from s3loader.units import KIB, MIB
@@ -28,13 +31,21 @@ from s3loader.units import KIB, MIB
 __all__ = ["DataFile", "read_targets", "verify_chunks"]
 
 _DIRECT: Final = MIB
+_LAST: Final = -1
+"""Of `_Fetch.rest`: the last part of its segment."""
 _GAP: Final = 64 * KIB
 _TOGETHER: Final = 8 * MIB
 _BOX_BYTES: Final = 256 * MIB
 _WINDOW: Final = 48 * MIB
 """Most bytes under way in memory that is lent for them."""
 _IN_PLACE_WINDOW: Final = 256 * MIB
-"""The same where nearly all of them go into the targets' own memory: a request of a block on each of 16 connections."""
+"""The same where nearly all of them go into the targets' own memory..."""
+_CONNECTIONS: Final = 64
+_IN_PLACE_WINDOW_S3: Final = _CONNECTIONS * 16 * MIB
+"""...and where it is our own client that receives them there: a request of a block on each connection."""
+_DISTANT: Final = 0.005
+_LEAST_PART: Final = 4 * MIB
+"""Requests of so much keep a connection of 90 MB/s busy for longer than a distant store takes to the first byte."""
 
 
 class DataFile(NamedTuple):
@@ -82,6 +93,8 @@ class _Segment:
     crc: int
     name: str
     sinks: list[_Sink] = field(default_factory=list)
+    found: int = 0
+    """CRC32C of what has come of it, where it comes in parts."""
 
     def direct(self) -> _Sink | None:
         """The only sink, where it wants the whole segment."""
@@ -93,6 +106,8 @@ class _Fetch(NamedTuple):
     file: DataFile
     segments: Sequence[_Segment]
     into: memoryview | None
+    rest: int = 0
+    """Where it is a part of its only segment: the bytes of the parts after it, `_LAST` of the last one."""
 
 
 class _Plan:
@@ -161,6 +176,9 @@ def read_targets(
     *,
     verify: bool = True,
     share: NodeShare | None = None,
+    report: Report | None = None,
+    known: Mapping[str, memoryview] | None = None,
+    latency: float = 0.0,
 ) -> int:
     """Fill every target from its chunks, then call its callback with the leaf's value.
 
@@ -171,6 +189,9 @@ def read_targets(
         wanted: Chunks of a tensor, the target it goes to, what to call when it is there.
         verify: Compare the checksum of every segment read.
         share: Reads once per node, where several processes of it want the same.
+        report: Told of each request that has come.
+        known: Whole files that are here already, by key.
+        latency: Seconds that a small request takes: from 5 ms on, large segments come in parts over many connections.
 
     Returns:
         Bytes fetched.
@@ -182,33 +203,58 @@ def read_targets(
     plan = _Plan(block)
     for chunks, target, done in wanted:
         _plan_target(plan, chunks, target, done)
-    fetched = 0
     groups = list(_groups(plan, files))
-    window = _window(groups)
-    if share is None:
-        for result in store.read_many((_request(*group) for group in groups), max_bytes=window):
-            fetched += _arrived(store, result.request.tag, result.data, verify)
-        return fetched
+    total = 0 if report is None else _bytes_of(groups)
+    come = 0
+
+    def arrived(fetch: _Fetch, data: memoryview) -> int:
+        nonlocal come
+        size = _arrived(store, fetch, data, verify)
+        if report is not None:
+            come += size
+            report(come, total, come)
+        return size
 
     def deliver(group: _Group, data: Buffer) -> None:
         fetch: _Fetch = _request(*group).tag
         if fetch.into is not None:
             fetch.into[:] = data
-        _arrived(store, fetch, memoryview(data) if fetch.into is None else fetch.into, verify)
+        arrived(fetch, memoryview(data) if fetch.into is None else fetch.into)
+
+    fetched = 0
+    if known:
+        for file, wants in groups:
+            if file.key in known:
+                deliver((file, wants), known[file.key][wants[0].low : wants[-1].high])
+                fetched += wants[-1].high - wants[0].low
+        groups = [group for group in groups if group[0].key not in known]
+    direct = store.engine == "direct"
+    window = _window(groups, _IN_PLACE_WINDOW_S3 if direct else _IN_PLACE_WINDOW)
+    if share is None:
+        distant = direct and latency >= _DISTANT
+        part = max(_LEAST_PART, _bytes_of(groups) // (2 * _CONNECTIONS)) if distant else 1 << 62
+        for result in store.read_many((each for group in groups for each in _requests(*group, part)), max_bytes=window):
+            fetched += arrived(result.request.tag, result.data)
+        return fetched
 
     division = share.division(groups, lambda group: _name_of(store, *group), deliver)
     try:
         for result in store.read_many((_request(*group) for group in division.mine()), max_bytes=window):
             fetch: _Fetch = result.request.tag
-            fetched += _arrived(store, fetch, result.data, verify)
+            fetched += arrived(fetch, result.data)
             division.fetched((fetch.file, fetch.segments), result.data)
     finally:
         division.close()
     return fetched
 
 
-def _window(groups: Iterable[_Group]) -> int:
-    """Bytes that may be under way: many where nearly all goes straight to its target, fewer where memory is lent for them."""
+def _bytes_of(groups: Iterable[_Group]) -> int:
+    return sum(group[-1].high - group[0].low for _, group in groups)
+
+
+def _window(groups: Iterable[_Group], in_place: int = _IN_PLACE_WINDOW) -> int:
+    """Bytes that may be under way: `in_place` where nearly all goes straight to its target, fewer where memory is lent for
+    them."""
     under_way: deque[tuple[int, int]] = deque()
     total = lent = 0
     for _, group in groups:
@@ -218,10 +264,10 @@ def _window(groups: Iterable[_Group]) -> int:
         total, lent = total + size, lent + needs
         if lent > _WINDOW:
             return _WINDOW
-        while total > _IN_PLACE_WINDOW:
+        while total > in_place:
             size, needs = under_way.popleft()
             total, lent = total - size, lent - needs
-    return _IN_PLACE_WINDOW
+    return in_place
 
 
 def _in_place(group: Sequence[_Segment]) -> bool:
@@ -230,17 +276,33 @@ def _in_place(group: Sequence[_Segment]) -> bool:
 
 def _arrived(store: ObjectStore, fetch: _Fetch, answer: memoryview, verify: bool) -> int:
     """Verify what came and hand it to where it belongs; returns its bytes."""
+    if fetch.rest and fetch.into is not None:
+        return _part_arrived(store, fetch, fetch.into, verify)
     base = fetch.segments[0].low
     for segment in fetch.segments:
         data = answer[segment.low - base : segment.high - base]
-        if verify and crc32c(data) != segment.crc:
-            data = _again(store, fetch.file, segment, data if fetch.into is not None else None)
+        if verify:
+            data = _proven(store, fetch.file, segment, data, data if fetch.into is not None else None)
         for sink in segment.sinks:
             if fetch.into is None:
                 piece = data[sink.low - segment.low : sink.high - segment.low]
                 sink.memory.view[sink.at : sink.at + len(piece)] = piece
             sink.memory.arrived()
     return fetch.segments[-1].high - base
+
+
+def _part_arrived(store: ObjectStore, fetch: _Fetch, data: memoryview, verify: bool) -> int:
+    """The same of a part of a segment; parts come in their order, and the last one ends it."""
+    segment = fetch.segments[0]
+    if verify:
+        segment.found = crc32c(data, segment.found)
+    if fetch.rest == _LAST:
+        sink = segment.sinks[0]
+        if verify and segment.found != segment.crc:
+            whole = sink.memory.view[sink.at : sink.at + sink.high - sink.low]
+            _proven(store, fetch.file, segment, whole, whole)
+        sink.memory.arrived()
+    return len(data)
 
 
 def _plan_target(plan: _Plan, chunks: Sequence[Chunk], target: Target, done: Callable[[Any], None]) -> None:
@@ -300,17 +362,11 @@ def _groups(plan: _Plan, files: Mapping[str, DataFile]) -> Iterator[_Group]:
     """What is fetched by one request each, in the order of the files."""
     for file_id in sorted(plan.by_file):
         file = files[file_id]
-        group: list[_Segment] = []
-        for segment in sorted(plan.by_file.pop(file_id).values(), key=lambda s: s.low):
-            if group and (segment.low - group[-1].high > _GAP or segment.high - group[0].low > _TOGETHER or _alone(segment)):
-                yield file, group
-                group = []
-            group.append(segment)
-            if _alone(segment):
-                yield file, group
-                group = []
-        if group:
-            yield file, group
+        wanted = sorted(plan.by_file.pop(file_id).values(), key=lambda segment: segment.low)
+        starts, ends = [segment.low for segment in wanted], [segment.high for segment in wanted]
+        alone = [_alone(segment) for segment in wanted]
+        for first, end in neighbours(starts, ends, max_gap=_GAP, max_size=_TOGETHER, alone=alone):
+            yield file, wanted[first:end]
 
 
 def _alone(segment: _Segment) -> bool:
@@ -325,22 +381,45 @@ def _request(file: DataFile, group: Sequence[_Segment]) -> ReadRequest:
     return ReadRequest(file.key, group[0].low, group[-1].high, file.etag or None, into, fetch)
 
 
-def _again(store: ObjectStore, file: DataFile, segment: _Segment, into: memoryview | None) -> memoryview:
-    """Fetch a segment whose checksum was wrong once more: the wire or a cache may be at fault."""
-    if into is not None:
+def _requests(file: DataFile, group: Sequence[_Segment], part: int) -> Iterator[ReadRequest]:
+    """The requests of a group; one segment that goes straight to its target comes in parts of about `part` bytes, so that all
+    connections have work."""
+    whole = _request(file, group)
+    into, low = whole.into, group[0].low
+    size = group[-1].high - low
+    count = min(size // part, _CONNECTIONS)
+    if into is None or count < 2:
+        yield whole
+        return
+    for number in range(count):
+        first, last = size * number // count, size * (number + 1) // count
+        view = memoryview(into)[first:last]
+        rest = size - last or _LAST
+        yield ReadRequest(file.key, low + first, low + last, file.etag or None, view, _Fetch(file, group, view, rest))
+
+
+def _proven(
+    store: ObjectStore, file: DataFile, segment: _Segment, data: memoryview, into: memoryview | None = None
+) -> memoryview:
+    """The bytes of a segment, fetched once more (into `into`, where that is given) if their checksum is wrong."""
+
+    def again() -> memoryview:
+        if into is None:
+            return memoryview(store.get_range(file.key, segment.low, segment.high, if_match=file.etag or None))
         store.read_into(file.key, segment.low, into, if_match=file.etag or None)
-        data = into
-    else:
-        data = memoryview(store.get_range(file.key, segment.low, segment.high, if_match=file.etag or None))
-    if crc32c(data) != segment.crc:
-        raise IntegrityError(
+        return into
+
+    def error(found: int) -> IntegrityError:
+        return mismatch(
             f"{segment.name!r}: bytes {segment.low}-{segment.high} of {file.key} are not what was saved",
-            url=f"{store.url}/{file.key}",
+            f"{store.url}/{file.key}",
+            segment.low,
+            segment.high,
             name=segment.name,
-            range=(segment.low, segment.high),
             hint="restore an earlier step, or pass on_corruption='previous'",
         )
-    return data
+
+    return data if crc32c(data) == segment.crc else once_more(segment.crc, again, error)
 
 
 def verify_chunks(
@@ -363,9 +442,8 @@ def verify_chunks(
     for result in store.read_many(requests(), max_bytes=_WINDOW):
         file, segment = result.request.tag
         total += len(result.data)
-        if crc32c(result.data) != segment.crc:
-            try:
-                _again(store, file, segment, None)
-            except IntegrityError as error:
-                wrong.append(error)
+        try:
+            _proven(store, file, segment, result.data)
+        except IntegrityError as error:
+            wrong.append(error)
     return total, wrong

@@ -7,31 +7,46 @@ and loaded at first sight, so that the core imports none of them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
+import mmap
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
-from s3loader.checkpoint.format.dtypes import name_of, nbytes, numpy_dtype
+from s3loader.dtypes import name_of, nbytes, numpy_dtype
 from s3loader.errors import CheckpointError, UnsupportedStateError
+from s3loader.store.buffers import aligned_block
 
 __all__ = [
     "BYTES",
+    "LARGE",
     "NUMPY",
     "ArrayShard",
     "Device",
     "Framework",
     "LeafAdapter",
+    "Opened",
     "Piece",
     "Source",
+    "SpreadAdapter",
     "Target",
+    "WithState",
     "adapter_for",
     "adapter_of_kind",
     "framework_for",
     "framework_of_tag",
-    "framework_that_expands",
+    "framework_with_state",
+    "frameworks_in_use",
+    "fresh_memory",
+    "overlaps",
+    "registered",
 ]
+
+_ALIGNED_FROM: Final = 64 << 10
+"""Bytes from which an array gets an aligned start."""
 
 
 class Piece(NamedTuple):
@@ -66,7 +81,7 @@ class Source:
 
     kind: str
     dtype: str
-    """Of `s3loader.checkpoint.format.dtypes`."""
+    """Of `s3loader.dtypes`."""
     shape: tuple[int, ...]
     """Of the whole array, over all processes."""
     pieces: Sequence[Piece]
@@ -92,7 +107,8 @@ class LeafAdapter(Protocol):
 
     @property
     def kind(self) -> str:
-        """Recorded with every leaf: ``numpy``, ``bytes``, ``torch``, ``jax``, ``jax.key.<implementation>``, ``tensorflow``."""
+        """Recorded with every leaf: ``numpy``, ``numpy.scalar``, ``bytes``, ``torch``, ``torch.dtensor...``, ``jax``,
+        ``jax.key.<implementation>``, ``tensorflow``."""
         ...
 
     def source(self, value: Any) -> Source:
@@ -100,12 +116,73 @@ class LeafAdapter(Protocol):
         ...
 
     def into(self, value: Any) -> Target | None:
-        """`value` itself, to be restored in place; None where it cannot be written to."""
+        """Where what takes the place of `value` is read to: `value` itself, in place, or a new one of its kind where its
+        kind is immutable. None where also its shape is part of its value (`bytes`): then `fresh` makes it.
+
+        Raises:
+            CheckpointError: `value` cannot be written to, although its kind can.
+        """
         ...
 
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
         """A new leaf."""
         ...
+
+
+@runtime_checkable
+class SpreadAdapter(Protocol):
+    """A `LeafAdapter` of values that are spread over processes."""
+
+    def beside(self, dtype: str, shape: tuple[int, ...], neighbours: Iterable[Any]) -> Target:
+        """A new leaf, spread as what was saved, over the processes that `neighbours` (leaves of the target) are spread over;
+        whole where none of them is spread.
+
+        Raises:
+            CheckpointError: they are spread in a way that cannot be taken for this one.
+        """
+        ...
+
+    def like(self, value: Any, dtype: str) -> Target:
+        """A new leaf of that type with the shape of `value`, spread as `value` is, which need have no memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A container, one level deep."""
+
+    tag: str
+    """How it is written: ``dict odict counter list tuple namedtuple``."""
+    children: dict[Any, Any]
+    """By key, name or position, in order."""
+    rebuild: Callable[[dict[Any, Any]], Any]
+    """A container like it, of the values by the same keys, in the same order."""
+    fixed: bool = False
+    """Whether it is always made of these very children: its type says so."""
+    named: bool = False
+    """Whether it is a thing with fields."""
+    rest: frozenset[str] = frozenset()
+    """Fields that are no state; checkpoints of earlier versions hold them."""
+    foreign: bool = False
+    """Whether a framework's registry has opened it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithState:
+    """An object that gives and takes its state."""
+
+    state: Any
+    load: Callable[[Any, str, bool], Any]
+    """Gives a state to it: the state, the object's name in the checkpoint, whether every leaf was written in place
+    already. Returns the object."""
+    in_place: bool = False
+    """Whether its leaves take what was saved by themselves, one by one; else `load` does, and converts what differs."""
+    exact: bool = False
+    """Whether arrays of another shape than its own are refused before it is asked."""
+    near: Sequence[Any] = ()
+    """Arrays of the object that are no part of its state: an optimizer's parameters."""
+    place: Callable[[tuple[Any, ...], str, tuple[int, ...]], Target | None] | None = None
+    """Makes the target of a leaf that its state lacks: path in the state, type, shape; None: as it was saved."""
 
 
 class Framework(Protocol):
@@ -119,14 +196,12 @@ class Framework(Protocol):
         """The adapter that saved leaves of `kind`."""
         ...
 
-    def expand(self, value: Any) -> Any:
-        """The state of one of the framework's containers as a tree, None for anything else."""
+    def node(self, value: Any) -> Opened | None:
+        """A node of the framework's registry of containers, None for what is not registered."""
         ...
 
-    def absorb(self, value: Any, state: Any, *, in_place: bool) -> Any:
-        """Give a restored tree back to the container it was `expand`-ed from; with `in_place`,
-        every leaf of it has been written into the container's own memory already. Returns the
-        container, or, where it cannot be changed, a new one."""
+    def object(self, value: Any) -> WithState | None:
+        """One of the framework's objects with state, None for anything else."""
         ...
 
     def encode(self, value: Any) -> tuple[str, Any] | None:
@@ -177,8 +252,7 @@ class _Shard:
 
     def into(self, value: ArrayShard) -> Target | None:
         inner = NUMPY.into(value.array)
-        if inner is None:
-            return None
+        assert inner is not None
         pieces = [piece._replace(offset=tuple(value.offset)) for piece in inner.pieces]
 
         def finish() -> ArrayShard:
@@ -192,7 +266,7 @@ class _Shard:
 
 
 class _Numpy:
-    """`numpy.ndarray` and numpy's scalars (restored as arrays of no dimension)."""
+    """`numpy.ndarray`."""
 
     kind = "numpy"
 
@@ -217,20 +291,16 @@ class _Numpy:
     def into(self, value: Any) -> Target | None:
         import numpy as np
 
-        if not (isinstance(value, np.ndarray) and value.flags.writeable and value.dtype.isnative):
-            return None
-        if isinstance(value, np.ma.MaskedArray):
-            return None
         dtype = name_of(value.dtype)
-        if dtype is None:
-            return None
+        if (why := _why_not(value, dtype)) or dtype is None:
+            raise CheckpointError(f"the array of the target {why}", hint="give a plain array, or None to get a new one")
         shape = tuple(value.shape)
-        if value.flags.c_contiguous:
+        if value.flags.c_contiguous and value.dtype.isnative:
             return Target(dtype, shape, [Piece((0,) * len(shape), shape, lambda: _bytes_view(value))], lambda: value, True)
         scratch: list[Any] = []
 
         def open_scratch() -> memoryview:
-            scratch.append(np.empty(shape, value.dtype))
+            scratch.append(_fresh_array(shape, value.dtype.newbyteorder("=")))
             return _bytes_view(scratch[0])
 
         def finish() -> Any:
@@ -240,19 +310,81 @@ class _Numpy:
         return Target(dtype, shape, [Piece((0,) * len(shape), shape, open_scratch)], finish, True)
 
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
-        import numpy as np
-
         made: list[Any] = []
 
         def allocate() -> memoryview:
-            made.append(np.empty(shape, numpy_dtype(dtype)))
+            made.append(_fresh_array(shape, numpy_dtype(dtype)))
             return _bytes_view(made[0])
 
         return Target(dtype, shape, [Piece((0,) * len(shape), shape, allocate)], lambda: made[0])
 
 
+def _fresh_array(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A new array; a large one starts on a 64-byte boundary, as all that is received into (`store.buffers` says why)."""
+    import numpy as np
+
+    size = math.prod(shape) * dtype.itemsize
+    if size < _ALIGNED_FROM:
+        return np.empty(shape, dtype)
+    memory = np.empty(size + 64, np.uint8)
+    pad = -memory.ctypes.data % 64
+    return memory[pad : pad + size].view(dtype).reshape(shape)
+
+
+def _why_not(array: Any, dtype: str | None) -> str:
+    """Why a numpy array cannot be filled; empty where it can."""
+    import numpy as np
+
+    if dtype is None:
+        return f"is of type {array.dtype}, which no checkpoint holds"
+    if isinstance(array, np.ma.MaskedArray):
+        return "is masked"
+    if not array.flags.writeable:
+        return "is read-only"
+    return "has elements that share memory" if overlaps(array.shape, array.strides, array.itemsize) else ""
+
+
+def overlaps(shape: Sequence[int], strides: Sequence[int], itemsize: int = 1) -> bool:
+    """Whether elements of an array may share memory: it is broadcast, expanded, or a window that slides.
+
+    Args:
+        shape: Of the array.
+        strides: In the unit of `itemsize`.
+        itemsize: Of an element.
+    """
+    if 0 in shape:
+        return False
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride < reach + itemsize:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+class _Scalar:
+    """numpy's scalars (`numpy.float32` and the like)."""
+
+    kind = "numpy.scalar"
+
+    def source(self, value: Any) -> Source:
+        return replace(NUMPY.source(value), kind=self.kind)
+
+    def into(self, value: Any) -> Target | None:
+        dtype = name_of(value.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"the target is a scalar of type {value.dtype}, which no checkpoint holds", hint="give None in its place"
+            )
+        return self.fresh(dtype, ())
+
+    def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
+        inner = NUMPY.fresh(dtype, shape)
+        return replace(inner, finish=lambda: inner.finish()[()])
+
+
 class _Bytes:
-    """`bytes`, `bytearray`, `memoryview`: restored as `bytes`."""
+    """`bytes`, `bytearray`, `memoryview`: restored as `bytes`; a `bytearray` or writable `memoryview` is a target."""
 
     kind = "bytes"
 
@@ -264,7 +396,15 @@ class _Bytes:
         return Source(self.kind, "U8", shape, [Piece((0,), shape, lambda: view.cast("B"))])
 
     def into(self, value: Any) -> Target | None:
-        return None
+        if isinstance(value, bytes):
+            return None
+        view = memoryview(value)
+        if view.readonly or not view.c_contiguous:
+            raise CheckpointError(
+                "the memoryview of the target cannot be written to as a whole", hint="give None to get new bytes"
+            )
+        shape = (view.nbytes,)
+        return Target("U8", shape, [Piece((0,), shape, lambda: view.cast("B"))], lambda: value, True)
 
     def fresh(self, dtype: str, shape: tuple[int, ...]) -> Target:
         data = bytearray(nbytes(dtype, shape))
@@ -273,11 +413,14 @@ class _Bytes:
 
 NUMPY: Final[LeafAdapter] = _Numpy()
 BYTES: Final[LeafAdapter] = _Bytes()
+_SCALAR: Final[LeafAdapter] = _Scalar()
 _SHARD: Final[LeafAdapter] = _Shard()
 
-_PACKAGES: Final = {"torch": "torch", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "keras": "tensorflow"}
+_PACKAGES: Final = {"torch": "torch", "jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow", "keras": "keras"}
 """Package a class comes from -> the integration that knows it."""
 _KINDS: Final = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow"}
+_REGISTRIES: Final = ("jax", "torch")
+"""Frameworks with a registry of containers, in the order in which they are asked."""
 _loaded: dict[str, Framework | None] = {}
 
 
@@ -300,16 +443,27 @@ def framework_for(value: Any) -> Framework | None:
     return None
 
 
-def framework_that_expands(value: Any) -> tuple[Framework, Any] | None:
-    """An integration that can open `value`, and its state; also asks those of frameworks in use about classes of
-    nobody's (a user's own pytree node)."""
-    owner = framework_for(value)
-    others = [_load(name) for package, name in _KINDS.items() if package in sys.modules]
-    for framework in [owner] if owner is not None else others:
-        state = framework.expand(value) if framework is not None else None
-        if framework is not None and state is not None:
-            return framework, state
+def frameworks_in_use() -> Iterator[Framework]:
+    """The integrations of those frameworks that have a registry of containers and are imported."""
+    for name in _REGISTRIES:
+        framework = _load(name) if name in sys.modules else None
+        if framework is not None:
+            yield framework
+
+
+def registered(value: Any) -> Opened | None:
+    """`value` as a registry of a framework in use opens it (also a class of nobody's: a user's own node); None for what is
+    not registered."""
+    for framework in frameworks_in_use():
+        if (node := framework.node(value)) is not None:
+            return node
     return None
+
+
+def framework_with_state(value: Any) -> WithState | None:
+    """One of the objects of the framework that `value`'s class comes from, with its state."""
+    framework = framework_for(value)
+    return framework.object(value) if framework is not None else None
 
 
 def framework_of_tag(tag: str) -> Framework | None:
@@ -325,8 +479,10 @@ def adapter_for(value: Any) -> LeafAdapter | None:
     if isinstance(value, ArrayShard):
         return _SHARD
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+    if numpy is not None and isinstance(value, numpy.ndarray):
         return NUMPY
+    if numpy is not None and isinstance(value, numpy.generic):
+        return _SCALAR
     framework = framework_for(value)
     return framework.adapter(value) if framework is not None else None
 
@@ -337,11 +493,32 @@ def adapter_of_kind(kind: str) -> LeafAdapter:
     Raises:
         CheckpointError: no such kind is known.
     """
-    if kind in ("numpy", "bytes"):
-        return NUMPY if kind == "numpy" else BYTES
+    for own in (NUMPY, _SCALAR, BYTES):
+        if kind == own.kind:
+            return own
     name = _KINDS.get(kind.partition(".")[0])
     if name is None:
         raise CheckpointError(f"unknown kind of leaf {kind!r}", hint="the checkpoint was written by a newer s3loader")
     framework = _load(name)
     adapter = framework.adapter_of_kind(kind) if framework is not None else None
     return adapter if adapter is not None else NUMPY
+
+
+LARGE: Final = 4 << 20
+"""Bytes from which `fresh_memory` takes huge pages."""
+
+
+def fresh_memory(size: int) -> memoryview:
+    """`size` writable bytes that start on a 64-byte boundary; freed with the last view of them.
+
+    Where they are `LARGE`, they start on a page and are not yet touched.
+
+    Touching new memory for the first time costs more than reading a checkpoint into it: 0.35 s per GB in pages of 4 KiB, 0.06
+    in pages of 2 MiB (measured). numpy asks for huge pages by itself, malloc does not.
+    """
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(aligned_block(size))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them: ordinary pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)

@@ -2,35 +2,32 @@
 
 A leaf's name is the path to it: keys and positions joined by ``/`` (``~`` and ``/`` inside a key
 are written ``~0`` and ``~1``, as in RFC 6901), e.g. ``model/layer.0.weight`` or
-``optimizer/state/0/exp_avg``. JSON values stand for themselves, arrays for lists, and every
-object is a tagged node ``{"$": tag, "of": ...}``.
+``optimizer/state/0/exp_avg``. Where two keys of one dict read the same, what is no string says its
+type: beside ``"1"`` the key 1 is ``~int:1``. JSON values stand for themselves, arrays for lists, and every
+object is a tagged node ``{"$": tag, "of": ...}``; a dict whose keys are not all strings is a list of
+``[key, node]``, or ``[key, node, part of the name]``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from s3loader.checkpoint.state.leaves import LeafAdapter, adapter_for, framework_for, framework_of_tag, framework_that_expands
+from s3loader.checkpoint.state.leaves import LeafAdapter, adapter_for, framework_of_tag
+from s3loader.checkpoint.state.opening import framework_constant, open_container, open_object
 from s3loader.errors import CheckpointError, FormatError, UnsupportedStateError
 
 __all__ = [
     "AddLeaf",
     "PerRank",
+    "check_items",
     "child_name",
     "children",
-    "dataclass_fields",
     "decode",
     "encode",
-    "expand",
-    "fields_of",
-    "is_dataclass",
-    "is_namedtuple",
-    "is_stateful",
     "leaf_names",
     "own_node",
     "rank_name",
@@ -39,7 +36,6 @@ __all__ = [
 
 _SAFE_INT: Final = 2**53
 _LONG_INT: Final = 1024  # bits; Python refuses to write integers of thousands of digits in decimal
-_DICTS: Final[dict[type, str]] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
 _MAKE: Final[dict[str, Callable[..., Any]]] = {"dict": dict, "odict": OrderedDict, "counter": Counter}
 
 
@@ -75,55 +71,32 @@ def own_node(node: dict[str, Any], name: str, rank: int) -> tuple[str, Any]:
     return rank_name(name, rank), node["of"][str(rank)]
 
 
-def is_namedtuple(value: Any) -> bool:
-    """Whether `value` is an instance of a named tuple."""
-    return isinstance(value, tuple) and hasattr(value, "_fields")
-
-
-def fields_of(value: Any) -> tuple[str, ...]:
-    """Field names of a named tuple."""
-    fields: tuple[str, ...] = value._fields
-    return fields
-
-
 def child_name(name: str, key: Any) -> str:
     """Name of what lies under `key` in `name`."""
-    part = str(key).replace("~", "~0").replace("/", "~1")
+    return _joined(name, _escaped(str(key)))
+
+
+def _joined(name: str, part: str) -> str:
     return f"{name}/{part}" if name else part
+
+
+def _escaped(text: str) -> str:
+    return text.replace("~", "~0").replace("/", "~1")
+
+
+def _parts(keys: Iterable[Any]) -> list[str]:
+    """The keys of one dict as parts of names, each another one: where two read the same, what is no string says its type."""
+    keys = list(keys)
+    read = Counter(map(str, keys))
+    return [
+        _escaped(str(key)) if type(key) is str or read[str(key)] == 1 else f"~{type(key).__name__}:{_escaped(str(key))}"
+        for key in keys
+    ]
 
 
 def split_name(name: str) -> list[str]:
     """The keys on the path to a leaf, as strings."""
     return [part.replace("~1", "/").replace("~0", "~") for part in name.split("/")]
-
-
-def is_stateful(value: Any) -> bool:
-    """Whether `value` gives and takes its state: ``state_dict()`` and ``load_state_dict()``."""
-    return (
-        not isinstance(value, type)
-        and callable(getattr(value, "state_dict", None))
-        and callable(getattr(value, "load_state_dict", None))
-    )
-
-
-def expand(value: Any) -> Any:
-    """The state of a container object (stateful, or known to an integration); None for anything else."""
-    if is_stateful(value):
-        return value.state_dict()
-    if is_dataclass(value):
-        return {name: getattr(value, name) for name in dataclass_fields(value)}
-    known = framework_that_expands(value)
-    return known[1] if known is not None else None
-
-
-def is_dataclass(value: Any) -> bool:
-    """Whether `value` is an instance of a dataclass."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def dataclass_fields(value: Any) -> list[str]:
-    """Names of a dataclass's fields, but those that it marks as no part of the pytree (flax: ``pytree_node=False``)."""
-    return [field.name for field in dataclasses.fields(value) if field.metadata.get("pytree_node", True)]
 
 
 def encode(value: Any, add: AddLeaf, rank: int = 0, name: str = "") -> Any:
@@ -175,25 +148,23 @@ class _Encoder:
             return self._leaf(adapter, value, name)
         if isinstance(value, PerRank):
             return self._per_rank(value, name)
-        if type(value) is list:
-            return [self.node(item, child_name(name, i)) for i, item in enumerate(value)]
-        if is_namedtuple(value):
-            fields = {field: self.node(getattr(value, field), child_name(name, field)) for field in fields_of(value)}
-            return {"$": "namedtuple", "name": type(value).__name__, "of": fields}
-        if type(value) is tuple:
-            return {"$": "tuple", "of": [self.node(item, child_name(name, i)) for i, item in enumerate(value)]}
         if type(value) in (set, frozenset):
             items = sorted(value, key=lambda item: (type(item).__name__, repr(item)))
             return {"$": type(value).__name__, "of": [self.node(item, child_name(name, i)) for i, item in enumerate(items)]}
-        if isinstance(value, Mapping):
-            return self._mapping(value, name)
-        framework = framework_for(value)
-        constant = framework.encode(value) if framework is not None else None
+        opened = open_container(value)
+        if opened is not None and opened.tag in _MAKE:
+            return self._mapping(opened.tag, opened.children, name)
+        if opened is not None:
+            children = {key: self.node(item, child_name(name, key)) for key, item in opened.children.items()}
+            if opened.tag == "namedtuple":
+                return {"$": "namedtuple", "name": type(value).__name__, "of": children}
+            return [*children.values()] if opened.tag == "list" else {"$": opened.tag, "of": [*children.values()]}
+        constant = framework_constant(value)
         if constant is not None:
             return {"$": constant[0], "of": constant[1]}
-        state = expand(value)
-        if state is not None:
-            return self.node(state, name)
+        known = open_object(value)
+        if known is not None:
+            return self.node(known.state, name)
         where = f"{name!r} is" if name else "the state is"
         raise UnsupportedStateError(
             f"{where} a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold",
@@ -208,19 +179,21 @@ class _Encoder:
         finally:
             self._own = outer
 
-    def _mapping(self, value: Mapping[Any, Any], name: str) -> Any:
-        tag = _DICTS.get(type(value), "dict")
+    def _mapping(self, tag: str, value: Mapping[Any, Any], name: str) -> Any:
         if all(type(key) is str for key in value):
             return {"$": tag, "of": {_text(key, name): self.node(item, child_name(name, key)) for key, item in value.items()}}
-        pairs = []
-        for key, item in value.items():
+        for key in value:
             if not _plain(key):
                 raise UnsupportedStateError(
                     f"{name!r} has a key of type {type(key).__qualname__}",
                     path=name,
                     hint="keys are strings, numbers, booleans, None or tuples of these; convert them first",
                 )
-            pairs.append([self.node(key, child_name(name, key)), self.node(item, child_name(name, key))])
+        pairs = []
+        for (key, item), part in zip(value.items(), _parts(value), strict=True):
+            inner = _joined(name, part)
+            pair = [self.node(key, inner), self.node(item, inner)]
+            pairs.append(pair if part == _escaped(str(key)) else [*pair, part])
         return {"$": tag, "of": pairs}
 
     def _leaf(self, adapter: LeafAdapter, value: Any, name: str) -> Any:
@@ -228,7 +201,7 @@ class _Encoder:
             raise UnsupportedStateError("a checkpoint holds a dict of items, not one array", hint="save(step, {'name': array})")
         if name in self._names or name == "__metadata__":
             raise UnsupportedStateError(
-                f"two keys of the state have the name {name!r}", path=name, hint="1 and '1' are one name"
+                f"two tensors of the state have the name {name!r}", path=name, hint="rename one of the keys on its path"
             )
         self._names.add(name)
         _text(name, name)
@@ -258,7 +231,18 @@ def _plain(key: Any) -> bool:
 
 
 def children(node: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
-    """``(key, name, node)`` of what lies directly inside a container's node; nothing for others."""
+    """``(key, name, node)`` of what lies directly inside a container's node; nothing for others.
+
+    Raises:
+        FormatError: the JSON is not what `encode` makes.
+    """
+    try:
+        yield from _children(node, name)
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _children(node: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
     if isinstance(node, list):
         of: Any = node
     elif isinstance(node, dict) and node.get("$") == "per_rank":
@@ -270,7 +254,7 @@ def children(node: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
         if isinstance(of, list) and node["$"] in _MAKE:
             for pair in of:
                 key = decode(pair[0], _no_leaf, name)
-                yield key, child_name(name, key), pair[1]
+                yield key, _joined(name, str(pair[2])) if len(pair) > 2 else child_name(name, key), pair[1]
             return
     else:
         return
@@ -281,14 +265,48 @@ def children(node: Any, name: str) -> Iterator[tuple[Any, str, Any]]:
 def leaf_names(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """``(name, kind)`` of every leaf under `node`, in order."""
     if isinstance(node, dict) and node.get("$") == "leaf":
-        yield name, node["of"]
+        yield name, str(node.get("of"))
         return
     for _, inner, item in children(node, name):
         yield from leaf_names(item, inner)
 
 
+def check_items(node: Any) -> None:
+    """Make sure that a stored tree of items is one, before anything is done by it.
+
+    Raises:
+        FormatError: it is not what `encode` makes of a dict of items.
+    """
+    try:
+        of = node["of"]
+        if not isinstance(of, dict) and not all(isinstance(pair[0], str) for pair in of):
+            raise TypeError("the items are no dict by name")
+        _check(node, "")
+    except _DAMAGE as error:
+        raise _damaged("", error) from error
+
+
+def _check(node: Any, name: str) -> None:
+    if isinstance(node, dict):
+        tag, of = node["$"], node.get("of")
+        if not isinstance(tag, str) or (tag == "leaf" and not isinstance(of, str)):
+            raise FormatError(f"the tree of the checkpoint is damaged at {name[:200]!r}: {str(node)[:200]}", hint=_DAMAGED_HINT)
+        if tag in _CONTAINERS and not isinstance(of, dict | list):
+            raise FormatError(
+                f"the tree of the checkpoint is damaged at {name[:200]!r}: a {tag} without items", hint=_DAMAGED_HINT
+            )
+    for key, inner, item in children(node, name):
+        hash(key)
+        _check(item, inner)
+
+
+_CONTAINERS: Final = ("per_rank", "dict", "odict", "counter", "namedtuple", "tuple", "set", "frozenset")
+_DAMAGED_HINT: Final = "the index is damaged; go back to an earlier step"
+_DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
 def _no_leaf(name: str) -> Any:
-    raise FormatError(f"{name!r}: a leaf where a key is expected", hint="the index is damaged; go back to an earlier step")
+    raise FormatError(f"{name!r}: a leaf where a key is expected", hint=_DAMAGED_HINT)
 
 
 def decode(node: Any, leaf: Callable[[str], Any], name: str = "", rank: int = 0) -> Any:
@@ -303,13 +321,17 @@ def decode(node: Any, leaf: Callable[[str], Any], name: str = "", rank: int = 0)
         if isinstance(node, list):
             return [decode(item, leaf, inner, rank) for _, inner, item in children(node, name)]
         return _decode_tagged(node, leaf, name, rank)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(
-            f"the tree of the checkpoint is damaged at {name!r}: {error}",
-            hint="the index is damaged; go back to an earlier step",
-        ) from error
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> FormatError:
+    if isinstance(error, FormatError):
+        return error
+    return FormatError(
+        f"the tree of the checkpoint is damaged at {name[:200]!r}: {type(error).__name__}: {error}",
+        hint=_DAMAGED_HINT,
+    )
 
 
 def _decode_tagged(node: dict[str, Any], leaf: Callable[[str], Any], name: str, rank: int) -> Any:

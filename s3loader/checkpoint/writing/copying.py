@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, NamedTuple
+
+from s3loader.checkpoint.threads import Worker
 
 __all__ = ["Copier"]
 
@@ -44,7 +45,9 @@ class Copier:
 
     def __init__(self, threads: int | None = None) -> None:
         self._helpers = min(_cores(), _MOST_THREADS) - 1 if threads is None else threads - 1
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Worker] = []
+        self._broken = False
+        """Whether the count of copies under way may be wrong: a signal has struck while it was changed."""
         self._todo: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._handed_out = 0
@@ -59,12 +62,14 @@ class Copier:
         if size <= _PIECE // 2 or self._helpers < 1:
             _Copy(target, source).make()
             return
+        self._broken = True
         self._start()
         for at in range(0, size, _PIECE):
             self._todo.put(_Copy(target[at : at + _PIECE], source[at : at + _PIECE]))
             self._handed_out += 1
             if self._todo.qsize() > 2 * self._helpers:
                 self._help()
+        self._broken = False
 
     def later(self, wait: Callable[[], None]) -> None:
         """Something else was begun: `wait` returns when it is done. `settle` calls it, once however often it was given."""
@@ -76,6 +81,10 @@ class Copier:
         Raises:
             BaseException: what a copy failed with.
         """
+        if self._broken:
+            self._end()
+            return
+        self._broken = True
         while self._help():
             pass
         failed = None
@@ -85,8 +94,18 @@ class Copier:
         waits, self._waits = self._waits, {}
         for wait in waits:
             wait()
+        self._broken = False
         if failed is not None:
             raise failed
+
+    def _end(self) -> None:
+        """Let the other threads finish what was handed out, and wait for them."""
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            if not thread.call_off():
+                thread.join()
+        self._threads.clear()
 
     def _help(self) -> bool:
         """Make one of the copies that nobody has begun; whether there was one."""
@@ -101,9 +120,8 @@ class Copier:
 
     def _start(self) -> None:
         while len(self._threads) < self._helpers:
-            thread = threading.Thread(target=self._work, name=f"s3loader-ckpt-copy-{len(self._threads)}")
-            self._threads.append(thread)
-            thread.start()
+            self._threads.append(Worker(self._work, f"s3loader-ckpt-copy-{len(self._threads)}"))
+            self._threads[-1].start()
 
     def _work(self) -> None:
         while (copy := self._todo.get()) is not None:
@@ -122,11 +140,7 @@ class Copier:
         try:
             self.settle()
         finally:
-            for _ in self._threads:
-                self._todo.put(None)
-            for thread in self._threads:
-                thread.join()
-            self._threads.clear()
+            self._end()
 
 
 def _cores() -> int:

@@ -16,19 +16,21 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from s3loader import events
 from s3loader.checkpoint.format import layout
 from s3loader.checkpoint.protocol.commit import Attempt
+from s3loader.checkpoint.protocol.session import under_way
 from s3loader.checkpoint.writing.staging import BufferPool, FilePlan, Kept, StagedPart, stage
 from s3loader.checksum import crc32c_base64
-from s3loader.errors import ObjectNotFoundError, StoreError, UnsupportedOperationError
-from s3loader.store.base import Backend
+from s3loader.errors import StoreError, UnsupportedOperationError
+from s3loader.store.backend import Backend
+from s3loader.store.parts import joined_etag, open_uploads
 from s3loader.types import ObjectMeta, PartResult
 
-__all__ = ["joined_etag", "take_over"]
+__all__ = ["take_over"]
 
 _log = logging.getLogger("s3loader.checkpoint")
 _MD5 = re.compile(r"([0-9a-f]{32})(?:-(\d+))?")
@@ -83,14 +85,15 @@ def _report(attempt: Attempt, file: FilePlan, kept: Kept, start: float) -> int:
 def _look(attempt: Attempt, files: Sequence[FilePlan], pool: BufferPool) -> dict[str, list[Kept]]:
     """What might be taken over, by the file's id, the best first."""
     run, prefix = attempt.run, layout.step_prefix(attempt.step)
-    if not run.read_root(attempt.step).never_written:
+    if not run.roots.read(attempt.step).never_written:
         return {}
     sizes = {file.id: file.size for file in files}
     found: dict[str, list[Kept]] = {}
     others = False
+    busy = {"", attempt.id, *under_way(run.store.url)}  # this process's own saves are no dead ones
     for entry in run.store.list(prefix):
         key = layout.parse_key(entry.key)
-        if key is None or key.attempt in ("", attempt.id) or not isinstance(entry, ObjectMeta):
+        if key is None or key.attempt in busy or not isinstance(entry, ObjectMeta):
             continue
         others = True
         if sizes.get(key.file) == entry.size:
@@ -100,23 +103,24 @@ def _look(attempt: Attempt, files: Sequence[FilePlan], pool: BufferPool) -> dict
     # the parts of an open upload are held until it is complete, so that they can be sent elsewhere if it is lost
     missing = {f.id: f.size for f in files if f.id not in found and pool.size < f.size <= pool.size * pool.limit}
     if others and missing:
-        for kept in _open_uploads(run.store.backend, prefix, attempt.id, missing, pool.size):
+        for kept in _open_uploads(run.store.backend, prefix, busy, missing, pool.size):
             found.setdefault(kept.key.rpartition("/")[2], []).append(kept)
     for name in missing:
         found.get(name, []).sort(key=lambda kept: len(kept.parts), reverse=True)
     return found
 
 
-def _open_uploads(backend: Backend, prefix: str, own: str, sizes: dict[str, int], part_size: int) -> Iterator[Kept]:
+def _open_uploads(backend: Backend, prefix: str, busy: set[str], sizes: dict[str, int], part_size: int) -> Iterator[Kept]:
+    def wanted(key: str) -> bool:
+        about = layout.parse_key(key)
+        return about is not None and about.attempt not in busy and about.file in sizes
+
     try:
-        for key, upload_id, _ in backend.list_multipart(prefix):
-            about = layout.parse_key(key)
-            if about is None or about.attempt == own or about.file not in sizes:
-                continue
-            with contextlib.suppress(ObjectNotFoundError):  # it was completed or aborted just now
-                parts = {part.number: part for part in backend.list_parts(key, upload_id)}
-                if parts and all(_fits(part, sizes[about.file], part_size) for part in parts.values()):
-                    yield Kept(about.attempt, key, upload_id=upload_id, parts=parts)
+        for upload in open_uploads(backend, prefix, wanted):
+            about, parts = layout.parse_key(upload.key), upload.parts
+            assert about is not None
+            if parts and all(_fits(part, sizes[about.file], part_size) for part in parts.values()):
+                yield Kept(about.attempt, upload.key, upload_id=upload.upload_id, parts=parts)
     except UnsupportedOperationError as error:
         _log.info("open uploads cannot be taken over: %s", error)
 
@@ -148,12 +152,6 @@ def _proven(attempt: Attempt, file: FilePlan, kept: Kept, pool: BufferPool, crew
         return False
 
 
-def joined_etag(digests: Iterable[bytes]) -> str:
-    """The ETag that S3 gives an object of several parts, from the MD5s of them."""
-    parts = [*digests]
-    return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
-
-
 def _same_part(part: StagedPart, kept: Kept) -> bool:
     have = kept.parts.get(part.number)
     if have is None:
@@ -180,7 +178,7 @@ def _hashed(part: StagedPart, kept: Kept, backend: Backend, digests: dict[int, b
 
 
 def _staged(file: FilePlan, pool: BufferPool) -> Generator[StagedPart, None, None]:
-    yield from stage(file, pool, lambda: False, lambda: None, again=True)
+    return stage(file, pool, lambda: False, lambda: None, again=True)
 
 
 def _all(file: FilePlan, check: _Check, pool: BufferPool, crew: ThreadPoolExecutor) -> bool:

@@ -7,24 +7,26 @@ or, where the state is larger than the budget, when the last part of it was copi
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 from s3loader.checkpoint.format import segments
-from s3loader.checkpoint.format.dtypes import itemsize, nbytes
-from s3loader.checkpoint.format.hashing import crc64, joined_hash
 from s3loader.checkpoint.format.layout import data_id
 from s3loader.checkpoint.format.records import Chunk, FileRecord
-from s3loader.checkpoint.format.stformat import encode_header
-from s3loader.checkpoint.state.leaves import Piece
-from s3loader.checkpoint.state.memory import fresh_memory
+from s3loader.checkpoint.format.segments import crc64, joined_hash
+from s3loader.checkpoint.state.leaves import Piece, fresh_memory
 from s3loader.checkpoint.writing.copying import Copier
 from s3loader.checksum import crc32c
+from s3loader.dtypes import itemsize, nbytes
 from s3loader.errors import CheckpointError
+from s3loader.fetch.safetensors import encode_header
 from s3loader.types import PartResult
 
 __all__ = ["BufferPool", "FilePlan", "Kept", "Piece", "SavedPiece", "StagedPart", "plan_files", "stage"]
@@ -38,9 +40,11 @@ class BufferPool:
         self.limit = max(2, budget // size)
         self.memory: Callable[[int], memoryview] = fresh_memory
         """Makes new buffers."""
-        self._free: list[memoryview] = []
+        self._free: deque[memoryview] = deque()
         self._made = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting = False
+        self._wakings: queue.SimpleQueue[None] = queue.SimpleQueue()  # atomic to signals
 
     @property
     def allocated(self) -> int:
@@ -49,9 +53,9 @@ class BufferPool:
 
     def take(self) -> memoryview | None:
         """A buffer, None where all are in use and the budget is used up."""
-        with self._changed:
-            if self._free:
-                return self._free.pop()
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
+        with self._lock:
             if self._made >= self.limit:
                 return None
             self._made += 1
@@ -59,32 +63,36 @@ class BufferPool:
 
     def acquire(self, stopped: Callable[[], bool], exhausted: Callable[[], None]) -> memoryview | None:
         """A buffer; where the budget is used up, calls `exhausted` and waits for one. None as soon as `stopped()`."""
-        while not stopped():
-            buffer = self.take()
-            if buffer is not None:
-                return buffer
-            exhausted()
-            with self._changed:
-                if not self._free:
-                    self._changed.wait(0.2)
-        return None
+        try:
+            while not stopped():
+                buffer = self.take()
+                if buffer is not None:
+                    return buffer
+                exhausted()
+                self._waiting = True
+                with contextlib.suppress(queue.Empty):
+                    if not self._free:
+                        self._wakings.get(timeout=0.2)
+            return None
+        finally:
+            self._waiting = False
 
     def release(self, buffer: memoryview) -> None:
         """Give a buffer back."""
-        with self._changed:
-            self._free.append(buffer)
-            self._changed.notify()
+        self._free.append(buffer)
+        self.wake()
 
     def wake(self) -> None:
         """Let those who wait look at their `stopped()` again."""
-        with self._changed:
-            self._changed.notify_all()
+        if self._waiting:
+            self._wakings.put(None)
 
     def clear(self) -> None:
         """Let go of the buffers that are not in use."""
-        with self._changed:
-            self._made -= len(self._free)
-            self._free.clear()
+        with self._lock, contextlib.suppress(IndexError):
+            while True:
+                self._free.pop()
+                self._made -= 1
 
 
 @dataclass(slots=True)
@@ -152,7 +160,7 @@ class FilePlan:
     header_crcs: list[int]
     own_header: bytes
     kept: Kept | None = None
-    """What is taken over of it, see `resuming`."""
+    """What is taken over of an upload that an earlier attempt has left."""
 
     @property
     def name(self) -> str:
@@ -203,7 +211,8 @@ def plan_files(
         filled += size
     plans = []
     for number, group in enumerate(groups):
-        header, spans = encode_header(((p.name, p.dtype, p.piece.shape) for p in group), _with_boxes(group, metadata))
+        rows = ((p.name, p.dtype, p.piece.shape) for p in group)
+        header, spans = encode_header(rows, _with_boxes(group, metadata) or None)
         for piece, (begin, end) in zip(group, spans, strict=True):
             piece.begin, piece.end = begin, end
             piece.crcs = [0] * segments.count(begin, end, block)
@@ -261,7 +270,7 @@ def stage(
     *,
     again: bool = False,
     copier: Copier | None = None,
-) -> Iterator[StagedPart]:
+) -> Generator[StagedPart, None, None]:
     """Copy a file's bytes into buffers of the pool, part after part; ends early once `stopped()`.
 
     Calls `exhausted` when it has to wait for a buffer. Lets go of the caller's arrays, unless they will be staged `again`.

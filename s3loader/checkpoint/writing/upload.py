@@ -1,7 +1,6 @@
 """Upload of staged parts by a few threads, which live as long as one save.
 
-They are ordinary threads, started by `save` itself, so an interpreter that ends while a save
-is under way waits for it.
+They are ordinary threads, so an interpreter that ends while a save is under way waits for it. Nothing runs before `begin`.
 
 Where a file goes on with the open upload of an earlier attempt (`resuming`), its parts stay in their buffers until
 that upload is complete: if it is lost (aborted, completed, or a part of it overwritten by somebody who was thought dead), all
@@ -12,40 +11,68 @@ from __future__ import annotations
 
 import logging
 import queue
+import random
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 
-from s3loader.checkpoint.writing.resuming import joined_etag
+from s3loader.checkpoint.threads import Gate, at_once
 from s3loader.checkpoint.writing.staging import BufferPool, FilePlan, Kept, StagedPart
-from s3loader.errors import CheckpointError, S3LoaderError, StoreError
+from s3loader.errors import (
+    CheckpointError,
+    ObjectExistsError,
+    S3LoaderError,
+    StoreError,
+    ThrottledError,
+    UnsupportedOperationError,
+)
+from s3loader.progress import Report
 from s3loader.store import ObjectStore
-from s3loader.store.options import MAX_PARTS
-from s3loader.types import PartResult
+from s3loader.store.parts import PartUpload, joined_etag
+from s3loader.store.s3.in_flight import InFlight
+from s3loader.types import PartResult, PutMode
 
-__all__ = ["Upload"]
+__all__ = ["Upload", "upload_pace"]
 
 _log = logging.getLogger("s3loader.checkpoint")
 _CONTENT = "application/octet-stream"
+_GLANCE = 0.2
+"""Seconds between two looks whether a thread is wanted by now."""
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 8.0
+_PATIENCE = 120.0
+"""Seconds for which a store may say "slow down" to everything."""
+_ELSEWHERE = 8
+"""Parts at a time to begin with, where it is not our own client that sends them to S3."""
 _HEX = re.compile("[0-9a-f]{32}")
+_UNKNOWN_CONDITION = (400, 405, 501)
+"""What stores answer to a condition that they do not know."""
+
+
+def upload_pace(store: ObjectStore, most: int) -> InFlight:
+    """How many parts may be on their way to `store`: it begins with as many as may be, since what there is to send is known,
+    and follows the rule of reads from then on."""
+    pace = InFlight()
+    pace.limit = most if store.backend.engine == "direct" else min(most, _ELSEWHERE)
+    return pace
 
 
 class _File:
-    """Multipart state of one file."""
+    """The upload of one file."""
 
-    def __init__(self, plan: FilePlan, key: str, parts: int) -> None:
-        self.plan, self.own_key, self.parts = plan, key, parts
+    def __init__(self, plan: FilePlan, store: ObjectStore, key: str, parts: int) -> None:
+        self.plan, self.parts = plan, parts
         self.lock = threading.Lock()
-        self.upload_id: str | None = None
-        self.done: list[PartResult] = []
+        self.own = PartUpload(store.backend, key, count=parts, content_type=_CONTENT)
+        self.upload = self.own
+        if plan.kept is not None:
+            kept = plan.kept
+            self.upload = PartUpload(store.backend, kept.key, count=parts, upload_id=kept.upload_id, parts=kept.parts)
         self.held: list[StagedPart] = []
         """Parts of an upload that was taken over."""
         self.lost: StoreError | None = None
         """Why that upload is of no use."""
-
-    @property
-    def key(self) -> str:
-        return self.plan.kept.key if self.plan.kept is not None else self.own_key
 
 
 class Upload:
@@ -56,7 +83,9 @@ class Upload:
         prefix: Folder of the attempt, with its slash.
         plans: The files.
         pool: Where buffers go back to.
-        threads: How many upload at a time.
+        threads: Most that upload at a time.
+        pace: How many of them do; it is kept from save to save.
+        create: Asked, once sending begins, whether the store can refuse to overwrite; then no file is ever written twice.
         leave_open: Whether uploads stay open where it fails for a reason that may pass.
     """
 
@@ -68,11 +97,15 @@ class Upload:
         pool: BufferPool,
         threads: int,
         *,
+        pace: InFlight | None = None,
+        create: Callable[[], bool] = lambda: False,
         leave_open: bool = False,
     ) -> None:
-        self._store, self._pool, self._may_leave = store, pool, leave_open
+        self._store, self._pool, self._may_leave, self._create = store, pool, leave_open, create
+        self._parts_too = True
+        """Whether the store also knows the condition where an upload is completed, as far as is known."""
         left = [plan for plan in plans if not plan.finished]
-        self._files = {plan.id: _File(plan, prefix + plan.id, -(-plan.size // pool.size)) for plan in left}
+        self._files = {plan.id: _File(plan, store, prefix + plan.id, -(-plan.size // pool.size)) for plan in left}
         self.total = sum(plan.size for plan in plans)
         self.sent = self.total - sum(plan.size for plan in left)
         self.resumed = self.sent + sum(_size(plan.kept) for plan in left)
@@ -82,20 +115,30 @@ class Upload:
         self._left = sum(file.parts for file in self._files.values())
         self._queue: queue.SimpleQueue[StagedPart | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._finished = threading.Event()
-        self._allowed = threading.Event()
-        self._wanted = threading.Event()
+        self._report: Report | None = None
+        self._telling = threading.Lock()
+        self._finished = Gate()
+        self._allowed = Gate()
+        self._wanted = Gate()
         self._error: BaseException | None = None
         self._drained = False
         if not self._left:
-            self._finished.set()
-        for file in self._files.values():
-            if file.parts > MAX_PARTS:
-                raise CheckpointError(
-                    f"{file.key} would need {file.parts} parts, a store takes {MAX_PARTS}", hint="choose a larger part_size"
-                )
+            self._finished.open()
         count = min(threads, self._left)
-        self._threads = [threading.Thread(target=self._work, name=f"s3loader-ckpt-upload-{i}") for i in range(count)]
+        self._pace = pace or upload_pace(store, threads)
+        self._last = self._accepted = 0.0
+        self._pause = 0.0
+        self._retrying = threading.Lock()
+        self._threads = [threading.Thread(target=self._work, args=(i,), name=f"s3loader-ckpt-upload-{i}") for i in range(count)]
+
+    def open(self) -> None:
+        """Begin the uploads of files of several parts, all at once: nothing of them is data yet."""
+        at_once(*(file.own.begin for file in self._files.values() if file.parts > 1 and file.plan.kept is None))
+
+    def begin(self, report: Report | None = None) -> None:
+        """Start its threads, in a thread that gets no signals; `report` is told of each part that was sent, one at a time."""
+        self._report = report
+        self._tell()
         for thread in self._threads:
             thread.start()
 
@@ -114,16 +157,16 @@ class Upload:
 
     def allow(self) -> None:
         """Sending is allowed from now on: the intent is written."""
-        self._allowed.set()
+        self._allowed.open()
 
     def hurry(self) -> None:
         """Sending is wanted from now on: everything is staged, or the staging memory is used up. Before, it would only
         keep the caller's thread from its copying."""
-        self._wanted.set()
+        self._wanted.open()
 
-    def await_staging(self) -> None:
-        """Return when sending is wanted, or all is in vain."""
-        self._wanted.wait()
+    def await_staging(self, timeout: float) -> bool:
+        """Whether sending is wanted, or all is in vain; waits up to `timeout` seconds for it."""
+        return self._wanted.wait(timeout)
 
     def cancel(self, reason: BaseException) -> None:
         """End the upload; whatever was sent is left to garbage collection."""
@@ -133,13 +176,13 @@ class Upload:
     def fail(self, error: BaseException, *, passing: bool = False) -> None:
         """End the upload with `error` (the first one counts), which may be `passing`: then it may be resumed."""
         with self._lock:
-            if self._error is None and not self._finished.is_set():
+            if self._error is None and not self._finished.is_open():
                 self._error = error
                 passing = passing or (isinstance(error, S3LoaderError) and error.retryable)
                 self._may_leave = self._may_leave and passing
-        self._finished.set()
-        self._allowed.set()
-        self._wanted.set()
+        self._finished.open()
+        self._allowed.open()
+        self._wanted.open()
         for _ in self._threads:
             self._queue.put(None)
         self._pool.wake()
@@ -148,7 +191,8 @@ class Upload:
         """Return when every file is complete; raise what went wrong, after open uploads were aborted or left."""
         self._finished.wait()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         with self._lock:
             self._drained = True
             while not self._queue.empty():
@@ -160,20 +204,22 @@ class Upload:
         if self._error is None:
             return
         for file in self._files.values():
-            if file.upload_id is not None and self._may_leave:
-                self.left_open.append((file.key, file.upload_id))
-            elif file.upload_id is not None:
-                _quietly(lambda file=file: self._store.backend.abort_multipart(file.key, str(file.upload_id)))  # type: ignore[misc]
+            own = file.own
+            if own.upload_id and self._may_leave:
+                self.left_open.append((own.key, own.upload_id))
+            elif own.upload_id:
+                _quietly(own.abort)
         raise self._error
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         self._wanted.wait()
         self._allowed.wait()
-        while (part := self._queue.get()) is not None:
+        self._accepted = self._accepted or time.monotonic()
+        while (part := self._next(number)) is not None:
             held = False
             try:
                 if not self.stopped:
-                    held = self._send(part)
+                    held = self._send_patiently(part)
             except BaseException as error:  # noqa: BLE001 - a thread's error, whatever it is, is raised by `wait`
                 self.fail(error)
             finally:
@@ -183,10 +229,58 @@ class Upload:
                 self.sent += len(part.data)
                 self._left -= 1
                 all_sent = self._left == 0
+            self._tell()
             if all_sent:
-                self._finished.set()
+                self._finished.open()
                 for _ in self._threads:
                     self._queue.put(None)
+
+    def _tell(self) -> None:
+        with self._telling:
+            report = self._report
+            if report is None:
+                return
+            try:
+                report(self.sent, self.total, self.sent - self.resumed)
+            except Exception as error:  # noqa: BLE001 - whoever looks on must not cost the checkpoint
+                self._report = None
+                _log.warning("progress= failed, and is not called again: %s: %s", type(error).__name__, error)
+
+    def _next(self, number: int) -> StagedPart | None:
+        """The next part for thread `number`, None at the end; it waits while fewer threads than that are to send."""
+        while number >= self._pace.limit and not self._finished.wait(_GLANCE):
+            pass
+        return self._queue.get()
+
+    def _send_patiently(self, part: StagedPart) -> bool:
+        """As `_send`; where the store goes on saying "slow down", one thread at a time tries again, less and less often, until
+        nothing at all has got through for two minutes."""
+        try:
+            held = self._send(part)
+        except ThrottledError:
+            self._pace.rejected()
+            with self._retrying:
+                held = self._try_again(part)
+        self._pause = 0.0
+        now = self._accepted = time.monotonic()
+        with self._lock:
+            since, self._last = self._last, now
+        behind = not self._queue.empty()
+        if since and behind:  # all parts are staged, so whoever saves waits for the network alone
+            self._pace.waited(now - since)
+        self._pace.completed(len(part.data), full=behind, most=len(self._threads))
+        return held
+
+    def _try_again(self, part: StagedPart) -> bool:
+        while True:
+            self._pause = min(_LONGEST_PAUSE, 2 * self._pause or _FIRST_PAUSE)
+            if self._finished.wait(self._pause * random.uniform(0.5, 1.0)) and self._error is not None:
+                return False
+            try:
+                return self._send(part)
+            except ThrottledError:
+                if time.monotonic() - self._accepted > _PATIENCE:
+                    raise
 
     def _send(self, part: StagedPart) -> bool:
         """Send a part, and complete its file after the last one; returns whether its buffer is still needed."""
@@ -195,45 +289,55 @@ class Upload:
         if file.plan.kept is not None:
             self._resume(file, file.plan.kept, part)
             return True
-        if file.parts == 1:
-            result = self._store.backend.put(file.key, part.data, content_type=_CONTENT)
-        else:
-            with file.lock:
-                if file.upload_id is None:
-                    file.upload_id = self._store.backend.create_multipart(file.key, content_type=_CONTENT)
-            sent = self._store.backend.upload_part(file.key, file.upload_id, part.number, part.data)
-            with file.lock:
-                file.done.append(sent)
-                if len(file.done) < file.parts:
-                    return False
-            parts = sorted(file.done, key=lambda p: p.number)
-            result = self._store.backend.complete_multipart(file.key, file.upload_id, parts)
-            file.upload_id = None
+        if file.parts > 1:
+            if file.own.store(part.number, part.data) == file.parts:
+                self._complete(file)
+            return False
+        mode: PutMode = "create" if self._create() else "overwrite"
+        try:
+            result = self._store.backend.put(file.own.key, part.data, mode=mode, content_type=_CONTENT)
+        except ObjectExistsError as error:
+            raise _taken(file, error) from error
         if result.size not in (file.plan.size, 0):
             raise CheckpointError(
-                f"{file.key} has {result.size} bytes after its upload, not {file.plan.size}",
+                f"{file.own.key} has {result.size} bytes after its upload, not {file.plan.size}",
                 hint="the store or a proxy changed it; save again",
             )
         return False
 
+    def _complete(self, file: _File) -> None:
+        """Complete an upload where there is nothing yet; without the condition, where the store does not know it here."""
+        if self._parts_too and self._create():
+            try:
+                file.own.complete(file.plan.size, "create")
+                return
+            except ObjectExistsError as error:
+                raise _taken(file, error) from error
+            except StoreError as error:
+                if not isinstance(error, UnsupportedOperationError) and error.status not in _UNKNOWN_CONDITION:
+                    raise
+                self._parts_too = False
+        file.own.complete(file.plan.size)
+
     def _resume(self, file: _File, kept: Kept, part: StagedPart) -> None:
         """Send a part of an upload that was taken over, if it is missing there; the last one that comes by completes it."""
-        sent = kept.parts.get(part.number)
         try:
-            if sent is None and file.lost is None:
-                sent = self._store.backend.upload_part(kept.key, kept.upload_id, part.number, part.data)
+            if part.number not in kept.parts and file.lost is None:
+                file.upload.store(part.number, part.data)
         except StoreError as error:
             if error.retryable:
-                self._pool.release(part.buffer)
-                raise
+                raise  # the part is not held yet: whoever has it gives its buffer back
             file.lost = error
         with file.lock:
             file.held.append(part)
-            if sent is not None:
-                file.done.append(sent)
             if len(file.held) < file.parts:
                 return
-        if self._completed(file, kept):
+        try:
+            completed = self._completed(file, kept)
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`, which gives back what is held
+            self.fail(error)
+            return
+        if completed:
             self._release(file)
         else:
             self._anew(file, kept)
@@ -242,15 +346,14 @@ class Upload:
         """Whether the upload could be completed with these very parts: a part overwritten meanwhile has another ETag."""
         if file.lost is not None:
             return False
-        parts = sorted(file.done, key=lambda part: part.number)
         try:
-            result = self._store.backend.complete_multipart(kept.key, kept.upload_id, parts)
+            result = file.upload.complete(file.plan.size)
         except StoreError as error:
             if error.retryable:
                 raise
             file.lost = error
             return False
-        if result.size in (file.plan.size, 0) and _is_joined(result.etag, parts):
+        if _is_joined(result.etag, [file.upload.parts[number] for number in sorted(file.upload.parts)]):
             return True
         file.lost = StoreError(
             f"it became another object, {result.etag}",
@@ -264,7 +367,8 @@ class Upload:
         """Send all parts of a file again, under our own key."""
         _log.info("the upload of %s that was taken over is lost, the file is sent anew: %s", kept.key, file.lost)
         file.plan.adopt(None)
-        held, file.held, file.done = file.held, [], []
+        held, file.held = file.held, []
+        file.upload = file.own
         with self._lock:
             self._left += len(held)
             self.sent -= file.plan.size
@@ -277,6 +381,14 @@ class Upload:
         held, file.held = file.held, []
         for part in held:
             self._pool.release(part.buffer)
+
+
+def _taken(file: _File, error: ObjectExistsError) -> CheckpointError:
+    return CheckpointError(
+        f"{file.own.key} is there already, and files of an attempt are never overwritten",
+        url=error.url,
+        hint="save again: every save has files of its own; if it stays so, a plan of an earlier save is used again",
+    )
 
 
 def _size(kept: Kept | None) -> int:

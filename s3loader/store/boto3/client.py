@@ -11,7 +11,7 @@ from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.store.boto3.listing import read_pages_ourselves
 from s3loader.store.client_errors import from_botocore
-from s3loader.store.options import StoreOptions
+from s3loader.store.options import MOST_THREADS, StoreOptions
 from s3loader.store.s3errors import Condition, Where
 
 __all__ = ["BotoClient"]
@@ -67,7 +67,7 @@ class BotoClient:
                 connect_timeout=options.connect_timeout,
                 read_timeout=options.read_timeout,
                 retries={"total_max_attempts": 1, "mode": "standard"},
-                max_pool_connections=max(2 * options.concurrency, 16),
+                max_pool_connections=2 * (options.concurrency or MOST_THREADS),
                 tcp_keepalive=True,
             ),
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from s3loader.ranges import split
 from s3loader.store.boto3.client import BotoClient
 from s3loader.store.options import MAX_PARTS
+from s3loader.store.ordered import map_ordered
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import ObjectMeta, PartResult
 from s3loader.units import MIB
@@ -28,7 +28,8 @@ def copy_parts(
     size = max(part_size, -(-source.size // MAX_PARTS))
     ranges = split(0, source.size, size)
 
-    def one(number: int, start: int, end: int) -> PartResult:
+    def one(part: tuple[int, tuple[int, int]]) -> PartResult:
+        number, (start, end) = part
         parameters = {
             "Key": target,
             "UploadId": upload_id,
@@ -41,10 +42,4 @@ def copy_parts(
         made = answer["CopyPartResult"]
         return PartResult(number, bare_etag(made.get("ETag")), end - start, made.get("ChecksumCRC32C"))
 
-    with ThreadPoolExecutor(min(_THREADS, len(ranges)), "s3loader-copy") as pool:
-        futures = [pool.submit(one, number, start, end) for number, (start, end) in enumerate(ranges, 1)]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+    return [*map_ordered(one, enumerate(ranges, 1), concurrency=_THREADS, name="s3loader-copy")]

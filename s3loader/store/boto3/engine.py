@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import urlencode
 
-from s3loader.checksum import crc32c_base64
+from s3loader.checksum import crc32c_base64, md5_base64
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.errors import (
@@ -21,6 +22,7 @@ from s3loader.errors import (
     RangeError,
     StoreError,
 )
+from s3loader.store.backend import BulkBackend
 from s3loader.store.boto3.client import BotoClient
 from s3loader.store.boto3.copy import copy_parts
 from s3loader.store.boto3.delete import delete_many
@@ -30,16 +32,15 @@ from s3loader.store.boto3.shapes import (
     body_range,
     conditions,
     described,
-    md5_base64,
     meta_of,
     read_body,
-    refuses_checksums,
     version,
 )
 from s3loader.store.options import StoreOptions
-from s3loader.store.s3errors import Condition, Where, condition_of, from_status
+from s3loader.store.s3errors import Condition, Where, condition_of, from_status, refuses_checksums
 from s3loader.store.s3reads import bare_etag, check_etag, read_nothing
 from s3loader.types import (
+    SETTABLE,
     Buffer,
     CommonPrefix,
     DeleteFailure,
@@ -71,6 +72,8 @@ class Boto3Backend:
 
     PUT_LIMIT: Final = 5 << 30
     """Most bytes of one put."""
+    bulk: BulkBackend | None = None
+    """Threads run its single verbs."""
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class Boto3Backend:
 
     @property
     def engine(self) -> str:
-        """See `Backend.engine`."""
+        """``direct``, ``obstore``, ``boto3``, ``file``, ``memory``; for events and `explain`."""
         return "boto3"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,7 +109,7 @@ class Boto3Backend:
     def get(
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
-        """See `Backend.get`."""
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it)."""
         where = Where("get", self._client.at(key), "read")
         if end is not None and end <= start:
             return read_nothing(self, key, start, if_match, version_id, where), b""
@@ -128,7 +131,7 @@ class Boto3Backend:
         return meta_of(key, answer, size), data
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        """See `Backend.read_into`."""
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`."""
         where = Where("read", self._client.at(key), "read")
         if not len(buffer):
             return read_nothing(self, key, start, if_match, None, where)
@@ -151,7 +154,8 @@ class Boto3Backend:
     ) -> dict[str, Any]:
         parameters: dict[str, Any] = {"Key": key}
         if start or end is not None:
-            parameters["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
+            last = "-" if start >= 0 else ""  # "bytes=-5": the last five
+            parameters["Range"] = f"bytes={start}{last}" if end is None else f"bytes={start}-{end - 1}"
         if if_match is not None:
             parameters["IfMatch"] = f'"{bare_etag(if_match)}"'
         if version_id is not None:
@@ -159,7 +163,7 @@ class Boto3Backend:
         return self._client.call(verb, "get_object", key, parameters, "read")
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
+        """What the store says of one object, without its bytes."""
         parameters = {"VersionId": version_id} if version_id is not None else {}
         try:
             answer = self._client.call("head", "head_object", key, {"Key": key, **parameters})
@@ -191,9 +195,15 @@ class Boto3Backend:
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
     ) -> PutResult:
-        """See `Backend.put`."""
-        parameters: dict[str, Any] = {"Key": key, "Body": body(data), **described(content_type, metadata), **conditions(mode)}
+        """Write one object atomically: readers see the old one or the new one, whole."""
+        parameters: dict[str, Any] = {
+            "Key": key,
+            "Body": body(data),
+            **described(content_type, metadata, attributes),
+            **conditions(mode),
+        }
         answer = self._upload("put", "put_object", key, data, condition_of(mode), parameters)
         size = len(parameters["Body"])
         return PutResult(key, bare_etag(answer.get("ETag")), size, version(answer))
@@ -230,7 +240,7 @@ class Boto3Backend:
         return PutResult(key, bare_etag(answer.get("ETag")), len(parameters["Body"]), version(answer))
 
     def delete(self, key: str) -> None:
-        """See `Backend.delete`."""
+        """Delete; a key that does not exist is no error."""
         try:
             self._client.call("delete", "delete_object", key, {"Key": key})
         except BucketNotFoundError:
@@ -239,11 +249,12 @@ class Boto3Backend:
             return
 
     def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
-        """See `Backend.delete_many`: 1000 keys a request; one by one where the server has no DeleteObjects."""
+        """Delete all; never raises for a single key, returns what failed. 1000 keys a request; one by one where the server has
+        no DeleteObjects."""
         return delete_many(self._client, keys, self.delete)
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
-        """See `Backend.copy`. Over 5 GiB it goes part by part.
+        """Copy inside this root, on the server's side where it can. Over 5 GiB it goes part by part.
 
         Few servers know conditions on a copy and those that do not ignore them silently. So a
         conditional copy ends in the write that most of them honour: a put, through this process,
@@ -252,23 +263,34 @@ class Boto3Backend:
         meta = self.head(source)
         if condition_of(mode) is None and meta.size <= _ONE_COPY:
             return self._copy_whole(meta, target)
+        kept = _kept(meta)
+        if meta.attributes.get("tag_count", "0") != "0":
+            kept["tagging"] = urlencode(self.tags(source))
         if meta.size <= _THROUGH:
             meta, data = self.get(source, if_match=meta.etag)
-            return self.put(target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata)
-        return self._copy_parts(meta, target, mode)
+            about = {"content_type": meta.content_type, "metadata": meta.metadata, "attributes": kept}
+            return self.put(target, data, mode=mode, **about)  # type: ignore[arg-type]
+        return self._copy_parts(meta, target, mode, kept)
+
+    def tags(self, key: str, *, version_id: str | None = None) -> Mapping[str, str]:
+        """Tags of an object."""
+        parameters = {"Key": key} if version_id is None else {"Key": key, "VersionId": version_id}
+        answer = self._client.call("tags", "get_object_tagging", key, parameters)
+        return {tag["Key"]: tag["Value"] for tag in answer.get("TagSet") or ()}
 
     def _copy_whole(self, source: ObjectMeta, target: str) -> PutResult:
         parameters = {
             "Key": target,
             "CopySource": {"Bucket": self.bucket, "Key": source.key},
             "CopySourceIfMatch": f'"{source.etag}"',
+            **described(None, None, {name: value for name, value in _kept(source).items() if name in _NOT_COPIED}),
         }
         answer = self._client.call("copy", "copy_object", source.key, parameters, "read")
         etag = bare_etag((answer.get("CopyObjectResult") or {}).get("ETag"))
         return PutResult(target, etag or self.head(target).etag, source.size, version(answer))
 
-    def _copy_parts(self, source: ObjectMeta, target: str, mode: PutMode) -> PutResult:
-        upload_id = self.create_multipart(target, content_type=source.content_type, metadata=source.metadata)
+    def _copy_parts(self, source: ObjectMeta, target: str, mode: PutMode, kept: Mapping[str, str]) -> PutResult:
+        upload_id = self.create_multipart(target, content_type=source.content_type, metadata=source.metadata, attributes=kept)
         try:
             parts = copy_parts(self._client, source, target, upload_id)
             return self.complete_multipart(target, upload_id, parts, mode=mode)
@@ -280,7 +302,7 @@ class Boto3Backend:
     # listing
 
     def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
-        """See `Backend.list`: one page of 1000 at a time."""
+        """Entries whose key starts with `prefix`, in order of the UTF-8 bytes of their keys. One page of 1000 at a time."""
         parameters: dict[str, Any] = {"Prefix": prefix}
         if delimiter:
             parameters["Delimiter"] = delimiter
@@ -299,9 +321,16 @@ class Boto3Backend:
 
     # multipart
 
-    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
-        """See `Backend.create_multipart`. The upload is declared to carry CRC32C part by part."""
-        parameters: dict[str, Any] = {"Key": key, **described(content_type, metadata)}
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> str:
+        """Begin a multipart upload; returns its upload id. The upload is declared to carry CRC32C part by part."""
+        parameters: dict[str, Any] = {"Key": key, **described(content_type, metadata, attributes)}
         declared = {**parameters, "ChecksumAlgorithm": "CRC32C"} if self.checksums else parameters
         try:
             answer = self._client.call("create upload", "create_multipart_upload", key, declared)
@@ -313,7 +342,7 @@ class Boto3Backend:
         return str(answer["UploadId"])
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
-        """See `Backend.upload_part`."""
+        """Upload part `number` (1-based; all parts but the last at least 5 MiB on S3)."""
         parameters: dict[str, Any] = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": body(data)}
         answer = self._upload("upload part", "upload_part", key, data, None, parameters)
         checksum = crc32c_base64(data) if self.checksums else None
@@ -322,7 +351,7 @@ class Boto3Backend:
     def complete_multipart(
         self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
     ) -> PutResult:
-        """See `Backend.complete_multipart`. An upload without parts becomes an empty object."""
+        """Make the object from its parts. An upload without parts becomes an empty object."""
         uploaded = [*parts] or [self.upload_part(key, upload_id, 1, b"")]
         wanted = [
             {
@@ -350,7 +379,7 @@ class Boto3Backend:
         return meta.etag if meta.size == size else told
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        """See `Backend.abort_multipart`."""
+        """Drop the parts; an upload that is gone is no error."""
         try:
             self._client.call("abort upload", "abort_multipart_upload", key, {"Key": key, "UploadId": upload_id})
         except BucketNotFoundError:
@@ -359,7 +388,7 @@ class Boto3Backend:
             return
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`."""
+        """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``."""
         markers: dict[str, Any] = {}
         while True:
             page = self._client.call("list uploads", "list_multipart_uploads", prefix, {"Prefix": prefix, **markers})
@@ -375,7 +404,7 @@ class Boto3Backend:
             markers = after
 
     def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
-        """See `Backend.list_parts`: one page of 1000 at a time."""
+        """Parts that an open upload has, by number, as `complete_multipart` takes them. One page of 1000 at a time."""
         marker: dict[str, Any] = {}
         while True:
             page = self._client.call("list parts", "list_parts", key, {"Key": key, "UploadId": upload_id, **marker})
@@ -389,7 +418,7 @@ class Boto3Backend:
             marker = after
 
     def close(self) -> None:
-        """See `Backend.close`. A client given by the user stays open."""
+        """Let go of connections and threads; closing twice is fine. A client given by the user stays open."""
         self._client.close()
 
 
@@ -397,3 +426,16 @@ def _rebuild(
     bucket: str, settings: S3Settings, credentials: CredentialsSource, options: StoreOptions, client: Any
 ) -> Boto3Backend:
     return Boto3Backend(bucket, settings, credentials=credentials, options=options, s3_client=client)
+
+
+_NOT_COPIED: Final = ("storage_class", "server_side_encryption", "ssekms_key_id")
+"""What CopyObject takes from the bucket, not from the source, unless it is said."""
+
+
+def _kept(source: ObjectMeta) -> dict[str, str]:
+    """What a copy keeps of its source's attributes; plain encryption is the bucket's own affair."""
+    kept = {name: value for name, value in source.attributes.items() if name in SETTABLE}
+    if not kept.get("server_side_encryption", "").startswith("aws:kms"):
+        kept.pop("server_side_encryption", None)
+        kept.pop("ssekms_key_id", None)
+    return kept

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import http.client
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from s3loader.errors import StoreError, TruncatedError, UnsupportedOperationError
+from s3loader.ranges import first_byte
 from s3loader.store.s3errors import Where
 from s3loader.store.s3reads import bare_etag
-from s3loader.types import Buffer, ObjectMeta, PutMode, Update
+from s3loader.types import ATTRIBUTES, Buffer, ObjectMeta, PutMode, Update
 
 __all__ = [
     "body",
@@ -20,10 +19,8 @@ __all__ = [
     "conditions",
     "described",
     "listed",
-    "md5_base64",
     "meta_of",
     "read_body",
-    "refuses_checksums",
     "version",
 ]
 
@@ -42,7 +39,13 @@ def meta_of(key: str, answer: Mapping[str, Any], size: int | None = None) -> Obj
         content_type=answer.get("ContentType"),
         version_id=None if version == "null" else version,
         metadata={name.lower(): value for name, value in (answer.get("Metadata") or {}).items()},
+        attributes=_attributes(answer),
     )
+
+
+def _attributes(answer: Mapping[str, Any]) -> dict[str, str]:
+    headers = (answer.get("ResponseMetadata") or {}).get("HTTPHeaders") or {}  # as sent: boto3 makes dates of some
+    return {name: headers[header] for name, header in ATTRIBUTES.items() if header in headers}
 
 
 def body_range(answer: Mapping[str, Any], start: int, end: int | None, where: Where) -> tuple[int, int]:
@@ -57,15 +60,18 @@ def body_range(answer: Mapping[str, Any], start: int, end: int | None, where: Wh
     length = int(answer["ContentLength"])
     ranged = answer.get("ContentRange")
     if not ranged:
-        if start == 0 and (end is None or length <= end):
+        if first_byte(start, length) == 0 and (end is None or length <= end):
             return length, length
         raise UnsupportedOperationError(
             "the server ignores ranges", op=where.op, url=where.url, hint='use engine="direct", which reads around it'
         )
+    if start < 0 and not length and ranged.strip() == "bytes 0--1/0":  # from the end of an empty object
+        return 0, 0
     match = _CONTENT_RANGE.fullmatch(ranged.strip())
     if match is None or match[3] == "*":
         raise StoreError(f"the answer has no usable Content-Range: {ranged!r}", op=where.op, url=where.url)
     first, last, size = int(match[1]), int(match[2]), int(match[3])
+    start = first_byte(start, size)
     stop = size if end is None else min(end, size)
     if (first, last + 1) != (start, stop) or length != stop - start:
         text = f"asked for bytes [{start}, {stop}), the answer has [{first}, {last + 1}) in {length} bytes"
@@ -91,24 +97,31 @@ def read_body(body: Any, into: memoryview, where: Where) -> None:
         raw.release_conn()
 
 
-def refuses_checksums(error: StoreError) -> bool:
-    """Whether an upload may have failed because of its checksum header: its kind is not known there."""
-    return error.status == 501 or (error.status == 400 and error.code in ("InvalidRequest", "InvalidArgument", None))
-
-
 def body(data: Buffer) -> bytes | bytearray:
     """What boto3 takes for `data`: it knows no memoryview."""
     return data if isinstance(data, (bytes, bytearray)) else bytes(data)
 
 
-def md5_base64(data: Buffer) -> str:
-    """The MD5 of `data` as a Content-MD5 header holds it."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode("ascii")
+_PARAMETERS: Final = {
+    "cache_control": "CacheControl",
+    "content_disposition": "ContentDisposition",
+    "content_encoding": "ContentEncoding",
+    "content_language": "ContentLanguage",
+    "expires": "Expires",
+    "storage_class": "StorageClass",
+    "server_side_encryption": "ServerSideEncryption",
+    "ssekms_key_id": "SSEKMSKeyId",
+    "tagging": "Tagging",
+}
+"""Names of `s3loader.types.SETTABLE` as boto3 says them."""
 
 
-def described(content_type: str | None, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def described(
+    content_type: str | None, metadata: Mapping[str, str] | None, attributes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Parameters of a write that describe the object."""
     found: dict[str, Any] = {"ContentType": content_type} if content_type else {}
+    found |= {_PARAMETERS[name]: value for name, value in (attributes or {}).items()}
     return {**found, "Metadata": dict(metadata)} if metadata else found
 
 

@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
+from urllib.parse import parse_qsl
 
 from s3loader.errors import (
     AccessDeniedError,
@@ -26,19 +27,23 @@ from s3loader.errors import (
     TruncatedError,
     UnsupportedOperationError,
 )
-from s3loader.store.arguments import check_crc32c
+from s3loader.ranges import first_byte
+from s3loader.store.arguments import check_crc32c, kept_here
+from s3loader.store.backend import BulkBackend
 from s3loader.store.buffers import shared_pool
 from s3loader.store.listing import key_bytes, roll_up
 from s3loader.store.local import files as _files
 from s3loader.store.local.files import Guard, TempFile
 from s3loader.store.local.uploads import Uploads
 from s3loader.store.local.walk import walk
-from s3loader.store.settle import WRITE_ID
+from s3loader.store.lost_reply import WRITE_ID
+from s3loader.store.sealed import SEAL
 from s3loader.types import (
     Buffer,
     CommonPrefix,
     DeleteFailure,
     ObjectMeta,
+    ObjectURL,
     PartResult,
     PutMode,
     PutResult,
@@ -62,10 +67,12 @@ class LocalBackend:
 
     PUT_LIMIT: Final = sys.maxsize
     """Bytes up to which one put is the best way to write a buffer."""
+    bulk: BulkBackend | None = None
+    """Threads run its single verbs."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
-        self.url = "file://" + (self.path if self.path != "/" else "")
+        self.url = ObjectURL("file", "", self.path).base
         self._root = os.path.realpath(os.fsencode(self.path))
         self._inside = self._root.rstrip(b"/") + b"/"
         self._uploads = Uploads(self._inside)
@@ -75,7 +82,7 @@ class LocalBackend:
 
     @property
     def engine(self) -> str:
-        """See `Backend.engine`."""
+        """``direct``, ``obstore``, ``boto3``, ``file``, ``memory``; for events and `explain`."""
         return "file"
 
     # reading
@@ -83,10 +90,11 @@ class LocalBackend:
     def get(
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
-        """See `Backend.get`."""
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it)."""
         with Guard("get", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
             status = self._checked(fd, if_match)
             size = status.st_size
+            start = first_byte(start, size)
             if start > size or (start == size and end is not None and end > start):
                 raise RangeError(f"it has {size} bytes, asked for [{start}, {end})")
             data = _read(fd, start, max(0, (size if end is None else min(end, size)) - start))
@@ -94,7 +102,7 @@ class LocalBackend:
             return self._meta(key, fd, status), data
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        """See `Backend.read_into`."""
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`."""
         with Guard("read", f"{self.url}/{key}", self._root), _Open(self._open(key)) as fd:
             status = self._checked(fd, if_match)
             stop = start + len(buffer)
@@ -105,7 +113,7 @@ class LocalBackend:
             return self._meta(key, fd, status)
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
+        """What the store says of one object, without its bytes."""
         with Guard("head", f"{self.url}/{key}", self._root), _Open(self._open(key, version_id)) as fd:
             return self._meta(key, fd, self._checked(fd, None))
 
@@ -140,7 +148,7 @@ class LocalBackend:
 
     def _meta(self, key: str, fd: int, status: os.stat_result) -> ObjectMeta:
         kept = _files.read_attributes(fd)
-        content_type, metadata = kept.get("content_type"), kept.get("metadata")
+        content_type, metadata, attributes = kept.get("content_type"), kept.get("metadata"), kept.get("attributes")
         return ObjectMeta(
             key,
             status.st_size,
@@ -149,7 +157,16 @@ class LocalBackend:
             content_type if isinstance(content_type, str) else None,
             None,
             metadata if isinstance(metadata, dict) else {},
+            {k: v for k, v in attributes.items() if k != "tagging"} if isinstance(attributes, dict) else {},
         )
+
+    def tags(self, key: str, *, version_id: str | None = None) -> Mapping[str, str]:
+        """Tags of the object, kept where metadata is."""
+        with Guard("tags", f"{self.url}/{key}", self._root), _Open(self._open(key)) as fd:
+            self._checked(fd, None)
+            attributes = _files.read_attributes(fd).get("attributes")
+            tagging = attributes.get("tagging") if isinstance(attributes, dict) else None
+            return dict(parse_qsl(tagging, keep_blank_values=True)) if isinstance(tagging, str) else {}
 
     # writing
 
@@ -161,20 +178,21 @@ class LocalBackend:
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
     ) -> PutResult:
-        """See `Backend.put`.
+        """Write one object atomically: readers see the old one or the new one, whole.
 
         Raises:
             NoSpaceError: the disk or quota is full; the old object is untouched.
             UnsupportedOperationError: the key is a folder of other keys (or below an object), or
                 `metadata` was given and the file system keeps none.
         """
-        attributes = _attributes(content_type, metadata)
+        kept = _attributes(content_type, metadata, kept_here(attributes, f"{self.url}/{key}") if attributes else {})
         with Guard("put", f"{self.url}/{key}", self._root):
-            return self._publish(key, lambda temp: temp.write(data), mode, attributes)
+            return self._publish(key, lambda temp: temp.write(data), mode, kept)
 
     def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
-        """See `s3loader.store.probe.ChecksummedPut`."""
+        """Put with a CRC32C (base64) that the store holds against the bytes; a wrong one is refused."""
         check_crc32c(data, checksum, f"{self.url}/{key}")
         return self.put(key, data)
 
@@ -249,7 +267,7 @@ class LocalBackend:
                 ) from error
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
-        """See `Backend.copy`."""
+        """Copy inside this root, on the server's side where it can."""
         with Guard("copy", f"{self.url}/{source}", self._root), _Open(self._open(source)) as fd:
             status = self._checked(fd, None)
 
@@ -261,7 +279,7 @@ class LocalBackend:
                 return self._publish(target, write, mode, _files.read_attributes(fd))
 
     def delete(self, key: str) -> None:
-        """See `Backend.delete`. Folders left empty go too."""
+        """Delete; a key that does not exist is no error. Folders left empty go too."""
         with Guard("delete", f"{self.url}/{key}", self._root):
             path = self._inside + _files.relative_path(key)
             folder = os.path.dirname(path)
@@ -283,7 +301,7 @@ class LocalBackend:
                 _files.sync_folder(folder)
 
     def delete_many(self, keys: Sequence[str]) -> builtins.list[DeleteFailure]:
-        """See `Backend.delete_many`."""
+        """Delete all; never raises for a single key, returns what failed."""
         failures = []
         for key in keys:
             try:
@@ -293,7 +311,8 @@ class LocalBackend:
         return failures
 
     def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
-        """See `Backend.list`. Links to files inside the folder are listed, other links are not."""
+        """Entries whose key starts with `prefix`, in order of the UTF-8 bytes of their keys. Links to files inside the folder
+        are listed, other links are not."""
         with Guard("list", f"{self.url}/{prefix}", self._root):
             if delimiter == "/":
                 yield from walk(self._root, key_bytes(prefix), key_bytes(start_after), shallow=True)
@@ -303,21 +322,29 @@ class LocalBackend:
 
     # multipart: see _uploads
 
-    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
-        """See `Backend.create_multipart`."""
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> str:
+        """Begin a multipart upload; returns its upload id."""
         with Guard("create upload", f"{self.url}/{key}", self._root):
             _files.relative_path(key)
-            return self._uploads.create(key, _attributes(content_type, metadata))
+            said = kept_here(attributes, f"{self.url}/{key}")
+            return self._uploads.create(key, _attributes(content_type, metadata, said))
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
-        """See `Backend.upload_part`."""
+        """Upload part `number` (1-based; all parts but the last at least 5 MiB on S3)."""
         with Guard("upload part", f"{self.url}/{key}", self._root):
             return self._uploads.add_part(key, upload_id, number, data)
 
     def complete_multipart(
         self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
     ) -> PutResult:
-        """See `Backend.complete_multipart`."""
+        """Make the object from its parts."""
         with Guard("complete upload", f"{self.url}/{key}", self._root):
             attributes = self._uploads.attributes(key, upload_id)
             result = self._publish(key, lambda temp: self._uploads.join(temp, upload_id, parts), mode, attributes)
@@ -325,29 +352,32 @@ class LocalBackend:
             return result
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        """See `Backend.abort_multipart`."""
+        """Drop the parts; an upload that is gone is no error."""
         with Guard("abort upload", f"{self.url}/{key}", self._root):
             self._uploads.drop(key, upload_id)
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`."""
+        """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``."""
         with Guard("list uploads", f"{self.url}/{prefix}", self._root):
             return iter(self._uploads.open_ones(prefix))
 
     def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
-        """See `Backend.list_parts`; the checksums are of what is on disk."""
+        """Parts that an open upload has, by number, as `complete_multipart` takes them; the checksums are of what is on
+        disk."""
         with Guard("list parts", f"{self.url}/{key}", self._root):
             return iter(self._uploads.parts(key, upload_id))
 
     def close(self) -> None:
-        """See `Backend.close`; nothing is kept open."""
+        """Nothing is kept open."""
 
 
 _HAS_PROC: Final = os.path.isdir("/proc/self/fd")
 
 
-def _attributes(content_type: str | None, metadata: Mapping[str, str] | None) -> dict[str, object]:
-    kept: dict[str, object] = {}
+def _attributes(
+    content_type: str | None, metadata: Mapping[str, str] | None, attributes: Mapping[str, str]
+) -> dict[str, object]:
+    kept: dict[str, object] = {"attributes": dict(attributes)} if attributes else {}
     if content_type is not None:
         kept["content_type"] = content_type
     if metadata:
@@ -356,9 +386,9 @@ def _attributes(content_type: str | None, metadata: Mapping[str, str] | None) ->
 
 
 def _holds_data(attributes: Mapping[str, object]) -> bool:
-    """Whether losing them would lose something of the caller's (a write id is ours, and not needed here)."""
+    """Whether losing them would lose something of the caller's (a write id and a seal are ours, and can be done without)."""
     metadata = attributes.get("metadata")
-    return isinstance(metadata, dict) and bool(metadata.keys() - {WRITE_ID})
+    return "attributes" in attributes or (isinstance(metadata, dict) and bool(metadata.keys() - {WRITE_ID, SEAL}))
 
 
 class _Open:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
-from s3loader.errors import ConfigError
+from s3loader.errors import ConfigError, UnsupportedOperationError
 from s3loader.store.client_errors import from_obstore
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.options import StoreOptions
@@ -20,15 +20,20 @@ from s3loader.store.s3errors import Condition, Where
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import ObjectMeta
 
-__all__ = ["ObstoreClient", "from_identifier", "meta_of", "open_azure", "open_gcs", "open_s3", "to_identifier"]
+__all__ = ["ObstoreClient", "from_identifier", "meta_of", "open_azure", "open_gcs", "open_s3", "standard_of", "to_identifier"]
 
 T = TypeVar("T")
 
 _STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
-# attributes of obstore that are HTTP's own; every other one is user metadata
-_STANDARD: Final = frozenset(
-    {"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Content-Type", "Storage-Class"}
-)
+# attributes of obstore that are HTTP's own, by the names of `ObjectMeta.attributes`; every other one is user metadata
+_STANDARD: Final = {
+    "Cache-Control": "cache_control",
+    "Content-Disposition": "content_disposition",
+    "Content-Encoding": "content_encoding",
+    "Content-Language": "content_language",
+    "Content-Type": "",
+    "Storage-Class": "storage_class",
+}
 
 
 class ObstoreClient:
@@ -50,15 +55,14 @@ class ObstoreClient:
         verb: str,
         key: str,
         sync: Callable[[Any, Any], T],
-        begin: Callable[[Any, Any], Awaitable[T]],
         condition: Condition = None,
     ) -> T:
-        """One obstore call, as ``sync(obstore, store)`` or ``begin(obstore, store)``; see `obstore_runtime.call`."""
+        """One obstore call, made by ``sync(obstore, store)``."""
         where = Where(verb, self.at(key), condition)
         if self._credentials is not None:
             self._credentials()  # obstore would swallow what this raises
         try:
-            return obstore_runtime.call(lambda: sync(*self._ready()), lambda: begin(*self._ready()))
+            return obstore_runtime.call(lambda: sync(*self._ready()))
         except Exception as error:  # noqa: BLE001 - obstore's errors, ValueError and FileNotFoundError share no base
             mapped = from_obstore(error, where)
             if mapped.code in _STALE and self._credentials is not None:
@@ -184,6 +188,24 @@ def _client_options(options: StoreOptions, *, http: bool, ca_bundle: str | None)
     return found
 
 
+def standard_of(attributes: Mapping[str, str] | None, url: str) -> dict[str, str]:
+    """What a write says of its object, as obstore names it.
+
+    Raises:
+        UnsupportedOperationError: obstore has no word for it.
+    """
+    names = {ours: theirs for theirs, ours in _STANDARD.items() if ours}
+    for name in attributes or {}:
+        if name not in names:
+            raise UnsupportedOperationError(
+                f"{name} cannot be set through obstore",
+                op="put",
+                url=url,
+                hint=f"leave it out; it takes {', '.join(sorted(names))}",
+            )
+    return {names[name]: value for name, value in (attributes or {}).items()}
+
+
 def meta_of(key: str, meta: Mapping[str, Any], attributes: Mapping[str, str]) -> ObjectMeta:
     """obstore's metadata in our terms."""
     modified = meta.get("last_modified")
@@ -196,6 +218,7 @@ def meta_of(key: str, meta: Mapping[str, Any], attributes: Mapping[str, str]) ->
         content_type=attributes.get("Content-Type"),
         version_id=None if version == "null" else version,
         metadata={name.lower(): value for name, value in attributes.items() if name not in _STANDARD},
+        attributes={known: attributes[name] for name, known in _STANDARD.items() if known and name in attributes},
     )
 
 

@@ -8,7 +8,7 @@ interface, which sets the limits named at each class.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -20,8 +20,11 @@ from s3loader.errors import (
     TruncatedError,
     UnsupportedOperationError,
 )
+from s3loader.ranges import first_byte
+from s3loader.store.backend import BulkBackend
 from s3loader.store.listing import roll_up
-from s3loader.store.obstore.client import ObstoreClient, from_identifier, meta_of, to_identifier
+from s3loader.store.obstore import runtime as obstore_runtime
+from s3loader.store.obstore.client import ObstoreClient, from_identifier, meta_of, standard_of, to_identifier
 from s3loader.store.obstore.spool import Spool
 from s3loader.store.s3errors import Where, condition_of
 from s3loader.store.s3reads import bare_etag, check_etag, is_plain_key, read_nothing
@@ -60,6 +63,8 @@ class ObstoreBackend:
 
     PUT_LIMIT: Final = 5 << 30
     """Most bytes of one put."""
+    bulk: BulkBackend | None = None
+    """Threads run its single verbs."""
 
     def __init__(self, scheme: str, bucket: str, client: ObstoreClient) -> None:
         self.scheme = scheme
@@ -70,7 +75,7 @@ class ObstoreBackend:
 
     @property
     def engine(self) -> str:
-        """See `Backend.engine`."""
+        """``direct``, ``obstore``, ``boto3``, ``file``, ``memory``; for events and `explain`."""
         return "obstore"
 
     def _check_key(self, key: str) -> None:
@@ -92,7 +97,7 @@ class ObstoreBackend:
     def get(
         self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None, version_id: str | None = None
     ) -> tuple[ObjectMeta, Buffer]:
-        """See `Backend.get`."""
+        """Bytes ``[start, end)`` (to the end of the object where `end` is None or beyond it)."""
         where = Where("get", self._client.at(key), "read")
         if end is not None and end <= start:
             return read_nothing(self, key, start, if_match, version_id, where), b""
@@ -105,7 +110,8 @@ class ObstoreBackend:
         return meta, data
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
-        """See `Backend.read_into`. obstore fills buffers of its own: this is one copy more."""
+        """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`. obstore fills buffers of its
+        own: this is one copy more."""
         where = Where("read", self._client.at(key), "read")
         if not len(buffer):
             return read_nothing(self, key, start, if_match, None, where)
@@ -122,7 +128,7 @@ class ObstoreBackend:
         self._check_key(key)
         options: dict[str, Any] = {}
         if start or end is not None:
-            options["range"] = {"offset": start} if end is None else (start, end)
+            options["range"] = (start, end) if end is not None else {"offset": start} if start >= 0 else {"suffix": -start}
         if if_match is not None:
             options["if_match"] = f'"{bare_etag(if_match)}"'
         if version_id is not None:
@@ -132,15 +138,12 @@ class ObstoreBackend:
             answer = obs.get(store, key, options=options)
             return answer, answer.bytes()
 
-        async def begin(obs: Any, store: Any) -> tuple[Any, Any]:
-            answer = await obs.get_async(store, key, options=options)
-            return answer, await answer.bytes_async()
-
-        answer, body = self._client.call(verb, key, sync, begin, "read")
+        answer, body = self._client.call(verb, key, sync, "read")
         meta = self._meta(key, answer)
         where = Where(verb, self._client.at(key), "read")
         check_etag(meta.etag, if_match, where)
         data = memoryview(body)
+        start = first_byte(start, meta.size)
         stop = meta.size if end is None else min(end, meta.size)
         if tuple(answer.range) != (start, stop):
             raise StoreError(f"asked for bytes [{start}, {stop}), got {answer.range}", op=verb, url=where.url, retryable=True)
@@ -149,17 +152,12 @@ class ObstoreBackend:
         return meta, data
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
-        """See `Backend.head`."""
+        """What the store says of one object, without its bytes."""
         self._check_key(key)
         options: dict[str, Any] = {"head": True}
         if version_id is not None:
             options["version"] = version_id
-        answer = self._client.call(
-            "head",
-            key,
-            lambda obs, store: obs.get(store, key, options=options),
-            lambda obs, store: obs.get_async(store, key, options=options),
-        )
+        answer = self._client.call("head", key, lambda obs, store: obs.get(store, key, options=options))
         return self._meta(key, answer)
 
     # writing
@@ -172,19 +170,21 @@ class ObstoreBackend:
         mode: PutMode = "overwrite",
         content_type: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
     ) -> PutResult:
-        """See `Backend.put`."""
-        return self._put("put", key, data, len(data), mode, content_type, metadata)
+        """Write one object atomically: readers see the old one or the new one, whole."""
+        return self._put("put", key, (data,), len(data), mode, content_type, metadata, attributes)
 
     def _put(
         self,
         verb: str,
         key: str,
-        data: Any,
+        pieces: Iterable[Buffer],
         size: int,
         mode: PutMode,
         content_type: str | None,
         metadata: Mapping[str, str] | None,
+        attributes: Mapping[str, str] | None,
         *,
         multipart: bool = False,
     ) -> PutResult:
@@ -192,20 +192,15 @@ class ObstoreBackend:
         self._check_key(key)
         if self.scheme == "az":
             metadata = {to_identifier(name): value for name, value in (metadata or {}).items()}
-        attributes = {**(metadata or {}), **({"Content-Type": content_type} if content_type else {})}
+        about = {**(metadata or {}), **({"Content-Type": content_type} if content_type else {})}
         options: dict[str, Any] = {
-            "attributes": attributes or None,
+            "attributes": {**about, **standard_of(attributes, self._client.at(key))} or None,
             "mode": self._mode(key, mode),
             "use_multipart": multipart,
             "chunk_size": max(_CHUNK, -(-size // 9_000)),
         }
-        made = self._client.call(
-            verb,
-            key,
-            lambda obs, store: obs.put(store, key, data, **options),
-            lambda obs, store: obs.put_async(store, key, data, **options),
-            condition,
-        )
+        body = obstore_runtime.lend(pieces)
+        made = self._client.call(verb, key, lambda obs, store: obs.put(store, key, body, **options), condition)
         version = made.get("version")
         return PutResult(key, bare_etag(made.get("e_tag")), size, None if version == "null" else version)
 
@@ -226,22 +221,18 @@ class ObstoreBackend:
         return wanted
 
     def delete(self, key: str) -> None:
-        """See `Backend.delete`."""
+        """Delete; a key that does not exist is no error."""
         self._check_key(key)
         try:
-            self._client.call(
-                "delete",
-                key,
-                lambda obs, store: obs.delete(store, key),
-                lambda obs, store: obs.delete_async(store, key),
-            )
+            self._client.call("delete", key, lambda obs, store: obs.delete(store, key))
         except BucketNotFoundError:
             raise
         except ObjectNotFoundError:
             return
 
     def delete_many(self, keys: Sequence[str]) -> list[DeleteFailure]:
-        """See `Backend.delete_many`. One by one: obstore's own bulk delete does not say what failed."""
+        """Delete all; never raises for a single key, returns what failed. One by one: obstore's own bulk delete does not say
+        what failed."""
         failures = []
         for key in dict.fromkeys(keys):
             try:
@@ -253,19 +244,21 @@ class ObstoreBackend:
         return failures
 
     def copy(self, source: str, target: str, *, mode: PutMode = "overwrite") -> PutResult:
-        """See `Backend.copy`. An update goes through this process, since no store knows it as a copy."""
+        """Copy inside this root, on the server's side where it can. An update goes through this process, since no store knows
+        it as a copy."""
         condition_of(mode)
         self._check_key(source)
         self._check_key(target)
         if isinstance(mode, Update):
             meta, data = self.get(source)
-            return self.put(target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata)
+            return self.put(
+                target, data, mode=mode, content_type=meta.content_type, metadata=meta.metadata, attributes=meta.attributes
+            )
         overwrite = mode == "overwrite"
         self._client.call(
             "copy",
             source,
             lambda obs, store: obs.copy(store, source, target, overwrite=overwrite),
-            lambda obs, store: obs.copy_async(store, source, target, overwrite=overwrite),
             condition_of(mode),
         )
         meta = self.head(target)
@@ -274,8 +267,8 @@ class ObstoreBackend:
     # listing
 
     def list(self, prefix: str = "", *, delimiter: str = "", start_after: str = "") -> Iterator[ObjectMeta | CommonPrefix]:
-        """See `Backend.list`. obstore lists whole folders: a prefix that ends inside a name costs the
-        listing of its folder, a delimiter that of all below it."""
+        """Entries whose key starts with `prefix`, in order of the UTF-8 bytes of their keys. obstore lists whole folders: a
+        prefix that ends inside a name costs the listing of its folder, a delimiter that of all below it."""
         folder = prefix.rpartition("/")[0]
         return roll_up(self._walk(folder, prefix, start_after), prefix, delimiter, start_after)
 
@@ -283,15 +276,9 @@ class ObstoreBackend:
         def first(obs: Any, store: Any) -> Any:
             return obs.list(store, folder or None, offset=start_after or None, chunk_size=1000)
 
-        async def begin(obs: Any, store: Any) -> Any:
-            return first(obs, store)
-
-        async def following(obs: Any, store: Any) -> Any:
-            return await anext(stream, None)
-
-        stream = self._client.call("list", prefix, first, begin)
+        stream = self._client.call("list", prefix, first)
         while True:
-            chunk = self._client.call("list", prefix, lambda obs, store: next(stream, None), following)
+            chunk = self._client.call("list", prefix, lambda obs, store: next(stream, None))
             if chunk is None:
                 return
             for entry in chunk:
@@ -300,43 +287,60 @@ class ObstoreBackend:
 
     # multipart
 
-    def create_multipart(self, key: str, *, content_type: str | None = None, metadata: Mapping[str, str] | None = None) -> str:
-        """See `Backend.create_multipart`; see the class for what an upload is here."""
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> str:
+        """Begin a multipart upload; returns its upload id. The class says what an upload is here."""
         self._check_key(key)
-        return self._spool.create(key, content_type, metadata)
+        standard_of(attributes, self._client.at(key))
+        return self._spool.create(key, content_type, metadata, attributes)
 
     def upload_part(self, key: str, upload_id: str, number: int, data: Buffer) -> PartResult:
-        """See `Backend.upload_part`."""
+        """Upload part `number` (1-based; all parts but the last at least 5 MiB on S3)."""
         return self._spool.add(self._client.at(key), key, upload_id, number, data)
 
     def complete_multipart(
         self, key: str, upload_id: str, parts: Sequence[PartResult], *, mode: PutMode = "overwrite"
     ) -> PutResult:
-        """See `Backend.complete_multipart`. A conditional one is a single put and is held in memory."""
+        """Make the object from its parts. A conditional one is a single put and is held in memory."""
         condition_of(mode)
         upload, size = self._spool.check(self._client.at(key), key, upload_id, parts)
         chunks = self._spool.read(upload_id, parts)
-        data: Any = chunks if mode == "overwrite" and size > _CHUNK else b"".join(chunks)
-        result = self._put(
-            "complete upload", key, data, size, mode, upload.content_type, upload.metadata, multipart=data is chunks
-        )
+        multipart = mode == "overwrite" and size > _CHUNK
+        result = self._put("complete upload", key, chunks, size, mode, *upload.about, multipart=multipart)
         self._spool.drop(upload_id)
         return result
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        """See `Backend.abort_multipart`."""
+        """Drop the parts; an upload that is gone is no error."""
         self._spool.drop(upload_id)
 
     def list_multipart(self, prefix: str = "") -> Iterator[tuple[str, str, float | None]]:
-        """See `Backend.list_multipart`: those of this process."""
+        """Open multipart uploads: ``(key, upload_id, initiated seconds since the epoch)``. Those of this process."""
         return self._spool.uploads(prefix)
 
     def list_parts(self, key: str, upload_id: str) -> Iterator[PartResult]:
-        """See `Backend.list_parts`: of uploads of this process, whose parts are on disk here."""
+        """Parts that an open upload has, by number, as `complete_multipart` takes them. Of uploads of this process, whose parts
+        are on disk here."""
         return iter(self._spool.parts(self._client.at(key), key, upload_id))
 
+    def tags(self, key: str, *, version_id: str | None = None) -> Mapping[str, str]:
+        """Not told by obstore.
+
+        Raises:
+            UnsupportedOperationError: always.
+        """
+        raise UnsupportedOperationError(
+            "obstore does not read tags", op="tags", url=self._client.at(key), hint="read them with the tools of the cloud"
+        )
+
     def close(self) -> None:
-        """See `Backend.close`. Parts of uploads that were not completed go too."""
+        """Let go of connections and threads; closing twice is fine. Parts of uploads that were not completed go too."""
         self._client.close()
         with contextlib.suppress(OSError):
             self._spool.close()

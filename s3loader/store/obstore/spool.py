@@ -27,9 +27,15 @@ class SpooledUpload:
     key: str
     content_type: str | None
     metadata: Mapping[str, str]
+    attributes: Mapping[str, str]
     folder: str
     begun: float = field(default_factory=time.time)
     sizes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def about(self) -> tuple[str | None, Mapping[str, str], Mapping[str, str]]:
+        """What describes the object."""
+        return self.content_type, self.metadata, self.attributes
 
 
 class Spool:
@@ -39,12 +45,18 @@ class Spool:
         self._uploads: dict[str, SpooledUpload] = {}
         self._lock = threading.Lock()
 
-    def create(self, key: str, content_type: str | None, metadata: Mapping[str, str] | None) -> str:
+    def create(
+        self,
+        key: str,
+        content_type: str | None,
+        metadata: Mapping[str, str] | None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> str:
         """Begin an upload; returns its id."""
         upload_id = uuid.uuid4().hex
         folder = tempfile.mkdtemp(prefix="s3loader-upload-")
         with self._lock:
-            self._uploads[upload_id] = SpooledUpload(key, content_type, dict(metadata or {}), folder)
+            self._uploads[upload_id] = SpooledUpload(key, content_type, dict(metadata or {}), dict(attributes or {}), folder)
         return upload_id
 
     def _find(self, url: str, key: str, upload_id: str, op: str) -> SpooledUpload:

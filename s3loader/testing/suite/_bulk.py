@@ -14,7 +14,7 @@ import pytest
 from s3loader import events
 from s3loader.errors import ObjectChangedError, ObjectExistsError, ObjectNotFoundError, RangeError
 from s3loader.store import ObjectStore
-from s3loader.store.base import Driver
+from s3loader.store.backend import Driver
 from s3loader.testing.suite._base import Base, random_bytes, wait_until
 from s3loader.types import ByteRange, PutRequest, ReadRequest
 

@@ -192,14 +192,18 @@ class LifeTests(Base):
             list(store.get_many(["k", "k"]))
             store.head("k")
             list(store.list())
-            store.delete("k")
+            store.get_range("k", 1, 3)
+            store.delete_many(["k", "l"])
             with pytest.raises(ObjectNotFoundError):
                 store.get("k")
         finally:
             unsubscribe()
         ours = [event for event in seen if event.url.startswith(store.url)]
         moved = {op: sum(e.bytes for e in ours if e.op == op and e.error is None) for op in ("PUT", "GET")}
-        assert moved == {"PUT": 5, "GET": 15}
+        assert moved == {"PUT": 5, "GET": 17}
+        assert [event.offset for event in ours if event.op == "GET" and event.error is None] == [0, 0, 0, 1]
+        assert [event.objects for event in ours if event.op == "LIST"] == [1]
+        assert sum(event.objects for event in ours if event.op == "DELETE") == 2
         assert {"PUT", "GET", "HEAD", "LIST", "DELETE"} <= {event.op for event in ours}
         assert [event.error is not None for event in ours if event.op == "GET"][-1]
         assert all(event.end >= event.start for event in ours)

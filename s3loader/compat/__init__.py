@@ -1,0 +1,1 @@
+"""Other packages' interfaces over s3loader, for programs that were written for them."""

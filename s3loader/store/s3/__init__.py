@@ -1,0 +1,12 @@
+"""The direct engine: HTTP/1.1 to S3 on our own sockets, for the requests that are many.
+
+Read in this order: `signer` (SigV4 headers), `head` (what an answer may look like), `jobs` (one
+request without I/O) with `reads` and `writes`, `connection` (sockets, and one job on one of them),
+`pump` and `threads` (two ways to drive many jobs), `backend` (all of it as a `Backend`).
+"""
+
+from __future__ import annotations
+
+from s3loader.store.s3.backend import S3Backend
+
+__all__ = ["S3Backend"]

@@ -1,0 +1,215 @@
+"""How many requests are under way at a time, and when one is asked for again: measured, not configured. Pure, but for a lock.
+
+Near a store a few connections saturate it; far from it each waits most of the time for the first
+byte, and a link is full only with many. Nobody knows beforehand, so it is tried: while whoever asked
+waits for the network and every connection has work, more are added; if the bytes (or answers) per
+second grew by at least a part of that, so it stays and the next step is tried, else the step is taken
+back and tried again much later. A store that says "slow down" is believed at once.
+
+Rules, enough to build it again. A *round* is as many completed requests as the limit. Its rate is
+bytes per second; for requests below 64 KiB, answers per second. A step doubles the limit, up to the
+most; from the first one on that does not pay, steps multiply it by 1.5. A step pays where the rate of
+the round behind it is at least 1.15 times the rate before. After one that does not pay, 8 rounds
+pass until the next, then 16, 32 and 64. A rejection halves the limit once a round and counts as a step
+that did not pay. Rounds in which the caller waited less than 30 % of the time, or in which work or
+room for bytes was short, change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from s3loader.units import KIB, MIB
+
+__all__ = ["Hedges", "InFlight"]
+
+_START: Final = 16
+_FIRST_STEP: Final = 2.0
+_STEP: Final = 1.5
+_PAYS: Final = 1.15
+_WAITED: Final = 0.3
+_FULL: Final = 0.5
+_HOLD: Final = 8
+_LONGEST_HOLD: Final = 64
+_SMALL: Final = 64 * KIB
+_ROOM_EACH: Final = 8 * MIB
+_LEAST_ROOM: Final = 64 * MIB
+
+
+class InFlight:
+    """The limit of one endpoint, shared by all drivers of a process; safe to use from several threads.
+
+    Args:
+        clock: Seconds, for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = _START
+        """Requests that may be under way at a time; a driver's own bound may be lower."""
+        self.why = "the start"
+        """What the limit goes back to, in words for people."""
+        self.throttled = 0
+        """Answers that said "slow down"."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._before: tuple[int, float] | None = None
+        """Limit and rate before the step that is being tried."""
+        self._hold, self._next_hold = 0, _HOLD
+        self._step = _FIRST_STEP
+        self._begin()
+
+    def _begin(self) -> None:
+        self._began = self._clock()
+        self._count = self._bytes = self._full = 0
+        self._waited = 0.0
+        self._rejected = False
+
+    def room(self, max_bytes: int) -> int:
+        """Bytes that may be under way or not yet taken, of the `max_bytes` that the caller allows: as connections grow, so do
+        they. 8 MiB for each connection, and at least 64 MiB."""
+        return max(min(max_bytes, _LEAST_ROOM), min(max_bytes, self.limit * _ROOM_EACH))
+
+    def waited(self, seconds: float) -> None:
+        """Whoever asked had nothing to do for so long but to wait for a result."""
+        self._waited += seconds
+
+    def completed(self, size: int, *, full: bool, most: int) -> None:
+        """A request of `size` bytes is done.
+
+        Args:
+            size: Bytes that it moved.
+            full: There was a next request, and room for it.
+            most: The driver's own bound.
+        """
+        with self._lock:
+            self._count += 1
+            self._bytes += size
+            self._full += full
+            if self._count >= min(self.limit, most):
+                self._judge(most)
+
+    def rejected(self) -> None:
+        """The store said that it gets too many requests."""
+        with self._lock:
+            self.throttled += 1
+            if self._rejected:
+                return
+            self.limit = max(1, self.limit // 2)
+            self.why = "the store said slow down"
+            self._wait_longer()
+            self._begin()
+            self._rejected = True
+
+    def _judge(self, most: int) -> None:
+        elapsed = max(1e-9, self._clock() - self._began)
+        small = self._bytes < self._count * _SMALL
+        rate = (self._count if small else self._bytes) / elapsed
+        telling = self._waited >= _WAITED * elapsed and self._full >= _FULL * self._count
+        self._begin()
+        if not telling:
+            return
+        if self._before is not None:
+            limit, old = self._before
+            self._before = None
+            if rate < _PAYS * old:
+                self.limit, self.why = limit, f"{self.limit} brought no more than {limit}"
+                self._wait_longer()
+                return
+            self.why = f"{rate / old:.1f} times as much as with {limit}"
+            self._next_hold = _HOLD
+        if self._hold:
+            self._hold -= 1
+            return
+        if self.limit < most:
+            self._before = (self.limit, rate)
+            self.limit = min(most, max(self.limit + 1, int(self.limit * self._step)))
+
+    def _wait_longer(self) -> None:
+        self._step = _STEP
+        self._before = None
+        self._hold = self._next_hold
+        self._next_hold = min(_LONGEST_HOLD, 2 * self._next_hold)
+
+
+# -- stragglers ------------------------------------------------------------------------------------
+
+_SOME: Final = 16
+"""First bytes after which the delay is computed, and computed again."""
+_KEPT: Final = 64
+_TIMES: Final = 4.0
+_LEAST: Final = 0.02
+_EARNED: Final = 0.02
+_EARNED_WINNING: Final = 0.1
+_MOST_TOKENS: Final = 16.0
+_SHORTEST_LOOK: Final = 0.005
+_LONGEST_LOOK: Final = 0.05
+_URGENT: Final = 4.0
+_MOST_DEBT: Final = 8.0
+_MEMORY: Final = 0.1
+"""Weight of the last outcome in the share of second requests that came first."""
+
+
+class Hedges:
+    """When a read is asked for once more because its answer takes unusually long: measured, and within a budget.
+
+    Dean and Barroso, "The Tail at Scale", CACM 2013. A straggler is a request without a first byte after four times the first
+    quartile of the last first bytes (and 20 ms): that is what one takes which nothing, such as our own work, holds up. The
+    second request costs a token; each request earns two hundredths of one, and a tenth of one while most second requests come
+    first: then it is the store that has stragglers, and not the network that is full. What has waited four times as long
+    again, as on a connection that is dead, may borrow a few tokens.
+
+    One thread at a time uses it; what several do at once may be miscounted, no more.
+    """
+
+    def __init__(self) -> None:
+        self.delay = math.inf
+        """Seconds without a first byte after which a request is a straggler."""
+        self.usual = 0.0
+        """Seconds to the first byte: the first quartile; 0: unknown."""
+        self.asked = 0
+        """Second requests so far."""
+        self.won = 0
+        """Those that came first."""
+        self.sent = 0
+        """Requests that were sent: whoever sends one counts it here."""
+        self._earned = 0
+        """Of them, those that were turned into tokens."""
+        self._winning = 0.5
+        self._tokens = 1.0
+        self._times: list[float] = []
+        self._new = 0
+
+    def first_byte(self, seconds: float) -> None:
+        """So long after a request was sent its answer began."""
+        times = self._times
+        times.append(seconds)
+        self._new += 1
+        if self._new >= _SOME:
+            self._new = 0
+            del times[:-_KEPT]
+            self.usual = sorted(times)[len(times) // 4]
+            self.delay = max(_LEAST, _TIMES * self.usual)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks for stragglers."""
+        return max(_SHORTEST_LOOK, min(_LONGEST_LOOK, self.delay / 4))
+
+    def may_ask(self, waited: float) -> bool:
+        """Whether the budget has room for a second request for what has waited so many seconds; takes it."""
+        earned = (self.sent - self._earned) * (_EARNED_WINNING if self._winning >= 0.5 else _EARNED)
+        self._tokens, self._earned = min(_MOST_TOKENS, self._tokens + earned), self.sent
+        if self._tokens < 1 and (waited < _URGENT * self.delay or self._tokens < 1 - _MOST_DEBT):
+            return False
+        self._tokens -= 1
+        self.asked += 1
+        return True
+
+    def settled(self, won: bool) -> None:
+        """A second request came first, or did not."""
+        self.won += won
+        self._winning += _MEMORY * (won - self._winning)

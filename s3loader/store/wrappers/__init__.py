@@ -1,1 +1,0 @@
-"""Backends around a backend: prefix, retry, limit, events, faults."""
