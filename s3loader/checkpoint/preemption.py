@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Final
 
 from s3loader.arguments import checked
 from s3loader.checkpoint.manager import CheckpointManager
 from s3loader.units import parse_duration
 
 __all__ = ["Preemption"]
+
+_AGAIN: Final = 0.1
+"""Seconds after which a signal that was not handled is sent again."""
 
 
 @checked
@@ -52,6 +55,8 @@ class Preemption:
         self._until: float | None = None
         self._before: Any = None
         self._ended = False
+        self._passed_on = False
+        self._left = False
 
     def __bool__(self) -> bool:
         """Whether the signal came."""
@@ -68,8 +73,10 @@ class Preemption:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._ended:  # sent by `_end`: now it means what it meant before the block
-            signal.signal(signum, self._before)
-            os.kill(os.getpid(), signum)
+            if not self._passed_on:
+                self._passed_on = True
+                signal.signal(signum, self._before)
+                os.kill(os.getpid(), signum)
             return
         if self._until is not None:
             return
@@ -80,9 +87,17 @@ class Preemption:
     def _end(self) -> None:
         self._manager.finish(self.remaining)
         self._ended = True
-        os.kill(os.getpid(), self._signum)
+        while not self._passed_on:
+            # Python runs handlers between two of its instructions: a signal that comes just before the main thread
+            # blocks in the system is not handled until that call ends. The next one wakes it.
+            left = self._left
+            os.kill(os.getpid(), self._signum)
+            if left:
+                return
+            time.sleep(_AGAIN)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._until is not None:
             self._manager.finish(self.remaining)
         signal.signal(self._signum, self._before)
+        self._left = True

@@ -170,6 +170,32 @@ def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert np.array_equal(load(tmp_path / "b")["w"], np.arange(1_000_000))
 
 
+UNHEARD = """
+import os, signal, sys, threading, time
+from s3loader.checkpoint import CheckpointManager, Preemption
+kill, sent = os.kill, []
+def unheard_once(pid, signum):  # as a signal is that comes when the main thread is about to block in the system
+    sent.append(signum)
+    if len(sent) > 1:
+        kill(pid, signum)
+manager = CheckpointManager(sys.argv[1])
+before = []
+signal.signal(signal.SIGTERM, lambda *a: before.append(1))
+with Preemption(manager, deadline=600, exit=True):
+    os.kill = unheard_once
+    kill(os.getpid(), signal.SIGTERM)
+    while not before:
+        time.sleep(0.01)
+    time.sleep(1)
+print(len(before))
+"""
+
+
+def test_the_signal_that_ends_the_process_is_sent_until_it_is_heard(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", UNHEARD, str(tmp_path)], capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout.split() == ["1"], "the handler of before the block is called once"
+
+
 class Stuck:
     """A backend whose uploads wait."""
 
