@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, TypeVar, Unpack
+from typing import Any, Final, Unpack
 
 from s3loader import events
 from s3loader.errors import ObjectExistsError, ObjectNotFoundError, S3LoaderError, UnsupportedOperationError
 from s3loader.store import memory
+from s3loader.store.boto3.watch import Watch
 from s3loader.store.client_errors import from_botocore
 from s3loader.store.local import files
 from s3loader.store.open import StoreKeywords, settings_of
@@ -17,8 +19,6 @@ from s3loader.store.s3errors import Where
 from s3loader.types import Location, ObjectURL
 
 __all__ = ["create_bucket", "delete_bucket", "list_buckets"]
-
-T = TypeVar("T")
 
 _ELSEWHERE: Final = {
     "gs": "make, list and delete them with `gcloud storage buckets`",
@@ -164,22 +164,23 @@ def _list_page(more: dict[str, str], client: Any) -> Any:
     return client.list_buckets(**more)
 
 
-def _ask(where: ObjectURL, place: StoreKeywords, op: str, event: str, run: Callable[[Any], T]) -> T:
+def _ask(where: ObjectURL, place: StoreKeywords, op: str, event: str, run: Callable[[Any], Any]) -> Any:
     """What `run` gets from a boto3 client."""
     given = place.get("s3_client")
     options = place.get("options")
     client = given or settings_of(place).create_client(anonymous=bool(options and options.unsigned))
-    start = events.now()
-    failed: S3LoaderError | None = None
+    watch = Watch(client, Where(op, str(where)), event, str(where)) if events.active() else None
     try:
-        return run(client)
+        with watch or contextlib.nullcontext():
+            answer = run(client)
     except Exception as error:  # noqa: BLE001 - botocore's errors share no base with those of its sockets
         failed = from_botocore(error, Where(op, str(where)))
+        if watch is not None:
+            watch.end(error=failed)
         raise failed from (None if failed.status is not None else error)
     finally:
         if given is None:
             client.close()
-        if events.active():
-            status = failed.status if failed else 200
-            text = f"{type(failed).__name__}: {failed.message}" if failed else None
-            events.emit(events.OpEvent(event, str(where), 0, start, events.now(), engine="boto3", status=status, error=text))
+    if watch is not None:
+        watch.end(answer=answer)
+    return answer

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl
 
+from s3loader import events
 from s3loader.checksum import crc32c_base64
 from s3loader.errors import (
     BucketNotFoundError,
@@ -32,6 +33,7 @@ from s3loader.ranges import first_byte
 from s3loader.store.arguments import check_crc32c, kept_here
 from s3loader.store.backend import BulkBackend
 from s3loader.store.listing import key_bytes, roll_up
+from s3loader.store.told import first_byte_came
 from s3loader.types import (
     Buffer,
     CommonPrefix,
@@ -190,6 +192,8 @@ class MemoryBackend:
         stop = size if end is None else min(end, size)
         if start > size or (start == size and end is not None and end > start):
             raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="get", url=f"{self.url}/{key}")
+        if events.active():
+            first_byte_came()
         if start == 0 and stop == size:
             return found.meta, found.data
         return found.meta, memoryview(found.data)[start : max(start, stop)]
@@ -201,6 +205,8 @@ class MemoryBackend:
         if stop > len(found.data):
             size = len(found.data)
             raise RangeError(f"it has {size} bytes, asked for [{start}, {stop})", op="read", url=f"{self.url}/{key}")
+        if events.active():
+            first_byte_came()
         buffer[:] = memoryview(found.data)[start:stop]
         return found.meta
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from s3loader import events
 from s3loader.errors import ObjectChangedError, RangeError, S3LoaderError, TruncatedError, UnsupportedOperationError
@@ -23,7 +23,8 @@ from s3loader.store.backend import Backend, BulkBackend, Driver, Op, ReadResult
 from s3loader.store.lost_reply import WRITE_ID, LostReply
 from s3loader.store.rate_limit import RateLimit
 from s3loader.store.retry import Attempts, RetryPolicy, may_retry
-from s3loader.store.threads import after_failure, current_attempt, take_failure
+from s3loader.store.threads import after_failure, take_failure
+from s3loader.store.told import NAMES, Request, take_first_byte
 from s3loader.types import (
     Buffer,
     CommonPrefix,
@@ -40,24 +41,6 @@ from s3loader.types import (
 __all__ = ["Pipeline", "below", "empty_read", "innermost", "read_one"]
 
 T = TypeVar("T")
-
-_EVENTS: Final[dict[Op, str]] = {
-    "get": "GET",
-    "read": "GET",
-    "head": "HEAD",
-    "put": "PUT",
-    "list": "LIST",
-    "delete": "DELETE",
-    "delete many": "DELETE",
-    "copy": "COPY",
-    "create upload": "MULTIPART",
-    "upload part": "PUTPART",
-    "complete upload": "MULTIPART",
-    "abort upload": "MULTIPART",
-    "list uploads": "LIST",
-    "list parts": "LIST",
-    "tags": "HEAD",
-}
 
 
 class Pipeline:
@@ -152,45 +135,21 @@ class Pipeline:
                 attempts.end()
 
     def _observe(self, op: Op, key: str, size: int, run: Callable[[], T], objects: int, offset: int | None) -> T:
-        start = events.now()
+        take_first_byte()  # of another verb, which nobody told of
+        request = Request(NAMES[op], f"{self.inner.url}/{key}", self.inner.engine, offset)
         failed: S3LoaderError | None = None
         try:
             result: Any = run()
         except S3LoaderError as error:
-            self._emit(op, key, 0, start, error, objects, offset)
+            request.end(error=error, objects=objects)
             raise
         if op == "get":
             size = len(result[1])
         elif op == "delete many" and result and isinstance(result[0].error, S3LoaderError):
             failed = result[0].error
-        self._emit(op, key, size, start, failed, objects, offset)
+        request.first_byte, request.status = take_first_byte()
+        request.end(size, failed, objects)
         return cast("T", result)
-
-    def _emit(
-        self,
-        op: Op,
-        key: str,
-        size: int,
-        start: float,
-        error: S3LoaderError | None,
-        objects: int = 1,
-        offset: int | None = None,
-    ) -> None:
-        events.emit(
-            events.OpEvent(
-                _EVENTS[op],
-                f"{self.inner.url}/{key}",
-                size,
-                start,
-                events.now(),
-                engine=self.inner.engine,
-                attempt=current_attempt(),
-                status=error.status if error else None,
-                error=f"{type(error).__name__}: {error.message}" if error else None,
-                objects=objects,
-                offset=offset,
-            )
-        )
 
     def _meta(self, meta: ObjectMeta, key: str) -> ObjectMeta:
         return meta.renamed(key) if self.prefix else meta
@@ -373,8 +332,8 @@ class Pipeline:
 
     def _counted(self, entries: Iterator[Any], prefix: str) -> Iterator[Any]:
         """The event comes at the end and counts the entries; the consumer's time is not in it."""
-        start = events.now()
-        waited = 0.0
+        request = Request("LIST", f"{self.inner.url}/{prefix}", self.inner.engine)
+        waited = first = 0.0
         count = 0
         failed: S3LoaderError | None = None
         try:
@@ -386,13 +345,17 @@ class Pipeline:
                     return
                 finally:
                     waited += events.now() - asked
+                first = first or waited
                 count += 1
                 yield entry
         except S3LoaderError as error:
             failed = error
             raise
         finally:
-            self._emit("list", prefix, 0, events.now() - waited if count else start, failed, count)
+            if count:
+                request.start = events.now() - waited
+                request.first_byte = request.start + first
+            request.end(0, failed, count)
 
     def put_with_checksum(self, key: str, data: Buffer, checksum: str) -> PutResult:
         """Put, telling the server that the CRC32C of `data` is `checksum` (base64), right or wrong. For probing.

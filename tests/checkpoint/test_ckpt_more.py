@@ -192,7 +192,9 @@ print(len(before))
 
 
 def test_the_signal_that_ends_the_process_is_sent_until_it_is_heard(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", UNHEARD, str(tmp_path)], capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", UNHEARD, str(tmp_path)], capture_output=True, text=True, timeout=600, check=True
+    )
     assert done.stdout.split() == ["1"], "the handler of before the block is called once"
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
+from s3loader import events
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
+from s3loader.errors import S3LoaderError
+from s3loader.store.backend import Op
 from s3loader.store.boto3.listing import read_pages_ourselves
+from s3loader.store.boto3.watch import Watch
 from s3loader.store.client_errors import from_botocore
 from s3loader.store.options import MOST_THREADS, StoreOptions
 from s3loader.store.s3errors import Condition, Where
+from s3loader.store.told import NAMES
 
 __all__ = ["BotoClient"]
+
+T = TypeVar("T")
 
 _STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
@@ -77,34 +85,89 @@ class BotoClient:
         return client
 
     def call(
-        self, verb: str, operation: str, key: str, parameters: Mapping[str, Any], condition: Condition = None
+        self,
+        verb: Op,
+        operation: str,
+        key: str,
+        parameters: Mapping[str, Any],
+        condition: Condition = None,
+        *,
+        about: str | None = None,
+        objects: Callable[[dict[str, Any]], int] | None = None,
     ) -> dict[str, Any]:
         """One boto3 operation on the bucket.
 
         Args:
-            verb: What we call it, for errors.
+            verb: What we call it, for errors and events.
             operation: Method of the client.
-            key: For errors; give it to boto3 as a parameter too.
+            key: For errors and events; give it to boto3 as a parameter too.
             parameters: Of the operation, all but the bucket.
             condition: What the request is conditional on, for errors.
+            about: The key that its event names; default: `key`.
+            objects: How many its answer concerns, for the event; default: one.
         """
+        size = len(parameters.get("Body", b""))
         where = Where(verb, self.at(key), condition)
-        try:
-            answer: dict[str, Any] = getattr(self.get(), operation)(Bucket=self.bucket, **parameters)
-        except Exception as error:  # noqa: BLE001 - boto3's errors share no base; every one of them is mapped
-            self.fail(error, where)
-        return answer
+        told = NAMES[verb], self.at(key if about is None else about), None
+        return self._ask(operation, parameters, where, told, lambda answer: (answer, size), objects)
 
-    def fail(self, error: Exception, where: Where) -> NoReturn:
-        """Raise the error of ours that `error` is."""
+    def read(self, verb: Op, key: str, parameters: Mapping[str, Any], offset: int, take: Callable[[dict[str, Any]], T]) -> T:
+        """What `take` makes of an answer with a body, which it reads; it returns the bytes last, or that which holds them.
+
+        Args:
+            verb, key, parameters: As of `call`.
+            offset: The first byte asked for; negative: from the end.
+            take: Where it raises, the body is closed.
+        """
+
+        def taken(answer: dict[str, Any]) -> tuple[T, int]:
+            try:
+                result = take(answer)
+            except BaseException:
+                answer["Body"].close()  # half read: the connection is of no use any more
+                raise
+            return result, int(answer["ContentLength"])
+
+        where = Where(verb, self.at(key), "read")
+        return self._ask("get_object", parameters, where, (NAMES[verb], where.url, offset if offset >= 0 else None), taken)
+
+    def _ask(
+        self,
+        operation: str,
+        parameters: Mapping[str, Any],
+        where: Where,
+        told: tuple[str, str, int | None],
+        take: Callable[[dict[str, Any]], tuple[T, int]],
+        objects: Callable[[dict[str, Any]], int] | None = None,
+    ) -> T:
+        """What `take` makes of the answer; it says how many bytes were moved, too. `told`: name, URL, offset for the event."""
+        watch: Watch | None = None
+        try:
+            client = self.get()
+            if events.active():
+                watch = Watch(client, where, *told)
+            with watch or contextlib.nullcontext():
+                answer = getattr(client, operation)(Bucket=self.bucket, **parameters)
+            result, size = take(answer)
+        except Exception as error:  # noqa: BLE001 - boto3's errors share no base; every one of them is mapped
+            mapped = self._mapped(error, where)
+            if watch is not None:
+                watch.end(error=mapped)
+            # a server's answer is told in full by ours; what broke below it is worth its traceback
+            raise mapped from (None if mapped.status is not None or mapped is error else error)
+        if watch is not None:
+            watch.end(size, None, 1 if objects is None else objects(answer), answer)
+        return result
+
+    def _mapped(self, error: Exception, where: Where) -> S3LoaderError:
+        """The error of ours that `error` is."""
         mapped = from_botocore(error, where)
         if mapped.code in _STALE:
             mapped.retryable = not self._credentials.static and self.given is None
             if mapped.retryable:
                 self._own = None
                 self._credentials.refresh()
-        # a server's answer is told in full by ours; what broke below it is worth its traceback
-        raise mapped from (None if mapped.status is not None or mapped is error else error)
+        return mapped
 
     def at(self, key: str) -> str:
         """Full URL of `key`, for errors."""

@@ -45,7 +45,8 @@ def delete_many(client: BotoClient, keys: Sequence[str], delete: Callable[[str],
 
 def _delete_batch(client: BotoClient, keys: Sequence[str]) -> list[DeleteFailure]:
     wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-    answer = client.call("delete", "delete_objects", "", {"Delete": wanted})
+    parameters = {"Delete": wanted}
+    answer = client.call("delete", "delete_objects", "", parameters, about=keys[0], objects=lambda _: len(keys))
     failures = []
     for entry in answer.get("Errors") or ():
         key = entry.get("Key", "")

@@ -22,7 +22,7 @@ from s3loader.errors import (
     RangeError,
     StoreError,
 )
-from s3loader.store.backend import BulkBackend
+from s3loader.store.backend import BulkBackend, Op
 from s3loader.store.boto3.client import BotoClient
 from s3loader.store.boto3.copy import copy_parts
 from s3loader.store.boto3.delete import delete_many
@@ -74,6 +74,8 @@ class Boto3Backend:
     """Most bytes of one put."""
     bulk: BulkBackend | None = None
     """Threads run its single verbs."""
+    emits_events = True
+    """It emits the events of its own requests."""
 
     def __init__(
         self,
@@ -113,22 +115,20 @@ class Boto3Backend:
         where = Where("get", self._client.at(key), "read")
         if end is not None and end <= start:
             return read_nothing(self, key, start, if_match, version_id, where), b""
+
+        def take(answer: dict[str, Any]) -> tuple[ObjectMeta, Buffer]:
+            length, size = body_range(answer, start, end, where)
+            check_etag(answer.get("ETag"), if_match, where)
+            data = bytearray(length)
+            read_body(answer["Body"], memoryview(data), where)
+            return meta_of(key, answer, size), data
+
         try:
-            answer = self._open("get", key, start, end, if_match, version_id)
+            return self._client.read("get", key, _range(key, start, end, if_match, version_id), start, take)
         except RangeError:
             if end is not None:
                 raise
             return read_nothing(self, key, start, if_match, version_id, where), b""  # from the very end on there is nothing
-        stream = answer["Body"]
-        try:
-            length, size = body_range(answer, start, end, where)
-            check_etag(answer.get("ETag"), if_match, where)
-            data = bytearray(length)
-            read_body(stream, memoryview(data), where)
-        except Exception as error:  # noqa: BLE001 - anything that breaks a body: the connection is of no use any more
-            stream.close()
-            self._client.fail(error, where)
-        return meta_of(key, answer, size), data
 
     def read_into(self, key: str, start: int, buffer: memoryview, *, if_match: str | None = None) -> ObjectMeta:
         """Fill `buffer` (1-D, format ``B``, writable) with ``len(buffer)`` bytes from `start`."""
@@ -136,31 +136,16 @@ class Boto3Backend:
         if not len(buffer):
             return read_nothing(self, key, start, if_match, None, where)
         end = start + len(buffer)
-        answer = self._open("read", key, start, end, if_match, None)
-        stream = answer["Body"]
-        try:
+
+        def take(answer: dict[str, Any]) -> ObjectMeta:
             length, size = body_range(answer, start, end, where)
             check_etag(answer.get("ETag"), if_match, where)
             if length < len(buffer):
                 raise RangeError(f"it has {size} bytes, asked for [{start}, {end})", op="read", url=where.url)
-            read_body(stream, buffer, where)
-        except Exception as error:  # noqa: BLE001 - as in get
-            stream.close()
-            self._client.fail(error, where)
-        return meta_of(key, answer, size)
+            read_body(answer["Body"], buffer, where)
+            return meta_of(key, answer, size)
 
-    def _open(
-        self, verb: str, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
-    ) -> dict[str, Any]:
-        parameters: dict[str, Any] = {"Key": key}
-        if start or end is not None:
-            last = "-" if start >= 0 else ""  # "bytes=-5": the last five
-            parameters["Range"] = f"bytes={start}{last}" if end is None else f"bytes={start}-{end - 1}"
-        if if_match is not None:
-            parameters["IfMatch"] = f'"{bare_etag(if_match)}"'
-        if version_id is not None:
-            parameters["VersionId"] = version_id
-        return self._client.call(verb, "get_object", key, parameters, "read")
+        return self._client.read("read", key, _range(key, start, end, if_match, None), start, take)
 
     def head(self, key: str, *, version_id: str | None = None) -> ObjectMeta:
         """What the store says of one object, without its bytes."""
@@ -209,7 +194,7 @@ class Boto3Backend:
         return PutResult(key, bare_etag(answer.get("ETag")), size, version(answer))
 
     def _upload(
-        self, verb: str, operation: str, key: str, data: Buffer, condition: Condition, parameters: dict[str, Any]
+        self, verb: Op, operation: str, key: str, data: Buffer, condition: Condition, parameters: dict[str, Any]
     ) -> dict[str, Any]:
         if self.checksums:
             checked = {**parameters, "ChecksumCRC32C": crc32c_base64(data)}
@@ -309,7 +294,7 @@ class Boto3Backend:
         if start_after:
             parameters["StartAfter"] = start_after
         while True:
-            page = self._client.call("list", "list_objects_v2", prefix, parameters)
+            page = self._client.call("list", "list_objects_v2", prefix, parameters, objects=lambda page: len(entries_of(page)))
             self._bucket_seen = True
             yield from entries_of(page)
             token = page.get("NextContinuationToken")
@@ -426,6 +411,19 @@ def _rebuild(
     bucket: str, settings: S3Settings, credentials: CredentialsSource, options: StoreOptions, client: Any
 ) -> Boto3Backend:
     return Boto3Backend(bucket, settings, credentials=credentials, options=options, s3_client=client)
+
+
+def _range(key: str, start: int, end: int | None, if_match: str | None, version_id: str | None) -> dict[str, Any]:
+    """Parameters of a read."""
+    parameters: dict[str, Any] = {"Key": key}
+    if start or end is not None:
+        last = "-" if start >= 0 else ""  # "bytes=-5": the last five
+        parameters["Range"] = f"bytes={start}{last}" if end is None else f"bytes={start}-{end - 1}"
+    if if_match is not None:
+        parameters["IfMatch"] = f'"{bare_etag(if_match)}"'
+    if version_id is not None:
+        parameters["VersionId"] = version_id
+    return parameters
 
 
 _NOT_COPIED: Final = ("storage_class", "server_side_encryption", "ssekms_key_id")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 from urllib.parse import parse_qsl
 
+from s3loader import events
 from s3loader.errors import (
     AccessDeniedError,
     ObjectChangedError,
@@ -38,6 +39,7 @@ from s3loader.store.local.uploads import Uploads
 from s3loader.store.local.walk import walk
 from s3loader.store.lost_reply import WRITE_ID
 from s3loader.store.sealed import SEAL
+from s3loader.store.told import first_byte_came
 from s3loader.types import (
     Buffer,
     CommonPrefix,
@@ -410,6 +412,8 @@ def _read(fd: int, start: int, length: int) -> Buffer:
     if length < _POOLED:
         data = os.pread(fd, length, start)
         if len(data) == length:
+            if events.active() and length:
+                first_byte_came()
             return data
     view = shared_pool().lease(length)[:length]
     _fill(fd, start, view)
@@ -422,4 +426,6 @@ def _fill(fd: int, start: int, buffer: memoryview) -> None:
         got = os.preadv(fd, [buffer[done:]], start + done)
         if not got:
             raise TruncatedError(f"it ended at byte {start + done} while it was read")
+        if not done and events.active():
+            first_byte_came()
         done += got

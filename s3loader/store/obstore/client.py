@@ -9,21 +9,30 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
+from s3loader import events
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError, UnsupportedOperationError
+from s3loader.store.backend import Op
 from s3loader.store.client_errors import from_obstore
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.options import StoreOptions
 from s3loader.store.s3errors import Condition, Where
 from s3loader.store.s3reads import bare_etag
-from s3loader.types import ObjectMeta
+from s3loader.store.told import NAMES, Request, first_byte_came
+from s3loader.types import Buffer, ObjectMeta
 
 __all__ = ["ObstoreClient", "from_identifier", "meta_of", "open_azure", "open_gcs", "open_s3", "standard_of", "to_identifier"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 
+_STATUSES: Final[Mapping[str, Mapping[Op, int]]] = {
+    "gs": {"head": 200, "put": 200, "delete": 204, "copy": 200, "list": 200, "complete upload": 200},
+    "az": {"head": 200, "put": 201, "delete": 202, "copy": 202, "list": 200, "complete upload": 201},
+}
+"""What the services answer to what succeeded, as they document it: obstore does not tell."""
 _STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 # attributes of obstore that are HTTP's own, by the names of `ObjectMeta.attributes`; every other one is user metadata
 _STANDARD: Final = {
@@ -37,12 +46,23 @@ _STANDARD: Final = {
 
 
 class ObstoreClient:
-    """Calls obstore on one bucket; `make` is asked for the store when it is first needed."""
+    """Calls obstore on one bucket.
 
-    def __init__(self, root: str, make: Callable[[], Any], credentials: CredentialsSource | None = None) -> None:
+    Args:
+        root: URL of the bucket.
+        make: Is asked for the store when it is first needed.
+        credentials: Where keys come from, if not from obstore's own places.
+        tells: Whether it tells `events` of its requests; else it notes for its thread when the first byte came.
+    """
+
+    def __init__(
+        self, root: str, make: Callable[[], Any], credentials: CredentialsSource | None = None, *, tells: bool = True
+    ) -> None:
         self.root = root
         self._make = make
         self._credentials = credentials
+        self._tells = tells
+        self._statuses = _STATUSES.get(root.partition(":")[0], {})
         self._store: Any = None
         self._lock = threading.Lock()
 
@@ -52,17 +72,79 @@ class ObstoreClient:
 
     def call(
         self,
-        verb: str,
+        verb: Op,
         key: str,
         sync: Callable[[Any, Any], T],
         condition: Condition = None,
+        *,
+        size: int = 0,
+        told: Callable[[T], int | None] = lambda _: 1,
     ) -> T:
-        """One obstore call, made by ``sync(obstore, store)``."""
+        """One obstore call, made by ``sync(obstore, store)``.
+
+        Args:
+            verb: What we call it, for errors and events.
+            key: Of the object.
+            sync: Makes one request.
+            condition: What it is conditional on, for errors.
+            size: Bytes that go up.
+            told: How many objects the answer concerns; None: there was no request to tell of.
+        """
+        status = self._statuses.get(verb)
+        return self._ask(verb, key, sync, lambda result: (result, size), condition, told, None, status)
+
+    def read(
+        self,
+        verb: Op,
+        key: str,
+        sync: Callable[[Any, Any], Any],
+        take: Callable[[Any], Buffer],
+        offset: int | None,
+        *,
+        part: bool,
+    ) -> tuple[Any, Buffer]:
+        """The answer of ``sync(obstore, store)``, and the body that `take` reads of it.
+
+        Args:
+            verb, key, sync: As of `call`; `sync` returns when the head of the answer is there.
+            take: Reads the body.
+            offset: The first byte asked for; None: from the end.
+            part: Whether a range was asked for.
+        """
+
+        def taken(answer: Any) -> tuple[tuple[Any, Buffer], int]:
+            data = take(answer)
+            return (answer, data), len(data)
+
+        return self._ask(verb, key, sync, taken, "read", lambda _: 1, offset, 206 if part else 200)
+
+    def _ask(
+        self,
+        verb: Op,
+        key: str,
+        sync: Callable[[Any, Any], T],
+        take: Callable[[T], tuple[R, int]],
+        condition: Condition,
+        told: Callable[[R], int | None],
+        offset: int | None,
+        status: int | None,
+    ) -> R:
         where = Where(verb, self.at(key), condition)
-        if self._credentials is not None:
-            self._credentials()  # obstore would swallow what this raises
+        request = Request(NAMES[verb], where.url, "obstore", offset) if events.active() else None
+
+        def run() -> tuple[R, int]:
+            store = self._ready()
+            if request is not None:
+                request.start = events.now()
+            found = sync(*store)
+            if request is not None:
+                request.answered(status)
+            return take(found)
+
         try:
-            return obstore_runtime.call(lambda: sync(*self._ready()))
+            if self._credentials is not None:
+                self._credentials()  # obstore would swallow what this raises
+            result, size = obstore_runtime.call(run)
         except Exception as error:  # noqa: BLE001 - obstore's errors, ValueError and FileNotFoundError share no base
             mapped = from_obstore(error, where)
             if mapped.code in _STALE and self._credentials is not None:
@@ -70,7 +152,16 @@ class ObstoreClient:
                 if mapped.retryable:
                     self._store = None
                     self._credentials.refresh()
+            if request is not None and self._tells:
+                if mapped.status is not None and request.status is None:
+                    request.answered(mapped.status)
+                request.end(error=mapped)
             raise mapped from (None if mapped.status is not None or mapped is error else error)
+        if request is not None and not self._tells:
+            first_byte_came(request.first_byte, request.status)
+        elif request is not None and (objects := told(result)) is not None:
+            request.end(size, None, objects)
+        return result
 
     def _ready(self) -> tuple[Any, Any]:
         import obstore

@@ -21,7 +21,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.ranges import first_byte
-from s3loader.store.backend import BulkBackend
+from s3loader.store.backend import BulkBackend, Op
 from s3loader.store.listing import roll_up
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.obstore.client import ObstoreClient, from_identifier, meta_of, standard_of, to_identifier
@@ -42,6 +42,8 @@ from s3loader.types import (
 __all__ = ["ObstoreBackend"]
 
 _CHUNK: Final = 8 << 20
+_PAGES: Final = {"gs": 1000, "az": 5000}
+"""Most entries of an answer to a listing."""
 
 
 class ObstoreBackend:
@@ -65,6 +67,8 @@ class ObstoreBackend:
     """Most bytes of one put."""
     bulk: BulkBackend | None = None
     """Threads run its single verbs."""
+    emits_events = True
+    """It emits the events of its own requests; an upload of many parts is one, for obstore does not tell of them."""
 
     def __init__(self, scheme: str, bucket: str, client: ObstoreClient) -> None:
         self.scheme = scheme
@@ -123,7 +127,7 @@ class ObstoreBackend:
         return meta
 
     def _fetch(
-        self, verb: str, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
+        self, verb: Op, key: str, start: int, end: int | None, if_match: str | None, version_id: str | None
     ) -> tuple[ObjectMeta, memoryview]:
         self._check_key(key)
         options: dict[str, Any] = {}
@@ -134,11 +138,14 @@ class ObstoreBackend:
         if version_id is not None:
             options["version"] = version_id
 
-        def sync(obs: Any, store: Any) -> tuple[Any, Any]:
-            answer = obs.get(store, key, options=options)
-            return answer, answer.bytes()
-
-        answer, body = self._client.call(verb, key, sync, "read")
+        answer, body = self._client.read(
+            verb,
+            key,
+            lambda obs, store: obs.get(store, key, options=options),
+            lambda answer: memoryview(answer.bytes()),
+            start if start >= 0 else None,
+            part="range" in options,
+        )
         meta = self._meta(key, answer)
         where = Where(verb, self._client.at(key), "read")
         check_etag(meta.etag, if_match, where)
@@ -177,7 +184,7 @@ class ObstoreBackend:
 
     def _put(
         self,
-        verb: str,
+        verb: Op,
         key: str,
         pieces: Iterable[Buffer],
         size: int,
@@ -200,7 +207,7 @@ class ObstoreBackend:
             "chunk_size": max(_CHUNK, -(-size // 9_000)),
         }
         body = obstore_runtime.lend(pieces)
-        made = self._client.call(verb, key, lambda obs, store: obs.put(store, key, body, **options), condition)
+        made = self._client.call(verb, key, lambda obs, store: obs.put(store, key, body, **options), condition, size=size)
         version = made.get("version")
         return PutResult(key, bare_etag(made.get("e_tag")), size, None if version == "null" else version)
 
@@ -273,12 +280,22 @@ class ObstoreBackend:
         return roll_up(self._walk(folder, prefix, start_after), prefix, delimiter, start_after)
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectMeta]:
-        def first(obs: Any, store: Any) -> Any:
-            return obs.list(store, folder or None, offset=start_after or None, chunk_size=1000)
+        page = _PAGES.get(self.scheme, 1000)  # a chunk is an answer then
+        stream: Any = None
+        begun = False
 
-        stream = self._client.call("list", prefix, first)
+        def following(obs: Any, store: Any) -> Any:
+            nonlocal stream
+            if stream is None:
+                stream = obs.list(store, folder or None, offset=start_after or None, chunk_size=page)
+            return next(stream, None)
+
+        def counted(chunk: Any) -> int | None:
+            return len(chunk) if chunk is not None else None if begun else 0  # the end is no answer of its own
+
         while True:
-            chunk = self._client.call("list", prefix, lambda obs, store: next(stream, None))
+            chunk = self._client.call("list", prefix, following, told=counted)
+            begun = True
             if chunk is None:
                 return
             for entry in chunk:

@@ -27,7 +27,7 @@ class ObstoreS3Reader:
     def __init__(self, endpoint: Endpoint, credentials: CredentialsSource, options: StoreOptions) -> None:
         self._made_of = endpoint, credentials, options
         url = f"s3://{endpoint.bucket}"
-        client = ObstoreClient(url, lambda: open_s3(endpoint, credentials, options), credentials)
+        client = ObstoreClient(url, lambda: open_s3(endpoint, credentials, options), credentials, tells=False)
         self._backend = ObstoreBackend("s3", endpoint.bucket, client)
 
     def usable(self) -> bool:

@@ -343,9 +343,11 @@ class Job(ABC):
             own[:got] = self._view[self._origin : self.at]
             self._block, self._view, self._origin, self.at = own, memoryview(own), 0, got
 
-    def _emit(self, size: int, status: int | None, error: str | None = None, objects: int = 1) -> None:
+    def _emit(
+        self, size: int, status: int | None, error: str | None = None, objects: int = 1, first_byte: float | None = None
+    ) -> None:
         now = events.now()
-        first = self._first_byte if self.head is not None else None
+        first = self._first_byte if self.head is not None else first_byte
         events.emit(
             events.OpEvent(
                 self.op,

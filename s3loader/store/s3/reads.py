@@ -14,6 +14,7 @@ from s3loader.store.s3.jobs import SMALL, Job, Scratch, Wire
 from s3loader.store.s3.small import head_job, query_of, quoted_etag
 from s3loader.store.s3errors import Where
 from s3loader.store.s3reads import check_etag, refuse_suffix
+from s3loader.store.told import take_first_byte
 from s3loader.types import ObjectMeta, ReadRequest
 from s3loader.units import GIB, KIB, MIB
 
@@ -224,6 +225,7 @@ class ReadJob(Job):
         request, reader = self.request, self._context.tls_reader
         assert reader is not None
         self._started = events.now() if events.active() else 0.0
+        take_first_byte()  # of another read, which nobody told of
         try:
             meta, data = reader.get(request.key, request.start, self._end, if_match=request.if_match)
             if self._into is not None:
@@ -238,7 +240,8 @@ class ReadJob(Job):
         body = memoryview(data) if request.into is None else request.into
         self.result = ReadResult(request, body, meta.etag, meta.size)
         if self._started:
-            self._emit(len(data), None)
+            first, status = take_first_byte()
+            self._emit(len(data), status, first_byte=first)
 
     def _take(self, response: Response) -> None:
         head, into = response.head, self._into
