@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from s3loader.datagen import Generator as _Source
 from s3loader.datagen import generate_npz
-from s3loader.errors import ConfigError, IntegrityError, ObjectNotFoundError, UnsupportedOperationError
+from s3loader.errors import ConfigError, IntegrityError, ObjectNotFoundError, S3LoaderError, UnsupportedOperationError
 from s3loader.oplog import finalize_op_log, init_op_log, is_op_log_active, op_log_stats
 from s3loader.shard import dali_index, index_tfrecord, parse_dali_index
 from s3loader.toolbox import many, single, stores, transfer
@@ -24,9 +24,28 @@ from s3loader.toolbox.generated import DEFAULT_OBJECT_SIZE, put_generated
 from s3loader.toolbox.selecting import select
 from s3loader.toolbox.twins import twin
 from s3loader.toolbox.writer import MultipartUploadWriter
-from s3loader.types import ObjectURL
+from s3loader.types import SCHEMES, ObjectURL
 
 if TYPE_CHECKING:
+    from s3loader.compat.s3dlio_checkpoints import PyCheckpointInfo as PyCheckpointInfo
+    from s3loader.compat.s3dlio_checkpoints import PyCheckpointReader as PyCheckpointReader
+    from s3loader.compat.s3dlio_checkpoints import PyCheckpointStore as PyCheckpointStore
+    from s3loader.compat.s3dlio_checkpoints import PyCheckpointStream as PyCheckpointStream
+    from s3loader.compat.s3dlio_checkpoints import PyCheckpointWriter as PyCheckpointWriter
+    from s3loader.compat.s3dlio_checkpoints import finalize_distributed_checkpoint as finalize_distributed_checkpoint
+    from s3loader.compat.s3dlio_checkpoints import load_checkpoint as load_checkpoint
+    from s3loader.compat.s3dlio_checkpoints import load_checkpoint_with_validation as load_checkpoint_with_validation
+    from s3loader.compat.s3dlio_checkpoints import save_checkpoint as save_checkpoint
+    from s3loader.compat.s3dlio_checkpoints import save_distributed_shard as save_distributed_shard
+    from s3loader.compat.s3dlio_datasets import PyAsyncDataLoader as PyAsyncDataLoader
+    from s3loader.compat.s3dlio_datasets import PyBytesAsyncDataLoader as PyBytesAsyncDataLoader
+    from s3loader.compat.s3dlio_datasets import PyDataset as PyDataset
+    from s3loader.compat.s3dlio_datasets import PyObjectItem as PyObjectItem
+    from s3loader.compat.s3dlio_datasets import PyS3AsyncDataLoader as PyS3AsyncDataLoader
+    from s3loader.compat.s3dlio_datasets import PyS3Dataset as PyS3Dataset
+    from s3loader.compat.s3dlio_datasets import PyVecDataset as PyVecDataset
+    from s3loader.compat.s3dlio_datasets import create_async_loader as create_async_loader
+    from s3loader.compat.s3dlio_datasets import create_dataset as create_dataset
     from s3loader.compat.s3dlio_endpoints import MultiEndpointStore as MultiEndpointStore
     from s3loader.compat.s3dlio_endpoints import create_multi_endpoint_store as create_multi_endpoint_store
     from s3loader.compat.s3dlio_endpoints import create_multi_endpoint_store_from_env as create_multi_endpoint_store_from_env
@@ -38,30 +57,54 @@ if TYPE_CHECKING:
     from s3loader.compat.s3dlio_loaders import make_tf_dataset as make_tf_dataset
     from s3loader.compat.s3dlio_torch import S3IterableDataset as S3IterableDataset
     from s3loader.compat.s3dlio_torch import S3MapDataset as S3MapDataset
+    from s3loader.compat.s3dlio_writers import PyObjectWriter as PyObjectWriter
+    from s3loader.compat.s3dlio_writers import PyWriterOptions as PyWriterOptions
+    from s3loader.compat.s3dlio_writers import create_s3_writer as create_s3_writer
 
 __all__ = [
     "DEFAULT_OBJECT_SIZE",
+    "ExportStillReferencedError",
     "Generator",
+    "LengthMismatchError",
     "MultiEndpointStore",
     "MultipartUploadWriter",
     "ObjectMetadata",
     "ObjectNotFoundError",
+    "PyAsyncDataLoader",
+    "PyBytesAsyncDataLoader",
+    "PyCheckpointInfo",
+    "PyCheckpointReader",
+    "PyCheckpointStore",
+    "PyCheckpointStream",
+    "PyCheckpointWriter",
+    "PyDataset",
+    "PyObjectItem",
+    "PyObjectWriter",
+    "PyS3AsyncDataLoader",
+    "PyS3Dataset",
+    "PyVecDataset",
+    "PyWriterOptions",
+    "ReservedBuffer",
     "S3IterableDataset",
     "S3JaxIterable",
     "S3MapDataset",
     "UnsupportedOperationError",
     "configure_s3",
+    "create_async_loader",
     "create_bucket",
+    "create_dataset",
     "create_multi_endpoint_store",
     "create_multi_endpoint_store_from_env",
     "create_multi_endpoint_store_from_file",
     "create_multi_endpoint_store_from_template",
+    "create_s3_writer",
     "create_tfrecord_index",
     "delete",
     "delete_bucket",
     "download",
     "exists",
     "exists_async",
+    "finalize_distributed_checkpoint",
     "finalize_op_log",
     "generate_data",
     "generate_data_with_threads",
@@ -89,10 +132,13 @@ __all__ = [
     "list_keys_from_s3",
     "list_objects",
     "list_uris",
+    "load_checkpoint",
+    "load_checkpoint_with_validation",
     "make_tf_dataset",
     "mkdir",
     "mkdir_async",
     "mp_get",
+    "object_capabilities",
     "op_log_stats",
     "put",
     "put_async",
@@ -104,6 +150,8 @@ __all__ = [
     "py_total_cpus",
     "read_npz",
     "read_tfrecord_index",
+    "save_checkpoint",
+    "save_distributed_shard",
     "stat",
     "stat_async",
     "stat_key",
@@ -114,14 +162,36 @@ __all__ = [
 
 _LAZY: Final = {
     "MultiEndpointStore": "s3dlio_endpoints",
+    "PyAsyncDataLoader": "s3dlio_datasets",
+    "PyBytesAsyncDataLoader": "s3dlio_datasets",
+    "PyCheckpointInfo": "s3dlio_checkpoints",
+    "PyCheckpointReader": "s3dlio_checkpoints",
+    "PyCheckpointStore": "s3dlio_checkpoints",
+    "PyCheckpointStream": "s3dlio_checkpoints",
+    "PyCheckpointWriter": "s3dlio_checkpoints",
+    "PyDataset": "s3dlio_datasets",
+    "PyObjectItem": "s3dlio_datasets",
+    "PyObjectWriter": "s3dlio_writers",
+    "PyS3AsyncDataLoader": "s3dlio_datasets",
+    "PyS3Dataset": "s3dlio_datasets",
+    "PyVecDataset": "s3dlio_datasets",
+    "PyWriterOptions": "s3dlio_writers",
     "S3IterableDataset": "s3dlio_torch",
     "S3JaxIterable": "s3dlio_loaders",
     "S3MapDataset": "s3dlio_torch",
+    "create_async_loader": "s3dlio_datasets",
+    "create_dataset": "s3dlio_datasets",
     "create_multi_endpoint_store": "s3dlio_endpoints",
     "create_multi_endpoint_store_from_env": "s3dlio_endpoints",
     "create_multi_endpoint_store_from_file": "s3dlio_endpoints",
     "create_multi_endpoint_store_from_template": "s3dlio_endpoints",
+    "create_s3_writer": "s3dlio_writers",
+    "finalize_distributed_checkpoint": "s3dlio_checkpoints",
+    "load_checkpoint": "s3dlio_checkpoints",
+    "load_checkpoint_with_validation": "s3dlio_checkpoints",
     "make_tf_dataset": "s3dlio_loaders",
+    "save_checkpoint": "s3dlio_checkpoints",
+    "save_distributed_shard": "s3dlio_checkpoints",
 }
 
 _REGEX: Final = re.compile(r"[*+?^$|(){}\[\]\\]")
@@ -238,6 +308,14 @@ async def put_many_async(items: Iterable[tuple[str, Any]], max_in_flight: int = 
     await twin(put_many)(items, max_in_flight)
 
 
+ReservedBuffer = bytearray
+"""What owns the memory that `MultipartUploadWriter.reserve` lends, and keeps it while a view of it is left: ``view.obj``."""
+
+
+class ExportStillReferencedError(S3LoaderError, RuntimeError):
+    """There for ``except``, and never raised: a write returns when nothing reads the caller's buffer any more."""
+
+
 # -- listing --------------------------------------------------------------------------------------
 
 
@@ -329,6 +407,23 @@ def exists(uri: str) -> bool:
 
 exists_async = twin(exists)
 
+
+def object_capabilities(uri: str) -> dict[str, Any]:
+    """``provider`` (``s3 az gs file memory``, or ``unknown``), and whether ``get_into`` and ``head`` work there: wherever a
+    store can be opened.
+
+    Told from the scheme, without a request; `s3loader.ObjectStore.capabilities` tries what a store really does.
+
+    Raises:
+        ConfigError: the URI is malformed (a ValueError, too).
+    """
+    scheme = uri.partition("://")[0].lower() if "://" in uri else "file"
+    if scheme not in SCHEMES:
+        return {"provider": "unknown", "get_into": False, "head": False}
+    stores.split_object(uri)
+    return {"provider": scheme, "get_into": True, "head": True}
+
+
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -359,11 +454,15 @@ def get_range(uri: str, offset: int, length: int | None = None) -> bytes:
 get_range_async = twin(get_range)
 
 
+class LengthMismatchError(IntegrityError, ValueError):
+    """An object is not as long as was expected; `.expected` and `.actual` say how long, in bytes."""
+
+
 async def get_into_async(uri: str, dst: Any, *, expected_len: int) -> int:
     """Fill `dst` with the object; returns its length.
 
     Raises:
-        IntegrityError: the object has not `expected_len` bytes.
+        LengthMismatchError: the object has not `expected_len` bytes.
         ConfigError: `dst` has less room.
     """
     view = memoryview(dst).cast("B")
@@ -371,7 +470,14 @@ async def get_into_async(uri: str, dst: Any, *, expected_len: int) -> int:
         raise ConfigError(f"room for {len(view)} bytes of {expected_len}", hint="give a larger buffer")
     meta = await twin(single.get_into)(uri, view[:expected_len])
     if meta.size != expected_len:
-        raise IntegrityError(f"it has {meta.size} bytes, not {expected_len}", op="get", url=uri, hint="look at its size first")
+        raise LengthMismatchError(
+            f"it has {meta.size} bytes, not {expected_len}",
+            op="get",
+            url=uri,
+            hint="look at its size first",
+            expected=expected_len,
+            actual=meta.size,
+        )
     return meta.size
 
 

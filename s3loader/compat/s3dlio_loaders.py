@@ -12,7 +12,7 @@ from s3loader.errors import ConfigError
 from s3loader.toolbox.many import read_each
 from s3loader.toolbox.selecting import only_objects, select
 
-__all__ = ["Objects", "S3JaxIterable", "check_meaningless", "make_tf_dataset"]
+__all__ = ["Objects", "S3JaxIterable", "batches_of", "check_meaningless", "make_tf_dataset"]
 
 _MEANING: Final = {
     "auto_tune": (False, "the number of connections is always measured"),
@@ -71,7 +71,8 @@ class Objects:
             yield result.data
 
 
-def _batches(items: Iterator[Any], batch_size: int, drop_last: bool) -> Iterator[list[Any]]:
+def batches_of(items: Iterator[Any], batch_size: int, drop_last: bool) -> Iterator[list[Any]]:
+    """`items` in lists of `batch_size`; the last one may be shorter, or is left out."""
     batch: list[Any] = []
     for item in items:
         batch.append(item)
@@ -87,7 +88,7 @@ def _arrays(objects: Objects, batch_size: int, drop_last: bool, writable: bool, 
 
     found = ranks.find_ranks()
     rank, world = (found.rank, found.world_size) if sharded else (0, 1)
-    for batch in _batches(objects.read(objects.of(rank, world)), batch_size, drop_last):
+    for batch in batches_of(objects.read(objects.of(rank, world)), batch_size, drop_last):
         for data in batch:
             array = np.frombuffer(data, np.uint8)
             array = array.copy() if writable else array

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Required, Unpack
+from typing import Any, Final, Required, TypeVar, Unpack
 
 from s3loader.arguments import checked
 from s3loader.errors import ConfigError, PlanError, S3LoaderError, StateMismatchError
@@ -29,7 +29,9 @@ from s3loader.progress import Report, ShowProgress, check_progress, showing
 from s3loader.types import NetworkState
 from s3loader.units import format_duration, parse_duration, parse_size
 
-__all__ = ["Batch", "Loader"]
+__all__ = ["Batch", "Loader", "in_threads"]
+
+T = TypeVar("T")
 
 _NOTHING: Final = "check the URL, where=, exclude= and skip_steps=; allow_empty=True takes an epoch without a batch"
 _DRY_SAMPLES: Final = 1 << 19
@@ -390,26 +392,8 @@ class Loader:
         return read_samples(self.dataset, samples, verify=self.options.verify, stats=self.stats)
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        return self._batches_async()
-
-    async def _batches_async(self) -> AsyncIterator[Any]:
         """The same batches, each prepared in a thread, so that the event loop goes on."""
-        import asyncio
-
-        batches = iter(self)
-        end = object()
-        coming: asyncio.Future[Any] | None = None
-        try:
-            while True:
-                coming = asyncio.ensure_future(asyncio.to_thread(next, batches, end))
-                batch = await asyncio.shield(coming)
-                if batch is end:
-                    return
-                yield batch
-        finally:
-            if coming is not None and not coming.done():  # cancelled: the thread is in the generator still
-                await asyncio.wait([coming])
-            await asyncio.to_thread(batches.close)  # type: ignore[attr-defined]  # a generator
+        return in_threads(self)
 
     # -- provenance --------------------------------------------------------------------------
 
@@ -492,3 +476,24 @@ def _of_network(network: NetworkState | None) -> tuple[str, ...]:
         f"measured so far: first byte after {format_duration(network.first_byte)}, {network.connections} connections"
         f" ({network.why}), {network.throttled} times told to slow down{hedges}",
     )
+
+
+async def in_threads(items: Iterable[T]) -> AsyncIterator[T]:
+    """What `items` gives by a generator, each made in a thread, so that the event loop goes on; the generator is closed at the
+    end, and when whoever waits for an item is cancelled."""
+    import asyncio
+
+    made = iter(items)
+    end = object()
+    coming: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            coming = asyncio.ensure_future(asyncio.to_thread(next, made, end))
+            item: Any = await asyncio.shield(coming)
+            if item is end:
+                return
+            yield item
+    finally:
+        if coming is not None and not coming.done():  # cancelled: the thread is in the generator still
+            await asyncio.wait([coming])
+        await asyncio.to_thread(made.close)  # type: ignore[attr-defined]  # a generator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import operator
 import os
 import socket
 import subprocess
@@ -46,6 +47,55 @@ SIGNATURES = {
     "generate_into_buffer": "buffer dedup compress threads",
     "generate_npz_bytes": "shape dtype num_samples",
     "Generator": "size dedup compress threads chunk_size seed",
+    "PyVecDataset": "obj",
+    "PyDataset": "uri opts",
+    "PyDataset.from_uris": "uris opts",
+    "PyDataset.get_item": "self index",
+    "PyS3Dataset": "uri opts",
+    "create_dataset": "uri opts",
+    "PyAsyncDataLoader": "dataset opts",
+    "PyBytesAsyncDataLoader": "dataset opts",
+    "PyS3AsyncDataLoader": "uri opts",
+    "create_async_loader": "uri opts",
+    "PyCheckpointStore": "uri strategy multipart_threshold compression_level",
+    "PyCheckpointStore.save": "self step epoch framework data user_meta",
+    "PyCheckpointStore.load_latest": "self",
+    "PyCheckpointStore.list_checkpoints": "self",
+    "PyCheckpointStore.delete_checkpoint": "self step",
+    "PyCheckpointStore.writer": "self world_size rank",
+    "PyCheckpointStore.reader": "self",
+    "PyCheckpointWriter.save_distributed_shard": "self step epoch framework data",
+    "PyCheckpointWriter.get_distributed_shard_stream": "self step epoch framework",
+    "PyCheckpointWriter.finalize_distributed_checkpoint": "self step epoch framework shard_metas user_meta",
+    "PyCheckpointReader.load_latest_manifest": "self",
+    "PyCheckpointReader.read_shard_by_rank": "self manifest rank",
+    "save_checkpoint": "uri step epoch framework data user_meta",
+    "load_checkpoint": "uri",
+    "save_distributed_shard": "uri step epoch framework data world_size rank",
+    "finalize_distributed_checkpoint": "uri step epoch framework shard_metas world_size rank user_meta",
+    "load_checkpoint_with_validation": "uri validate_integrity",
+    "PyWriterOptions": "",
+    "PyWriterOptions.with_compression": "self compression_type level",
+    "PyWriterOptions.with_buffer_size": "self size",
+    "PyObjectWriter.write_chunk": "self data",
+    "PyObjectWriter.write_owned_bytes": "self data copy",
+    "create_s3_writer": "uri options",
+    "object_capabilities": "uri",
+    "create_multi_endpoint_store": "uris strategy",
+    "get_by_key": "bucket key",
+    "stat_key": "bucket key",
+    "list_containers": "uri",
+    "list_keys": "uri",
+    "list_full_uris": "uri",
+    "exists": "uri",
+    "head_async": "uri",
+    "put_bytes": "uri data",
+    "put_bytes_async": "uri data borrow",
+    "put_many_async": "items max_in_flight borrow",
+    "stat_many_async": "uris",
+    "mkdir": "uri",
+    "create_tfrecord_index": "tfrecord_path index_path",
+    "read_tfrecord_index": "index_path",
     "make_tf_dataset": "uri prefetch num_workers batch_size drop_last shuffle seed auto_tune map_fn writable "
     "suppress_nonwritable_warning",
 }
@@ -61,7 +111,11 @@ CHECKLIST = {
     "files": "upload download read_npz",
     "settings": "configure_s3 init_logging",
     "loaders": "S3IterableDataset S3MapDataset S3JaxIterable make_tf_dataset",
-    "checkpoint": "MultipartUploadWriter",
+    "datasets": "PyVecDataset PyS3Dataset PyDataset create_dataset PyAsyncDataLoader PyS3AsyncDataLoader create_async_loader",
+    "writers": "MultipartUploadWriter PyWriterOptions create_s3_writer ReservedBuffer ExportStillReferencedError",
+    "checkpoint": "PyCheckpointStore PyCheckpointInfo save_checkpoint load_checkpoint save_distributed_shard "
+    "finalize_distributed_checkpoint load_checkpoint_with_validation",
+    "typed": "object_capabilities ObjectMetadata LengthMismatchError ObjectNotFoundError UnsupportedOperationError",
     "observability": "init_op_log finalize_op_log is_op_log_active op_log_stats",
     "data": "generate_data generate_data_with_threads generate_into_buffer generate_npz_bytes Generator DEFAULT_OBJECT_SIZE",
     "net": "MultiEndpointStore create_multi_endpoint_store create_multi_endpoint_store_from_template",
@@ -78,7 +132,7 @@ def test_every_row_of_the_checklist_has_its_names(row: str) -> None:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_arguments_have_their_names_and_order(name: str) -> None:
-    assert " ".join(inspect.signature(getattr(s3, name)).parameters) == SIGNATURES[name]
+    assert " ".join(inspect.signature(operator.attrgetter(name)(s3)).parameters) == SIGNATURES[name]
 
 
 def test_the_index_of_records() -> None:
