@@ -14,8 +14,7 @@ import pytest
 import trustme
 
 from s3loader.endpoint import Endpoint
-from s3loader.store.s3.addresses import Addresses
-from s3loader.store.s3.connection import Connections
+from s3loader.store.s3.connection import Addresses, Connections
 
 
 def listening(address: str, port: int = 0, backlog: int = 16) -> socket.socket:

@@ -19,11 +19,11 @@ import pytest
 from rogue_server import Fault, Reply, Request, RogueServer, s3_backend
 
 from s3loader.errors import ObjectNotFoundError, StoreConnectionError
+from s3loader.store.s3.blocking import Threads
 from s3loader.store.s3.connection import Connections
 from s3loader.store.s3.jobs import Job
 from s3loader.store.s3.pump import Pump
 from s3loader.store.s3.reads import ReadJob
-from s3loader.store.s3.threads import Threads
 from s3loader.types import ReadRequest
 
 MIB = 1 << 20

@@ -1,8 +1,8 @@
 """The direct engine: HTTP/1.1 to S3 on our own sockets, for the requests that are many.
 
-Read in this order: `signer` (SigV4 headers), `head` (what an answer may look like), `jobs` (one
-request without I/O) with `reads` and `writes`, `connection` (sockets, and one job on one of them),
-`pump` and `threads` (two ways to drive many jobs), `backend` (all of it as a `Backend`).
+Read in this order: `signer` (SigV4 headers), `response` (what an answer may look like), `jobs` (one
+request without I/O) with `reads`, `small` and `writes`, `connection` (sockets), `blocking` (one job on one of them, or
+many in threads) and `pump` (many in the calling thread), `backend` (all of it as a `Backend`).
 """
 
 from __future__ import annotations

@@ -27,17 +27,15 @@ from s3loader.store.buffers import BufferPool, shared_pool
 from s3loader.store.client_errors import no_descriptor
 from s3loader.store.options import MAX_PARTS, StoreOptions
 from s3loader.store.ordered import map_ordered
+from s3loader.store.s3.blocking import Threads, perform
 from s3loader.store.s3.careful import CarefulPath
 from s3loader.store.s3.connection import Connections
-from s3loader.store.s3.endpoint_context import EndpointContext, TlsReader
-from s3loader.store.s3.exchange import perform
-from s3loader.store.s3.head import Head
 from s3loader.store.s3.in_flight import Hedges
-from s3loader.store.s3.jobs import Job, Scratch
+from s3loader.store.s3.jobs import EndpointContext, Job, Scratch, TlsReader
 from s3loader.store.s3.pump import Pump
 from s3loader.store.s3.reads import ReadJob
+from s3loader.store.s3.response import Head
 from s3loader.store.s3.small import SmallJob, checked_header, condition_headers, document, head_job, query_of, quoted_etag
-from s3loader.store.s3.threads import Threads
 from s3loader.store.s3.writes import PartJob, PutJob
 from s3loader.store.s3.xml import (
     Page,

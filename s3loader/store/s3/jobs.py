@@ -1,4 +1,5 @@
-"""One request and its response, without I/O: bytes to send, where the response's bytes go, the outcome.
+"""One request and its response, without I/O: bytes to send, where the response's bytes go, the outcome. And what all
+requests to one bucket share (`EndpointContext`): where it is, who signs, what was learnt of the server.
 
 A driver (the pump, a background thread, a single blocking call) sends `wire()`, receives into
 `target()` and tells `feed()` how much came, until that says that the response is complete. What the
@@ -12,24 +13,176 @@ import errno
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Final, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
+from urllib.parse import urlsplit
 
 from s3loader import events
-from s3loader.errors import S3LoaderError, StoreConnectionError, StoreError
-from s3loader.store.buffers import aligned_block
+from s3loader.credentials import CredentialsSource
+from s3loader.endpoint import Endpoint
+from s3loader.errors import ConfigError, S3LoaderError, StoreConnectionError, StoreError
+from s3loader.store.buffers import BufferPool, aligned_block
 from s3loader.store.client_errors import from_socket, no_descriptor
-from s3loader.store.s3.careful import Response
-from s3loader.store.s3.endpoint_context import EndpointContext, EndpointHealth
-from s3loader.store.s3.error_response import ErrorResponse
-from s3loader.store.s3.head import MAX_HEAD, Head, UnexpectedResponse, parse_head
+from s3loader.store.options import StoreOptions
+from s3loader.store.s3.careful import CarefulPath, Response
+from s3loader.store.s3.connection import Connections
+from s3loader.store.s3.response import MAX_HEAD, ErrorResponse, Head, UnexpectedResponse, parse_head
+from s3loader.store.s3.signer import Signer
 from s3loader.store.s3errors import Where, from_status
 from s3loader.store.threads import current_attempt
-from s3loader.types import Buffer
+from s3loader.types import Buffer, ObjectMeta
 from s3loader.units import KIB
+
+__all__ = ["HEDGED", "SMALL", "EndpointContext", "EndpointHealth", "Job", "Scratch", "Source", "TlsReader", "Wire", "harmless"]
 
 _log = logging.getLogger("s3loader.s3")
 
-__all__ = ["HEDGED", "SMALL", "Job", "Scratch", "Source", "Wire", "harmless"]
+_PATIENCE: Final = 8
+_RETRY_EVERY: Final = 64
+_STALE_KEYS: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_WRONG_REGION: Final = (
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "IllegalLocationConstraintException",
+    "IncorrectEndpoint",
+)
+
+
+class EndpointHealth:
+    """Whether it is worth trying the fast path first, for one kind of request.
+
+    Where it fails again and again, as at a server whose dialect it does not take, the careful path
+    is asked at once, and the fast one only now and then.
+    """
+
+    __slots__ = ("refusals",)
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        """Responses that the fast path could not take since the last one that it could."""
+
+    def try_fast(self) -> bool:
+        """Whether the next request is to go the fast way."""
+        if self.refusals < _PATIENCE:
+            return True
+        self.refusals += 1
+        return self.refusals % _RETRY_EVERY == 0
+
+    def distrust(self) -> None:
+        """Let the requests that follow go the careful way."""
+        self.refusals = max(self.refusals, _PATIENCE)
+
+
+class TlsReader(Protocol):
+    """Another client that reads over TLS without needing the GIL for every record."""
+
+    def usable(self) -> bool:
+        """Whether it works in this process."""
+        ...
+
+    def get(
+        self, key: str, start: int = 0, end: int | None = None, *, if_match: str | None = None
+    ) -> tuple[ObjectMeta, Buffer]:
+        """Bytes ``[start, end)`` of an object, with the errors of `Backend.get`."""
+        ...
+
+
+@dataclass(slots=True)
+class EndpointContext:
+    """What all jobs of one backend share. Threads share it: what is written here is a hint, or one assignment."""
+
+    connections: Connections
+    credentials: CredentialsSource
+    buffers: BufferPool
+    options: StoreOptions
+    careful: CarefulPath
+    url: str
+    """``s3://bucket``, for errors and events."""
+    tls_reader: TlsReader | None = None
+    """Reads over TLS beside a busy main thread; None: our own threads do it."""
+    careful_only: bool = False
+    """A proxy stands between us and the endpoint, which only the careful path speaks to."""
+    checksums: bool = True
+    """Uploads carry a CRC32C; False once the server refused one: then a Content-MD5."""
+    size_hint: int = 0
+    """Bytes that an object of unknown size is expected to have: about what the last ones had."""
+    head_length: int = 0
+    """Bytes that heads have here. Foreseen, it lets bodies begin at an aligned address."""
+    doubt: int = 0
+    """How many jobs shall not rely on `Job.least`, for it was wrong of late."""
+    reads: EndpointHealth = field(default_factory=EndpointHealth)
+    writes: EndpointHealth = field(default_factory=EndpointHealth)
+    heads: EndpointHealth = field(default_factory=EndpointHealth)
+    _signer: tuple[Signer, Endpoint] | None = None
+    """Made for this endpoint."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where requests go now."""
+        return self.connections.endpoint
+
+    def object_path(self, key: str) -> str:
+        """Request path of `key`, quoted.
+
+        Raises:
+            ConfigError: it is empty, which would name the bucket itself, or cannot be written as UTF-8.
+        """
+        if not key:
+            raise ConfigError("the key is empty", url=self.url, hint="name an object")
+        return self.connections.endpoint.path(key)
+
+    def signer(self) -> Signer:
+        """Signs for the endpoint with the credentials of this moment.
+
+        Raises:
+            CredentialsError: there are none.
+        """
+        keys = self.credentials()
+        known, endpoint = self._signer, self.connections.endpoint
+        if known is None or known[0].credentials is not keys or known[1] is not endpoint:
+            signer = Signer(keys, endpoint.region, endpoint.host_header, always=self.always)
+            known = self._signer = signer, endpoint
+        return known[0]
+
+    @property
+    def always(self) -> dict[str, str]:
+        """Headers of every request."""
+        return {"x-amz-request-payer": "requester"} if self.options.requester_pays else {}
+
+    def learn(self, error: S3LoaderError, region: str | None, location: str | None) -> bool:
+        """Take in what an error response says of credentials and region.
+
+        Args:
+            error: What the response is.
+            region: Where it says that the bucket is.
+            location: Its Location header.
+
+        Returns:
+            Whether the request is to be sent once more, since it now goes where the bucket is.
+        """
+        if error.code in _STALE_KEYS:
+            error.retryable = not self.credentials.static
+            if error.retryable:
+                self.credentials.refresh()
+            return False
+        moved = error.status in (301, 302, 307, 308) or error.code in _WRONG_REGION
+        if not moved and not (error.status == 400 and error.code is None):
+            return False
+        return self._move(region, location)
+
+    def _move(self, region: str | None, location: str | None) -> bool:
+        here = self.endpoint
+        there = here.in_region(region) if region and region != here.region else None
+        if there is None and location:
+            there = here.at(urlsplit(location))
+        if there is None or there == here:
+            return False
+        self.connections.move(there)
+        return True
+
+
+# -- jobs ------------------------------------------------------------------------------------------
 
 Wire: TypeAlias = tuple[bytes, *tuple[Buffer, ...]]
 """A request as pieces to send: its head, and what may follow."""

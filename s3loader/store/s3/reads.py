@@ -8,9 +8,8 @@ from s3loader import events
 from s3loader.errors import RangeError, S3LoaderError
 from s3loader.store.backend import ReadResult
 from s3loader.store.s3.careful import Response
-from s3loader.store.s3.endpoint_context import EndpointContext
-from s3loader.store.s3.head import Head, check_read, short_read
-from s3loader.store.s3.jobs import SMALL, Job, Scratch, Wire
+from s3loader.store.s3.jobs import SMALL, EndpointContext, Job, Scratch, Wire
+from s3loader.store.s3.response import Head, check_read, short_read
 from s3loader.store.s3.small import head_job, query_of, quoted_etag
 from s3loader.store.s3errors import Where
 from s3loader.store.s3reads import check_etag, refuse_suffix

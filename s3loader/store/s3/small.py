@@ -9,9 +9,8 @@ from xml.etree import ElementTree
 
 from s3loader.errors import ConfigError, UnavailableError
 from s3loader.store.s3.careful import Response
-from s3loader.store.s3.endpoint_context import EndpointContext, EndpointHealth
-from s3loader.store.s3.head import Head, UnexpectedResponse
-from s3loader.store.s3.jobs import SMALL, Job, Wire, harmless
+from s3loader.store.s3.jobs import SMALL, EndpointContext, EndpointHealth, Job, Wire, harmless
+from s3loader.store.s3.response import Head, UnexpectedResponse
 from s3loader.store.s3errors import Where, from_response
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import Buffer, ObjectMeta, PutMode, Update

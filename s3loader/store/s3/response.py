@@ -1,4 +1,4 @@
-"""The head of an HTTP/1.1 response (RFC 9112), read strictly.
+"""What a response says: its head (HTTP/1.1, RFC 9112), read strictly; and the typed error that it is, where it is one.
 
 The fast path takes one kind of response: complete, of known length, and exactly what was asked for.
 `UnexpectedResponse` is everything else; whoever catches it closes the connection and leaves the request to
@@ -14,10 +14,11 @@ from typing import Final
 
 from s3loader.errors import ObjectChangedError, RangeError, S3LoaderError, UnsupportedOperationError
 from s3loader.ranges import first_byte
+from s3loader.store.s3errors import Where, from_status, parse_error
 from s3loader.store.s3reads import bare_etag
 from s3loader.types import ATTRIBUTES, ObjectMeta
 
-__all__ = ["MAX_HEAD", "Head", "UnexpectedResponse", "check_read", "parse_head", "short_read"]
+__all__ = ["MAX_HEAD", "ErrorResponse", "Head", "UnexpectedResponse", "check_read", "parse_head", "short_read"]
 
 MAX_HEAD: Final = 16 * 1024
 """Bytes; no S3 server writes nearly as much."""
@@ -279,3 +280,70 @@ def check_read(head: Head, start: int, end: int | None, if_match: str | None) ->
 def short_read(head: Head, start: int, end: int) -> UnexpectedResponse:
     """The object ends before byte `end` of a buffer that was to be filled."""
     return UnexpectedResponse(f"it has {head.size} bytes, asked for [{start}, {end})", head.status, RangeError)
+
+
+# -- responses that are errors or redirects --------------------------------------------------------
+
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+
+
+class ErrorResponse:
+    """What a response of status 300 and above says; its body is capped.
+
+    Args:
+        head: Of the response.
+        body: As it came, as far as it was read; chunks (RFC 9112, 7.1) are joined here if the head says that it has some.
+    """
+
+    MAX_BODY: Final = 32 * 1024
+    """Bytes of an error document that are read; S3's have less than one KiB."""
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self._status = head.status
+        self._headers = head.headers()
+        text = _joined(body)[0] if head.chunked else body
+        self._code, self._message, self._request_id, told = parse_error(text)
+        self.region = self._headers.get("x-amz-bucket-region") or told
+        """The region it names as the bucket's."""
+        self.location = self._headers.get("location")
+        """Where it redirects to."""
+
+    def error(self, where: Where) -> S3LoaderError:
+        """The typed error."""
+        return from_status(
+            self._status,
+            self._code,
+            self._message,
+            where,
+            request_id=self._request_id,
+            headers=self._headers,
+            region=self.region,
+        )
+
+    @staticmethod
+    def room_for(head: Head) -> int:
+        """Bytes of the body to receive, at most `MAX_BODY`."""
+        if head.length > ErrorResponse.MAX_BODY:
+            head.keep_alive = False  # the rest of it stays in the connection
+        return ErrorResponse.MAX_BODY if head.chunked else min(head.length, ErrorResponse.MAX_BODY)
+
+    @staticmethod
+    def is_complete(head: Head, body: memoryview) -> bool:
+        """Whether all of a body came of which only its own end tells the length."""
+        return head.chunked and _joined(bytes(body))[1]
+
+
+def _joined(raw: bytes) -> tuple[bytes, bool]:
+    """The chunks of a chunked body, as far as they are whole and well formed, and whether the last one ends it."""
+    chunks: list[bytes] = []
+    at = 0
+    while match := _CHUNK.match(raw, at):
+        size = int(match[1], 16)
+        if not size:
+            return b"".join(chunks), raw[match.end() :] == b"\r\n"
+        at = match.end() + size
+        if raw[at : at + 2] != b"\r\n":
+            break
+        chunks.append(raw[match.end() : at])
+        at += 2
+    return b"".join(chunks), False
