@@ -47,8 +47,8 @@ class Crew:
         self._jobs.put(job)
         if len(self._threads) < self.size:
             thread = threading.Thread(target=self._work, name=f"{self.name}-{len(self._threads)}", daemon=True)
-            thread.start()
             self._threads.append(thread)
+            thread.start()
 
     def _work(self) -> None:
         _here.stop = self.stopping
@@ -63,7 +63,8 @@ class Crew:
             self._jobs.put(None)
         deadline = time.monotonic() + wait
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # Ctrl-C may have come while it was being started
+                thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from s3loader.errors import (
 )
 from s3loader.store import ObjectStore, Pipeline, RetryPolicy
 from s3loader.store.threads import pause
-from s3loader.testing import Fault, Moment, Seen
+from s3loader.testing import Fault, Moment, Seen, Server, ServerKind
 from s3loader.types import ReadRequest
 
 
@@ -37,6 +37,29 @@ def test_an_abandoned_iterator_stops_its_threads() -> None:
         gc.collect()
         assert wait_until(lambda: bulk_threads() == 0)
     assert len(broken.seen) < 200
+
+
+@pytest.mark.parametrize("engine", ["direct", "memory"])
+def test_ctrl_c_while_a_thread_is_being_started_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, servers: Callable[[ServerKind], Server], engine: str
+) -> None:
+    """The thread ends by itself; that it cannot be waited for yet must not hide the interrupt."""
+    store = make()[0] if engine == "memory" else servers("moto").open_store(servers("moto").bucket())
+    store.put("k", b"x")
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name.startswith("s3loader-"):
+            raise KeyboardInterrupt
+        start(thread)
+
+    with store:
+        results = store.get_many(["k"] * 8, concurrency=2, driver="threads")
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        monkeypatch.undo()
+        assert [bytes(result.data) for result in store.get_many(["k"] * 8, concurrency=2, driver="threads")] == [b"x"] * 8
 
 
 def test_leaving_does_not_wait_for_a_slow_request() -> None:

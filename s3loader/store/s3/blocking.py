@@ -369,4 +369,5 @@ class Threads:
                 connection.shut()
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # Ctrl-C may have come while it was being started
+                thread.join(max(0.0, deadline - time.monotonic()))
