@@ -1,11 +1,11 @@
-"""Pure arithmetic on byte ranges: what to fetch so that what is wanted can be cut from it."""
+"""Pure arithmetic on byte ranges: what to fetch so that what is wanted can be cut from it; which of them share a request."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Span", "coalesce", "first_byte", "split"]
+__all__ = ["Span", "coalesce", "first_byte", "neighbours", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +53,33 @@ def first_byte(start: int, size: int) -> int:
 def split(start: int, end: int, size: int) -> list[tuple[int, int]]:
     """Cut ``[start, end)`` into pieces of at most `size` bytes, in order."""
     return [(at, min(at + size, end)) for at in range(start, end, size)]
+
+
+def neighbours(
+    starts: Sequence[int], ends: Sequence[int], *, max_gap: int, max_size: int, alone: Sequence[bool] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cut a sequence of ranges into runs, in its order; ranges that follow each other in the object share one.
+
+    Args:
+        starts: First byte of each range.
+        ends: Its end.
+        max_gap: Bytes that may lie between two of a run, fetched in vain to save a request.
+        max_size: Bytes of a run, unless it is one range.
+        alone: Whether a range shares a run with no other.
+
+    Yields:
+        ``(first, end)``: positions in the sequence.
+    """
+    first = low = high = 0
+    shut = True
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        single = alone is not None and alone[i]
+        if i and (shut or single or not (0 <= start - high <= max_gap and end - low <= max_size)):
+            yield first, i
+            first = i
+        if first == i:
+            low = start
+        high = end
+        shut = single
+    if len(starts):
+        yield first, len(starts)

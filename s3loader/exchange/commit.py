@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import IO, Final, NamedTuple, TypeVar, cast
 
-from s3loader.checksum import crc32c, file_crc32c
+from s3loader.checksum import crc32c, file_crc32c, seal
 from s3loader.errors import (
     ConflictError,
     ObjectChangedError,
@@ -39,7 +39,6 @@ from s3loader.exchange.types import ManifestEntry
 from s3loader.store.arguments import checked_key
 from s3loader.store.lost_reply import is_ambiguous
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.sealed import seal
 from s3loader.types import Buffer, PutMode, PutResult, Update
 
 __all__ = [

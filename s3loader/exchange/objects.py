@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from s3loader.checksum import SEAL
 from s3loader.errors import ConfigError, IntegrityError, ObjectNotFoundError, RangeError, TruncatedError
 from s3loader.exchange.errors import ExchangeObjectNotFoundError
 from s3loader.exchange.keys import is_shard_key, normalize_key, split_virtual_key
@@ -24,11 +25,9 @@ from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.reader import ShardReader
 from s3loader.shard.source import CHUNK, read_chunks, rest_of
 from s3loader.store.arguments import check_several, checked_key
-from s3loader.store.backend import Backend, ReadResult
-from s3loader.store.forwarding import ForwardingBackend
+from s3loader.store.backend import Backend, ForwardingBackend, ReadResult
 from s3loader.store.lost_reply import WRITE_ID
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.sealed import SEAL
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
 __all__ = ["ExchangeBase", "ObjectAccess", "download", "download_all", "object_metadata"]

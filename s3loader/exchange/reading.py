@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, TypeVar
 
+from s3loader.checksum import Seal, damaged, proven
 from s3loader.errors import IntegrityError, InvalidManifestError, ObjectNotFoundError, RangeError
 from s3loader.exchange.errors import ManifestNotFoundError
 from s3loader.exchange.lines import iter_entries, iter_entry_lines
@@ -19,7 +20,6 @@ from s3loader.shard.source import CHUNK, read_chunks, rest_of
 from s3loader.store.backend import ReadResult
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
-from s3loader.store.sealed import Seal, damaged, proven
 from s3loader.types import Buffer, ObjectMeta, ReadRequest
 
 __all__ = [

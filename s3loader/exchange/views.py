@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, Unpack
 
 from s3loader.arguments import checked
-from s3loader.checksum import crc32c
+from s3loader.checksum import crc32c, seal
 from s3loader.errors import ConfigError
 from s3loader.exchange.append import write_manifest
 from s3loader.exchange.commit import part_key
@@ -35,7 +35,6 @@ from s3loader.shard.index import INTERNAL_MANIFEST
 from s3loader.shard.reader import ShardReader
 from s3loader.store.arguments import checked_key
 from s3loader.store.open import open_store
-from s3loader.store.sealed import seal
 
 __all__ = ["Manifest", "ScopedStore", "Shard", "entry_of"]
 

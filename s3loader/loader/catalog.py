@@ -31,7 +31,7 @@ from s3loader.loader.layout import LooseRun, Shard
 from s3loader.shard.build import OnTorn, build_index, check_on_torn, index_archive
 from s3loader.shard.index import ShardIndex, index_key, is_foreign, load_index
 from s3loader.shard.reader import ShardReader
-from s3loader.store.listing import key_bytes
+from s3loader.store.backend import key_bytes
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ObjectMeta
 

@@ -8,9 +8,8 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from s3loader.arguments import checked
-from s3loader.checksum import crc32c
+from s3loader.checksum import crc32c, mismatch, once_more
 from s3loader.errors import IntegrityError, ObjectChangedError, ObjectNotFoundError, RangeError, ShardReadError, TruncatedError
-from s3loader.fetch.verified import mismatch, once_more
 from s3loader.shard.body import ArchiveMemberBody
 from s3loader.shard.build import index_archive
 from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, is_internal, load_index

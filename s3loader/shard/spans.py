@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from s3loader.errors import FormatError, ShardReadError
-from s3loader.fetch.spans import neighbours
+from s3loader.ranges import neighbours
 from s3loader.shard.compression import unpack
 from s3loader.shard.index import ShardIndex
 from s3loader.types import Buffer

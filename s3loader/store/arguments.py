@@ -1,10 +1,12 @@
-"""Checks on what callers pass in, so that a mistake is named before a request is sent."""
+"""Checks on what callers pass in, so that a mistake is named before a request is sent; and what every engine makes of an ETag,
+a key, an attribute."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 from urllib.parse import urlencode
 
 from s3loader.arguments import unknown_option
@@ -14,6 +16,7 @@ from s3loader.types import SETTABLE, Buffer, ByteRange, PutMode, Update
 
 __all__ = [
     "at_source",
+    "bare_etag",
     "check_attributes",
     "check_crc32c",
     "check_several",
@@ -21,6 +24,7 @@ __all__ = [
     "checked_key",
     "checked_mode",
     "checked_ranges",
+    "is_plain_key",
     "kept_here",
     "open_source",
     "readable",
@@ -243,3 +247,18 @@ def check_crc32c(data: Buffer, checksum: str, url: str) -> None:
     """
     if crc32c_base64(data) != checksum:
         raise IntegrityError("the data does not have the checksum it came with", op="put", url=url, code="BadDigest")
+
+
+# a segment that is empty, "." or "..", or a control character
+_ODD: Final = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def bare_etag(value: str | None) -> str:
+    """An ETag without quotes and without the mark of a weak one (a proxy adds it; the bytes are the same)."""
+    return (value or "").removeprefix("W/").strip('"')
+
+
+def is_plain_key(key: str) -> bool:
+    """Whether path-minded clients (obstore) keep `key` as it is: no empty, ``.`` or ``..`` segment,
+    no control character."""
+    return _ODD.search(key) is None

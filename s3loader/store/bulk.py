@@ -1,6 +1,7 @@
 """Many reads or writes at once over any backend: results in order, a bounded number of bytes in hand.
 
-A backend with a bulk way of its own (`Backend.bulk`) drives everything. Others are driven by threads.
+A backend with a bulk way of its own (`Backend.bulk`) drives everything. Others are driven by threads. `BulkVerbs` are these as
+methods of `ObjectStore`, with their types distinguished by `errors`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 from s3loader.arguments import whole_number
 from s3loader.errors import ConfigError, ObjectChangedError, RangeError, S3LoaderError
+from s3loader.options import at_least, one_of
 from s3loader.store.arguments import (
     check_attributes,
+    check_several,
     checked_attributes,
     checked_key,
     checked_mode,
@@ -25,12 +29,23 @@ from s3loader.store.arguments import (
 )
 from s3loader.store.backend import Backend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
+from s3loader.store.options import MOST_CONNECTIONS, MOST_THREADS, StoreOptions
 from s3loader.store.ordered import Budget, Slot, run_ordered
 from s3loader.store.pipeline import empty_read, read_one
 from s3loader.types import PutRequest, PutResult, ReadRequest
-from s3loader.units import KIB, MIB
+from s3loader.units import KIB, MIB, parse_size
 
-__all__ = ["BulkOptions", "OnError", "PutFailure", "ReadFailure", "empty_read", "put_many", "read_many"]
+__all__ = [
+    "BulkKeywords",
+    "BulkOptions",
+    "BulkVerbs",
+    "OnError",
+    "PutFailure",
+    "ReadFailure",
+    "empty_read",
+    "put_many",
+    "read_many",
+]
 
 OnError: TypeAlias = Literal["raise", "return"]
 
@@ -288,3 +303,101 @@ def _read_slot(backend: Backend, slot: Slot[ReadRequest], budget: Budget) -> Rea
     if rest.size != meta.size or rest.etag != meta.etag:
         raise ObjectChangedError("it was replaced while it was read", op="get", url=f"{backend.url}/{request.key}")
     return ReadResult(request, whole, meta.etag, meta.size)
+
+
+# -- the verbs of `ObjectStore` --------------------------------------------------------------------
+
+
+class BulkKeywords(TypedDict, total=False):
+    """How a bulk call is made."""
+
+    max_bytes: int | str
+    """Most bytes fetched or being fetched and not yet taken, or taken from the requests and not yet written (one request may
+    be larger); default 128 MiB."""
+    concurrency: int | None
+    """Requests at a time; default `StoreOptions.concurrency`."""
+    driver: Driver
+    """Who turns the sockets: ``"pump"``, the calling thread itself (epoll, no handoff); ``"threads"``, background threads, for
+    reads beside a busy main thread; default ``"auto"``: the pump, but threads for large reads into the caller's memory."""
+
+
+class BulkVerbs(ABC):
+    """`read_many`, `get_many` and `put_many` over a backend."""
+
+    options: StoreOptions
+
+    @property
+    @abstractmethod
+    def backend(self) -> Backend:
+        """The outermost backend."""
+
+    @overload
+    def read_many(
+        self, requests: Iterable[ReadRequest], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
+    ) -> Iterator[ReadResult]: ...
+    @overload
+    def read_many(
+        self, requests: Iterable[ReadRequest], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
+    ) -> Iterator[ReadResult | ReadFailure]: ...
+    def read_many(
+        self, requests: Iterable[ReadRequest], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]
+    ) -> Iterator[Any]:
+        """Many reads, several at a time, answers in the order of `requests`.
+
+        Args:
+            requests: Taken as they are needed, in the calling thread.
+            options: The fields of `BulkKeywords`: `max_bytes` in flight, `concurrency`, `driver`.
+            errors: ``"raise"`` raises an error at the position of its request and ends; ``"return"``
+                gives a `ReadFailure` there and goes on.
+
+        Yields:
+            `ReadResult`; its `data` stays valid as long as a view of it lives.
+        """
+        check_several(requests, "ReadRequest")
+        return read_many(self.backend, requests, **self._bulk_options(errors, **options))
+
+    @overload
+    def get_many(
+        self, keys: Iterable[str], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
+    ) -> Iterator[ReadResult]: ...
+    @overload
+    def get_many(
+        self, keys: Iterable[str], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
+    ) -> Iterator[ReadResult | ReadFailure]: ...
+    def get_many(self, keys: Iterable[str], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]) -> Iterator[Any]:
+        """Many whole objects; as `read_many` with one request per key."""
+        check_several(keys, "key")
+        return read_many(self.backend, map(ReadRequest, keys), **self._bulk_options(errors, **options))
+
+    @overload
+    def put_many(
+        self, requests: Iterable[PutRequest], *, errors: Literal["raise"] = ..., **options: Unpack[BulkKeywords]
+    ) -> Iterator[PutResult]: ...
+    @overload
+    def put_many(
+        self, requests: Iterable[PutRequest], *, errors: Literal["return"], **options: Unpack[BulkKeywords]
+    ) -> Iterator[PutResult | PutFailure]: ...
+    def put_many(
+        self, requests: Iterable[PutRequest], *, errors: OnError = "raise", **options: Unpack[BulkKeywords]
+    ) -> Iterator[Any]:
+        """Many writes, several at a time, results in the order of `requests`. Runs as the iterator is consumed.
+
+        Args and errors as in `read_many`, with `PutFailure`.
+        """
+        check_several(requests, "PutRequest")
+        return put_many(self.backend, requests, **self._bulk_options(errors, **options))
+
+    def _bulk_options(
+        self,
+        errors: OnError,
+        max_bytes: int | str = "128MiB",
+        concurrency: int | None = None,
+        driver: Driver = "auto",
+    ) -> BulkOptions:
+        if concurrency is None:
+            found = getattr(self.backend, "bulk", None)
+            concurrency = self.options.concurrency or (MOST_THREADS if found is None else MOST_CONNECTIONS)
+        at_least("concurrency", concurrency, hint="leave it out for that of StoreOptions")
+        one_of("driver", driver, Driver)
+        one_of("errors", errors, OnError, '"return" gives a failure in its place and goes on')
+        return {"max_bytes": parse_size(max_bytes, "max_bytes"), "concurrency": concurrency, "driver": driver, "errors": errors}

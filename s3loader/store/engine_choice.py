@@ -16,8 +16,7 @@ from s3loader.store.backend import Backend
 from s3loader.store.boto3.engine import Boto3Backend
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.obstore.client import ObstoreClient, open_azure, open_gcs
-from s3loader.store.obstore.engine import ObstoreBackend
-from s3loader.store.obstore.s3_reader import ObstoreS3Reader
+from s3loader.store.obstore.engine import ObstoreBackend, ObstoreS3Reader
 from s3loader.store.options import StoreOptions
 from s3loader.store.pipeline import innermost
 from s3loader.store.s3 import S3Backend

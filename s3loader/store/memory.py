@@ -31,8 +31,7 @@ from s3loader.errors import (
 )
 from s3loader.ranges import first_byte
 from s3loader.store.arguments import check_crc32c, kept_here
-from s3loader.store.backend import BulkBackend
-from s3loader.store.listing import key_bytes, roll_up
+from s3loader.store.backend import BulkBackend, key_bytes, roll_up
 from s3loader.store.told import first_byte_came
 from s3loader.types import (
     Buffer,

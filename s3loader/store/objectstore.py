@@ -33,8 +33,7 @@ from s3loader.store.arguments import (
     writable,
 )
 from s3loader.store.backend import Backend
-from s3loader.store.bulk import empty_read
-from s3loader.store.bulkverbs import BulkVerbs
+from s3loader.store.bulk import BulkVerbs, empty_read
 from s3loader.store.options import StoreOptions
 from s3loader.store.parts import MultipartWriter, part_size_for, put_file
 from s3loader.store.pipeline import below

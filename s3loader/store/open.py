@@ -14,8 +14,7 @@ from s3loader.store.memory import MemoryBackend
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.options import StoreOptions
 from s3loader.store.pipeline import Pipeline
-from s3loader.store.rate_limit import RateLimit
-from s3loader.store.retry import RetryPolicy
+from s3loader.store.retry import RateLimit, RetryPolicy
 from s3loader.types import Location, ObjectURL
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 `run_ordered` pulls items and gives their results in order (no future per item: threads take the next slot themselves, a
 slot's own lock says when it is done); `map_ordered` is the same for a plain function. `BoundedPool` is pushed to.
+Below all of them is `Crew`: a few threads that end on request, and `pause`, a wait that such a thread can be called out of.
 An abandoned iterator stops its threads, Ctrl-C ends the wait at once, and a forked child goes on with nothing of it.
 """
 
@@ -9,16 +10,73 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
 from s3loader.errors import ClosedError
-from s3loader.store.threads import Crew
 
-__all__ = ["BoundedPool", "Budget", "Slot", "map_ordered", "run_ordered"]
+__all__ = ["BoundedPool", "Budget", "Crew", "Slot", "map_ordered", "pause", "run_ordered"]
+
+_here = threading.local()
+
+
+def pause(seconds: float) -> None:
+    """Sleep; in a thread of a `Crew` no longer than until the crew is stopped.
+
+    Raises:
+        ClosedError: the crew was stopped; what waited is no longer wanted.
+    """
+    stop: threading.Event | None = getattr(_here, "stop", None)
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise ClosedError("stopped while it waited")
+
+
+class Crew:
+    """At most `size` daemon threads, one more with each job until then.
+
+    A job must not raise. `stop` drops jobs not begun; it waits a moment for those that run, which
+    then end by themselves (a request on the wire cannot be called back, only left alone).
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        self.stopping = threading.Event()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` in one of the threads; jobs begin in the order given."""
+        self._jobs.put(job)
+        if len(self._threads) < self.size:
+            thread = threading.Thread(target=self._work, name=f"{self.name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        _here.stop = self.stopping
+        while (job := self._jobs.get()) is not None and not self.stopping.is_set():
+            job()
+            del job  # holds buffers
+
+    def stop(self, wait: float = 0.5) -> bool:
+        """End the threads; whether all of them ended within `wait` seconds."""
+        self.stopping.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + wait
+        for thread in self._threads:
+            if thread.is_alive():  # Ctrl-C may have come while it was being started
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
 
 R = TypeVar("R")
 T = TypeVar("T")

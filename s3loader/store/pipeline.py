@@ -21,9 +21,7 @@ from s3loader.ranges import first_byte
 from s3loader.store.arguments import said
 from s3loader.store.backend import Backend, BulkBackend, Driver, Op, ReadResult
 from s3loader.store.lost_reply import WRITE_ID, LostReply
-from s3loader.store.rate_limit import RateLimit
-from s3loader.store.retry import Attempts, RetryPolicy, may_retry
-from s3loader.store.threads import after_failure, take_failure
+from s3loader.store.retry import Attempts, RateLimit, RetryPolicy, after_failure, may_retry, take_failure
 from s3loader.store.told import NAMES, Request, take_first_byte
 from s3loader.types import (
     Buffer,

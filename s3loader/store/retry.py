@@ -1,18 +1,32 @@
-"""Trying again: what may help, how long to wait, and when to give up."""
+"""When a request goes out: again, after a failure (what may help, how long to wait, when to give up); and within a bound on
+requests per second, per store and process."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from s3loader import events
-from s3loader.errors import ClosedError, S3LoaderError, ThrottledError, TruncatedError
-from s3loader.store.threads import current_attempt, pause, set_attempt
+from s3loader.errors import ClosedError, ConfigError, S3LoaderError, ThrottledError, TruncatedError
+from s3loader.store.ordered import pause
 
-__all__ = ["Attempts", "RetryPolicy", "may_retry"]
+__all__ = [
+    "Attempts",
+    "RateLimit",
+    "RetryPolicy",
+    "after_failure",
+    "current_attempt",
+    "may_retry",
+    "set_attempt",
+    "take_failure",
+]
 
 _BASE: Final = 0.1
 _CAP: Final = 10.0
@@ -118,3 +132,95 @@ class Attempts:
 def may_retry(error: S3LoaderError) -> bool:
     """Whether the same request may succeed if it is sent again."""
     return (error.retryable or isinstance(error, TruncatedError)) and not isinstance(error, ClosedError)
+
+
+# -- the try that this thread makes ----------------------------------------------------------------
+
+_here = threading.local()
+
+
+def current_attempt() -> int:
+    """Which try of a request runs in this thread; 1 where nothing is tried again."""
+    return getattr(_here, "attempt", 1)
+
+
+def set_attempt(number: int) -> None:
+    """Note which try of a request runs in this thread from now on."""
+    _here.attempt = number
+
+
+@contextlib.contextmanager
+def after_failure(error: Exception) -> Iterator[None]:
+    """The request made inside was tried once already, elsewhere, and failed with `error`: what retries
+    counts that try, and waits before the next one."""
+    _here.failed = error
+    try:
+        yield
+    finally:
+        _here.failed = None
+
+
+def take_failure() -> Exception | None:
+    """The error that `after_failure` told of; only the first who asks gets it."""
+    error: Exception | None = getattr(_here, "failed", None)
+    if error is not None:
+        _here.failed = None
+    return error
+
+
+# -- requests per second ---------------------------------------------------------------------------
+
+
+class RateLimit:
+    """Lets at most `rate` requests per second pass, evenly spaced; the others wait their turn.
+
+    Each wait is a ``WAIT`` event. A listing counts as one request.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = pause,
+    ) -> None:
+        if not rate > 0:
+            raise ConfigError(f"a rate must be positive, not {rate!r}", hint="requests per second; leave it out for no limit")
+        self.rate = rate
+        self._clock = clock
+        self._sleep = sleep
+        self._next = 0.0
+        self._lock = threading.Lock()
+        _all.add(self)
+
+    def __reduce__(self) -> tuple[type[RateLimit], tuple[float]]:
+        return RateLimit, (self.rate,)
+
+    def reserve(self) -> float:
+        """Take the next turn; returns the seconds to wait for it."""
+        with self._lock:
+            now = self._clock()
+            turn = max(now, self._next)
+            self._next = turn + 1 / self.rate
+            return turn - now
+
+    def wait(self, url: str, engine: str) -> None:
+        """Wait for a turn; `url` and `engine` are for the event."""
+        delay = self.reserve()
+        if delay <= 0:
+            return
+        start = events.now()
+        self._sleep(delay)
+        if events.active():
+            events.emit(events.OpEvent("WAIT", url, 0, start, events.now(), engine=engine))
+
+
+_all: weakref.WeakSet[RateLimit] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for limit in list(_all):  # another thread of the parent may have held it
+        limit._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

@@ -1,4 +1,5 @@
-"""What a store answers, as the tree of `s3loader.errors`: the one place that does it.
+"""What a store answers, as the tree of `s3loader.errors`: the one place that does it. Beside it what all engines of S3 check of
+an answer to a read.
 
 (`client_errors` adds what happens before and beside an answer.)
 
@@ -14,7 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from s3loader.credentials import mask
 from s3loader.errors import (
@@ -38,9 +39,26 @@ from s3loader.errors import (
     UnavailableError,
     UnsupportedOperationError,
 )
-from s3loader.types import PutMode, Update
+from s3loader.store.arguments import bare_etag
+from s3loader.types import ObjectMeta, PutMode, Update
 
-__all__ = ["Condition", "Where", "clean", "condition_of", "from_response", "from_status", "parse_error", "refuses_checksums"]
+if TYPE_CHECKING:
+    from s3loader.store.backend import Backend
+
+__all__ = [
+    "STALE_KEYS",
+    "Condition",
+    "Where",
+    "check_etag",
+    "clean",
+    "condition_of",
+    "from_response",
+    "from_status",
+    "parse_error",
+    "read_nothing",
+    "refuse_suffix",
+    "refuses_checksums",
+]
 
 Condition: TypeAlias = Literal["read", "create", "update"] | None
 """What a request was conditional on: a read's If-Match, a create-only put, an update put."""
@@ -66,6 +84,8 @@ _CODES: Final[dict[type[S3LoaderError], str]] = {
     NoSpaceError: "QuotaExceeded ServiceQuotaExceeded InsufficientStorage XMinioStorageFull",
     UnsupportedOperationError: "NotImplemented MethodNotAllowed UnsupportedOperation",
 }
+STALE_KEYS: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+"""Codes of an answer to keys that have expired: others may be had."""
 _BY_CODE: Final = {code: kind for kind, codes in _CODES.items() for code in codes.split()}
 _BY_STATUS: Final[dict[int, type[S3LoaderError]]] = {
     401: AuthenticationError,
@@ -267,3 +287,41 @@ def from_response(status: int, body: bytes | str, where: Where, *, headers: Mapp
 def refuses_checksums(error: S3LoaderError) -> bool:
     """Whether an upload may have failed because of its checksum header: its kind is not known there."""
     return error.status == 501 or (error.status == 400 and error.code in ("InvalidRequest", "InvalidArgument", None))
+
+
+# -- answers to reads ------------------------------------------------------------------------------
+
+
+def check_etag(told: str | None, if_match: str | None, where: Where) -> None:
+    """Raise `ObjectChangedError` unless the ETag of an answer is `if_match`.
+
+    Where a server ignores If-Match (rclone does), its answer still tells. The error has no status,
+    so that probing can tell such a server from one that refuses.
+    """
+    if if_match is not None and bare_etag(told) != bare_etag(if_match):
+        raise ObjectChangedError("its ETag is not the one asked for", op=where.op, url=where.url)
+
+
+def read_nothing(
+    backend: Backend, key: str, start: int, if_match: str | None, version_id: str | None, where: Where
+) -> ObjectMeta:
+    """An empty range at `start`: HTTP has no way to ask for one, so the object is only looked at. So it is where a server has
+    nothing for a range from the end (`start` is negative), which is right of an empty object only.
+
+    Raises:
+        RangeError: `start` is beyond the object's end.
+        ObjectChangedError: its ETag is not `if_match`.
+    """
+    meta = backend.head(key, version_id=version_id)
+    check_etag(meta.etag, if_match, where)
+    refuse_suffix(start, meta, where)
+    if start > meta.size:
+        raise RangeError(f"it has {meta.size} bytes, asked for them from {start} on", op=where.op, url=where.url)
+    return meta
+
+
+def refuse_suffix(start: int, meta: ObjectMeta, where: Where) -> None:
+    """Raise where bytes from the end of an object that has some were refused: rclone does so, if it has too few."""
+    if start < 0 and meta.size:
+        text = "the server gives no bytes from the end of this object"
+        raise UnsupportedOperationError(text, op=where.op, url=where.url, hint="ask for them by their offset")

@@ -13,7 +13,7 @@ from typing import Final
 from s3loader import events
 from s3loader.errors import S3LoaderError
 from s3loader.store.backend import Op
-from s3loader.store.threads import current_attempt
+from s3loader.store.retry import current_attempt
 
 __all__ = ["NAMES", "Request", "first_byte_came", "take_first_byte"]
 

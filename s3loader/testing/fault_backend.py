@@ -19,8 +19,7 @@ from s3loader.errors import (
     UnavailableError,
 )
 from s3loader.store.arguments import said
-from s3loader.store.backend import Backend, Op
-from s3loader.store.forwarding import ForwardingBackend
+from s3loader.store.backend import Backend, ForwardingBackend, Op
 from s3loader.types import Buffer, CommonPrefix, ObjectMeta, PartResult, PutMode, PutResult
 
 __all__ = ["Fault", "FaultBackend", "FaultKind", "Moment", "Seen"]

@@ -25,9 +25,8 @@ from s3loader.errors import (
 )
 from s3loader.ranges import split
 from s3loader.store.arguments import at_source, checked_attributes
-from s3loader.store.backend import ReadResult
+from s3loader.store.backend import ReadResult, key_bytes
 from s3loader.store.bulk import ReadFailure
-from s3loader.store.listing import key_bytes
 from s3loader.store.local import files
 from s3loader.store.lost_reply import WRITE_ID
 from s3loader.store.objectstore import ObjectStore

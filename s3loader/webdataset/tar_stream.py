@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from s3loader.arguments import checked
-from s3loader.checksum import crc32c
+from s3loader.checksum import crc32c, mismatch
 from s3loader.errors import ShardReadError
-from s3loader.fetch.verified import mismatch
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import ShardIndex
 from s3loader.shard.reader import ShardReader

@@ -27,8 +27,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.store import open_store
-from s3loader.store.boto3.copy import copy_parts
-from s3loader.store.boto3.engine import Boto3Backend
+from s3loader.store.boto3.engine import Boto3Backend, copy_parts
 from s3loader.testing import FaultProxy, Rule, Server, ServerKind
 from s3loader.types import CommonPrefix, ObjectMeta
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from s3loader.config import S3Settings
 from s3loader.errors import AccessDeniedError, StoreError, UnavailableError
+from s3loader.store.boto3.client import entries_of, read_pages_ourselves
 from s3loader.store.boto3.engine import Boto3Backend
-from s3loader.store.boto3.listing import entries_of, read_pages_ourselves
 from s3loader.store.s3.xml import read_page
 from s3loader.types import CommonPrefix, ObjectMeta
 

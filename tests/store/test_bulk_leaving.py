@@ -19,7 +19,7 @@ from s3loader.errors import (
     ClosedError,
 )
 from s3loader.store import ObjectStore, Pipeline, RetryPolicy
-from s3loader.store.threads import pause
+from s3loader.store.ordered import pause
 from s3loader.testing import Fault, Moment, Seen, Server, ServerKind
 from s3loader.types import ReadRequest
 

@@ -18,7 +18,7 @@ SCRIPTS = """
 import json, os, sys
 from s3loader.errors import ObjectExistsError, ObjectNotFoundError
 from s3loader.store import open_store
-import boto3, s3loader.store.obstore.s3_reader
+import boto3, s3loader.store.obstore.engine
 
 bucket, endpoint, key, secret, engine, count = sys.argv[1:]
 
@@ -87,7 +87,7 @@ from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.store import StoreOptions
-from s3loader.store.obstore.s3_reader import ObstoreS3Reader
+from s3loader.store.obstore.engine import ObstoreS3Reader
 given = S3Settings(endpoint_url=sys.argv[1], aws_access_key_id="k", aws_secret_access_key="s", region="us-east-1")
 endpoint = Endpoint.from_settings(given, "bucket")
 reader = ObstoreS3Reader(endpoint, CredentialsSource(given), StoreOptions(max_attempts=1, read_timeout=600))

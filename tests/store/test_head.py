@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import s3loader.store.s3.response as head_module
-from s3loader.store.s3.response import MAX_HEAD, Head, UnexpectedResponse, check_read, parse_head
+import s3loader.store.s3.http as head_module
+from s3loader.store.s3.http import MAX_HEAD, Head, UnexpectedResponse, check_read, parse_head
 
 GOOD = (
     b'HTTP/1.1 206 Partial Content\r\nServer: s\r\nETag: "e-1"\r\nContent-Length: 10\r\n'

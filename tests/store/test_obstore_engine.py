@@ -33,8 +33,7 @@ from s3loader.errors import (
 from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.obstore.client import ObstoreClient, from_identifier, to_identifier
-from s3loader.store.obstore.engine import ObstoreBackend
-from s3loader.store.obstore.s3_reader import ObstoreS3Reader
+from s3loader.store.obstore.engine import ObstoreBackend, ObstoreS3Reader
 from s3loader.testing import Server, ServerKind, StoreSuite
 from s3loader.testing.suite import HARD_KEYS
 from s3loader.types import Capabilities
@@ -252,7 +251,7 @@ def test_ctrl_c_ends_a_call() -> None:
         code = (
             "from s3loader.config import S3Settings\nfrom s3loader.store import StoreOptions\n"
             "from s3loader.credentials import CredentialsSource\nfrom s3loader.endpoint import Endpoint\n"
-            "from s3loader.store.obstore.s3_reader import ObstoreS3Reader\n"
+            "from s3loader.store.obstore.engine import ObstoreS3Reader\n"
             f"s = S3Settings(endpoint_url='http://127.0.0.1:{silent.getsockname()[1]}', aws_access_key_id='K',"
             " aws_secret_access_key='S')\n"
             "b = ObstoreS3Reader(Endpoint.from_settings(s, 'bucket'), CredentialsSource(s), StoreOptions(read_timeout=300))\n"
@@ -277,7 +276,7 @@ def test_keys_obstore_keeps() -> None:
     """`is_plain_key` says yes only where obstore stores the very key."""
     from obstore.store import MemoryStore
 
-    from s3loader.store.s3reads import is_plain_key
+    from s3loader.store.arguments import is_plain_key
 
     kept = 0
     for key in HARD_KEYS:

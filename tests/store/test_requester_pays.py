@@ -4,7 +4,7 @@ import pytest
 
 from s3loader.errors import ConfigError
 from s3loader.store import StoreOptions, open_store
-from s3loader.store.s3.signer import Signer
+from s3loader.store.s3.http import Signer
 from s3loader.testing import FaultProxy, server
 from s3loader.types import ReadRequest
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from s3loader.config import S3Settings
 from s3loader.credentials import Credentials
 from s3loader.endpoint import Endpoint
-from s3loader.store.s3.signer import Signer
+from s3loader.store.s3.http import Signer
 
 KEYS = Credentials("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY")
 TOKEN = Credentials(KEYS.access_key_id, KEYS.secret_access_key, "token/+==")

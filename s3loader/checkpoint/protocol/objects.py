@@ -13,10 +13,10 @@ import msgspec
 from s3loader.checkpoint.error_context import add_context
 from s3loader.checkpoint.format import layout, records
 from s3loader.checkpoint.format.records import Compacted, Marker
+from s3loader.checksum import proven
 from s3loader.errors import FormatError, ObjectExistsError, ObjectNotFoundError, StoreError
 from s3loader.exchange.commit import put_settled
 from s3loader.store import ObjectStore
-from s3loader.store.sealed import proven
 from s3loader.types import PutMode, PutResult
 
 __all__ = ["JSON", "Record", "RunObjects"]

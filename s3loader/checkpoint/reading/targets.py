@@ -18,12 +18,11 @@ from s3loader.checkpoint.format.boxes import Overlap, intersect, linear, row_blo
 from s3loader.checkpoint.format.records import Chunk, box_of
 from s3loader.checkpoint.reading.share import NodeShare
 from s3loader.checkpoint.state.leaves import Target
-from s3loader.checksum import crc32c
+from s3loader.checksum import crc32c, mismatch, once_more
 from s3loader.dtypes import itemsize
 from s3loader.errors import CheckpointError, IntegrityError
-from s3loader.fetch.spans import neighbours
-from s3loader.fetch.verified import mismatch, once_more
 from s3loader.progress import Report
+from s3loader.ranges import neighbours
 from s3loader.store import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 from s3loader.units import KIB, MIB

@@ -1,30 +1,52 @@
-"""A boto3 client that lives per process, and raises our errors."""
+"""A boto3 client that lives per process, and raises our errors; its parameters and answers in our terms.
+
+Listings go without botocore's model of them: one pass over the page's XML. botocore's parser, and dateutil below it, cost some
+70 us per key. Its client has an event before it parses an answer: there we take the entries out, and leave it an empty body.
+All else (signing, regions, errors, errors with status 200) stays botocore's. Where the event or the XML is not as expected,
+botocore parses the page as ever.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
+from xml.etree import ElementTree
 
 from s3loader import events
 from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
-from s3loader.errors import S3LoaderError
-from s3loader.store.backend import Op
-from s3loader.store.boto3.listing import read_pages_ourselves
+from s3loader.errors import S3LoaderError, StoreError, TruncatedError, UnsupportedOperationError
+from s3loader.ranges import first_byte
+from s3loader.store.arguments import bare_etag
+from s3loader.store.backend import Op, key_bytes
 from s3loader.store.boto3.watch import Watch
 from s3loader.store.client_errors import from_botocore
 from s3loader.store.options import MOST_THREADS, StoreOptions
-from s3loader.store.s3errors import Condition, Where
+from s3loader.store.s3.xml import read_page
+from s3loader.store.s3errors import STALE_KEYS, Condition, Where
 from s3loader.store.told import NAMES
+from s3loader.types import ATTRIBUTES, Buffer, CommonPrefix, ObjectMeta, PutMode, Update
 
-__all__ = ["BotoClient"]
+__all__ = [
+    "BotoClient",
+    "body",
+    "body_range",
+    "conditions",
+    "described",
+    "entries_of",
+    "listed",
+    "meta_of",
+    "read_body",
+    "read_pages_ourselves",
+    "version",
+]
 
 T = TypeVar("T")
-
-_STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
 
 class BotoClient:
@@ -162,7 +184,7 @@ class BotoClient:
     def _mapped(self, error: Exception, where: Where) -> S3LoaderError:
         """The error of ours that `error` is."""
         mapped = from_botocore(error, where)
-        if mapped.code in _STALE:
+        if mapped.code in STALE_KEYS:
             mapped.retryable = not self._credentials.static and self.given is None
             if mapped.retryable:
                 self._own = None
@@ -206,3 +228,167 @@ def _drop_connections(client: Any) -> None:
         client_cert=(old._cert_file, old._key_file) if old._key_file else old._cert_file,
         proxies_config=proxies._proxies_settings,
     )
+
+
+# -- boto3's answers and parameters in our terms ---------------------------------------------------
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+def meta_of(key: str, answer: Mapping[str, Any], size: int | None = None) -> ObjectMeta:
+    """The metadata in boto3's answer to GET or HEAD."""
+    modified = answer.get("LastModified")
+    version = answer.get("VersionId")
+    return ObjectMeta(
+        key=key,
+        size=int(answer.get("ContentLength", 0)) if size is None else size,
+        etag=bare_etag(answer.get("ETag")),
+        last_modified=modified.timestamp() if modified is not None else None,
+        content_type=answer.get("ContentType"),
+        version_id=None if version == "null" else version,
+        metadata={name.lower(): value for name, value in (answer.get("Metadata") or {}).items()},
+        attributes=_attributes(answer),
+    )
+
+
+def _attributes(answer: Mapping[str, Any]) -> dict[str, str]:
+    headers = (answer.get("ResponseMetadata") or {}).get("HTTPHeaders") or {}  # as sent: boto3 makes dates of some
+    return {name: headers[header] for name, header in ATTRIBUTES.items() if header in headers}
+
+
+def body_range(answer: Mapping[str, Any], start: int, end: int | None, where: Where) -> tuple[int, int]:
+    """Length of the body and size of the object, from an answer to a read of ``[start, end)``.
+
+    The answer is believed by what it says of itself: rclone sends ranges with status 200.
+
+    Raises:
+        UnsupportedOperationError: it is not a range though one was asked for.
+        StoreError: it is another range.
+    """
+    length = int(answer["ContentLength"])
+    ranged = answer.get("ContentRange")
+    if not ranged:
+        if first_byte(start, length) == 0 and (end is None or length <= end):
+            return length, length
+        raise UnsupportedOperationError(
+            "the server ignores ranges", op=where.op, url=where.url, hint='use engine="direct", which reads around it'
+        )
+    if start < 0 and not length and ranged.strip() == "bytes 0--1/0":  # from the end of an empty object
+        return 0, 0
+    match = _CONTENT_RANGE.fullmatch(ranged.strip())
+    if match is None or match[3] == "*":
+        raise StoreError(f"the answer has no usable Content-Range: {ranged!r}", op=where.op, url=where.url)
+    first, last, size = int(match[1]), int(match[2]), int(match[3])
+    start = first_byte(start, size)
+    stop = size if end is None else min(end, size)
+    if (first, last + 1) != (start, stop) or length != stop - start:
+        text = f"asked for bytes [{start}, {stop}), the answer has [{first}, {last + 1}) in {length} bytes"
+        raise StoreError(text, op=where.op, url=where.url, retryable=True)
+    return length, size
+
+
+def read_body(body: Any, into: memoryview, where: Where) -> None:
+    """Fill `into` from boto3's streaming body, straight from the socket where it has one."""
+    raw: Any = getattr(body, "_raw_stream", None)
+    response: Any = getattr(raw, "_fp", None)
+    # urllib3's own readinto reads a bytes object and copies it
+    direct = isinstance(response, http.client.HTTPResponse)
+    source = response if direct else body
+    filled, size = 0, len(into)
+    while filled < size:
+        got = source.readinto(into[filled:])
+        if not got:
+            raise TruncatedError(f"the body ended after {filled} of {size} bytes", op=where.op, url=where.url, retryable=True)
+        filled += got
+    if direct:
+        response.close()  # all of it is read: the connection itself stays open
+        raw.release_conn()
+
+
+def body(data: Buffer) -> bytes | bytearray:
+    """What boto3 takes for `data`: it knows no memoryview."""
+    return data if isinstance(data, (bytes, bytearray)) else bytes(data)
+
+
+_PARAMETERS: Final = {
+    "cache_control": "CacheControl",
+    "content_disposition": "ContentDisposition",
+    "content_encoding": "ContentEncoding",
+    "content_language": "ContentLanguage",
+    "expires": "Expires",
+    "storage_class": "StorageClass",
+    "server_side_encryption": "ServerSideEncryption",
+    "ssekms_key_id": "SSEKMSKeyId",
+    "tagging": "Tagging",
+}
+"""Names of `s3loader.types.SETTABLE` as boto3 says them."""
+
+
+def described(
+    content_type: str | None, metadata: Mapping[str, str] | None, attributes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Parameters of a write that describe the object."""
+    found: dict[str, Any] = {"ContentType": content_type} if content_type else {}
+    found |= {_PARAMETERS[name]: value for name, value in (attributes or {}).items()}
+    return {**found, "Metadata": dict(metadata)} if metadata else found
+
+
+def conditions(mode: PutMode) -> dict[str, str]:
+    """Parameters that make a write conditional."""
+    if isinstance(mode, Update):
+        return {"IfMatch": f'"{bare_etag(mode.etag)}"'}
+    return {"IfNoneMatch": "*"} if mode == "create" else {}
+
+
+def version(answer: Mapping[str, Any]) -> str | None:
+    """The version id in an answer; None where versions are off."""
+    found = answer.get("VersionId")
+    return None if found == "null" else found
+
+
+def listed(entry: Mapping[str, Any]) -> ObjectMeta:
+    """One object of a listing."""
+    modified = entry.get("LastModified")
+    return ObjectMeta(
+        entry["Key"], int(entry["Size"]), bare_etag(entry.get("ETag")), modified.timestamp() if modified is not None else None
+    )
+
+
+# -- listings --------------------------------------------------------------------------------------
+
+_ENTRIES: Final = "S3LoaderEntries"
+
+
+def read_pages_ourselves(client: Any) -> None:
+    """Have `client`, a boto3 client of our own, hand its listings to `s3.xml.read_page`."""
+    # The wildcard puts it in front of botocore's own handlers, of which one would parse the page once more
+    # to look for an error with status 200.
+    client.meta.events.register_first("before-parse.*.ListObjectsV2", _take)
+
+
+def entries_of(page: Mapping[str, Any]) -> list[ObjectMeta | CommonPrefix]:
+    """The entries of a page of any client, in order of the UTF-8 bytes of their keys."""
+    entries: list[ObjectMeta | CommonPrefix] | None = page.get(_ENTRIES)
+    if entries is not None:
+        return entries
+    entries = [listed(entry) for entry in page.get("Contents") or ()]
+    entries += [CommonPrefix(entry["Prefix"]) for entry in page.get("CommonPrefixes") or ()]
+    entries.sort(key=lambda entry: key_bytes(entry.key))
+    return entries
+
+
+def _take(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    if response_dict["status_code"] != 200:
+        return
+    try:
+        parser = ElementTree.XMLParser(encoding="utf-8")  # noqa: S314 - expat bounds entities itself; botocore parses with it too
+        root = ElementTree.XML(response_dict["body"], parser)
+        if root.tag.rpartition("}")[2] != "ListBucketResult":
+            return
+        page = read_page(root)
+    except (ElementTree.ParseError, ValueError):
+        return  # botocore says what is wrong with it
+    customized_response_dict.update({_ENTRIES: page.entries, "IsTruncated": page.truncated})
+    if page.after:
+        customized_response_dict["NextContinuationToken"] = page.after["continuation-token"]
+    response_dict["body"] = b""

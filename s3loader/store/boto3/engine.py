@@ -9,7 +9,7 @@ damaged bytes are not stored and the ETag of a single put stays the MD5.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -22,23 +22,24 @@ from s3loader.errors import (
     RangeError,
     StoreError,
 )
+from s3loader.ranges import split
+from s3loader.store.arguments import bare_etag
 from s3loader.store.backend import BulkBackend, Op
-from s3loader.store.boto3.client import BotoClient
-from s3loader.store.boto3.copy import copy_parts
-from s3loader.store.boto3.delete import delete_many
-from s3loader.store.boto3.listing import entries_of
-from s3loader.store.boto3.shapes import (
+from s3loader.store.boto3.client import (
+    BotoClient,
     body,
     body_range,
     conditions,
     described,
+    entries_of,
     meta_of,
     read_body,
     version,
 )
-from s3loader.store.options import StoreOptions
-from s3loader.store.s3errors import Condition, Where, condition_of, from_status, refuses_checksums
-from s3loader.store.s3reads import bare_etag, check_etag, read_nothing
+from s3loader.store.options import MAX_PARTS, StoreOptions
+from s3loader.store.ordered import map_ordered
+from s3loader.store.s3.xml import is_xml_text
+from s3loader.store.s3errors import Condition, Where, check_etag, condition_of, from_status, read_nothing, refuses_checksums
 from s3loader.types import (
     SETTABLE,
     Buffer,
@@ -51,7 +52,7 @@ from s3loader.types import (
 )
 from s3loader.units import MIB
 
-__all__ = ["Boto3Backend"]
+__all__ = ["Boto3Backend", "copy_parts", "delete_many"]
 
 _ONE_COPY: Final = 5 << 30
 """The most bytes of one CopyObject."""
@@ -437,3 +438,79 @@ def _kept(source: ObjectMeta) -> dict[str, str]:
         kept.pop("server_side_encryption", None)
         kept.pop("ssekms_key_id", None)
     return kept
+
+
+# -- copies of large objects -----------------------------------------------------------------------
+
+_COPY_PART: Final = 256 * MIB
+_COPY_THREADS: Final = 8
+
+
+def copy_parts(
+    client: BotoClient, source: ObjectMeta, target: str, upload_id: str, *, part_size: int = _COPY_PART
+) -> list[PartResult]:
+    """Fill the multipart upload `upload_id` of `target` from `source`, which must stay what it is.
+
+    The first error ends it; the upload is the caller's to abort.
+    """
+    size = max(part_size, -(-source.size // MAX_PARTS))
+    ranges = split(0, source.size, size)
+
+    def one(part: tuple[int, tuple[int, int]]) -> PartResult:
+        number, (start, end) = part
+        parameters = {
+            "Key": target,
+            "UploadId": upload_id,
+            "PartNumber": number,
+            "CopySource": {"Bucket": client.bucket, "Key": source.key},
+            "CopySourceRange": f"bytes={start}-{end - 1}",
+            "CopySourceIfMatch": f'"{source.etag}"',
+        }
+        answer = client.call("copy", "upload_part_copy", source.key, parameters, "read")
+        made = answer["CopyPartResult"]
+        return PartResult(number, bare_etag(made.get("ETag")), end - start, made.get("ChecksumCRC32C"))
+
+    return [*map_ordered(one, enumerate(ranges, 1), concurrency=_COPY_THREADS, name="s3loader-copy")]
+
+
+# -- many deletes ----------------------------------------------------------------------------------
+
+_BATCH: Final = 1000
+"""The most keys of one DeleteObjects."""
+
+
+def delete_many(client: BotoClient, keys: Sequence[str], delete: Callable[[str], None]) -> list[DeleteFailure]:
+    """Delete `keys` by DeleteObjects, or one by one with `delete` where that cannot be."""
+    failures: list[DeleteFailure] = []
+    unique = list(dict.fromkeys(keys))
+    plain = [key for key in unique if is_xml_text(key)]
+    single = [key for key in unique if not is_xml_text(key)]
+    for at in range(0, len(plain), _BATCH):
+        batch = plain[at : at + _BATCH]
+        try:
+            failures += _delete_batch(client, batch)
+        except StoreError as error:
+            if error.status not in (400, 405, 501):
+                raise
+            single += batch  # a server without it, or one that wants another checksum with it
+    for key in single:
+        try:
+            delete(key)
+        except BucketNotFoundError:
+            raise
+        except StoreError as error:
+            failures.append(DeleteFailure(key, error))
+    return failures
+
+
+def _delete_batch(client: BotoClient, keys: Sequence[str]) -> list[DeleteFailure]:
+    wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    parameters = {"Delete": wanted}
+    answer = client.call("delete", "delete_objects", "", parameters, about=keys[0], objects=lambda _: len(keys))
+    failures = []
+    for entry in answer.get("Errors") or ():
+        key = entry.get("Key", "")
+        error = from_status(None, entry.get("Code"), entry.get("Message") or "", Where("delete", client.at(key)))
+        if not isinstance(error, ObjectNotFoundError):
+            failures.append(DeleteFailure(key, error))
+    return failures

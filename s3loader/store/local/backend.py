@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import parse_qsl
 
 from s3loader import events
+from s3loader.checksum import SEAL
 from s3loader.errors import (
     AccessDeniedError,
     ObjectChangedError,
@@ -30,15 +31,12 @@ from s3loader.errors import (
 )
 from s3loader.ranges import first_byte
 from s3loader.store.arguments import check_crc32c, kept_here
-from s3loader.store.backend import BulkBackend
+from s3loader.store.backend import BulkBackend, key_bytes, roll_up
 from s3loader.store.buffers import shared_pool
-from s3loader.store.listing import key_bytes, roll_up
 from s3loader.store.local import files as _files
-from s3loader.store.local.files import Guard, TempFile
+from s3loader.store.local.files import Guard, TempFile, walk
 from s3loader.store.local.uploads import Uploads
-from s3loader.store.local.walk import walk
 from s3loader.store.lost_reply import WRITE_ID
-from s3loader.store.sealed import SEAL
 from s3loader.store.told import first_byte_came
 from s3loader.types import (
     Buffer,

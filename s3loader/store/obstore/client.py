@@ -14,12 +14,12 @@ from s3loader.config import S3Settings
 from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError, UnsupportedOperationError
+from s3loader.store.arguments import bare_etag
 from s3loader.store.backend import Op
 from s3loader.store.client_errors import from_obstore
 from s3loader.store.obstore import runtime as obstore_runtime
 from s3loader.store.options import StoreOptions
-from s3loader.store.s3errors import Condition, Where
-from s3loader.store.s3reads import bare_etag
+from s3loader.store.s3errors import STALE_KEYS, Condition, Where
 from s3loader.store.told import NAMES, Request, first_byte_came
 from s3loader.types import Buffer, ObjectMeta
 
@@ -33,7 +33,6 @@ _STATUSES: Final[Mapping[str, Mapping[Op, int]]] = {
     "az": {"head": 200, "put": 201, "delete": 202, "copy": 202, "list": 200, "complete upload": 201},
 }
 """What the services answer to what succeeded, as they document it: obstore does not tell."""
-_STALE: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 # attributes of obstore that are HTTP's own, by the names of `ObjectMeta.attributes`; every other one is user metadata
 _STANDARD: Final = {
     "Cache-Control": "cache_control",
@@ -147,7 +146,7 @@ class ObstoreClient:
             result, size = obstore_runtime.call(run)
         except Exception as error:  # noqa: BLE001 - obstore's errors, ValueError and FileNotFoundError share no base
             mapped = from_obstore(error, where)
-            if mapped.code in _STALE and self._credentials is not None:
+            if mapped.code in STALE_KEYS and self._credentials is not None:
                 mapped.retryable = not self._credentials.static
                 if mapped.retryable:
                     self._store = None

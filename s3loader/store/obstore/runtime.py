@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 from s3loader.errors import ClosedError, UnsupportedOperationError
-from s3loader.store.threads import Crew
+from s3loader.store.ordered import Crew
 from s3loader.types import Buffer
 
 __all__ = ["FORKED", "call", "lend", "usable"]

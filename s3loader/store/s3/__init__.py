@@ -1,6 +1,6 @@
 """The direct engine: HTTP/1.1 to S3 on our own sockets, for the requests that are many.
 
-Read in this order: `signer` (SigV4 headers), `response` (what an answer may look like), `jobs` (one
+Read in this order: `http` (what a request says, and what an answer may look like), `jobs` (one
 request without I/O) with `reads`, `small` and `writes`, `connection` (sockets), `blocking` (one job on one of them, or
 many in threads) and `pump` (many in the calling thread), `backend` (all of it as a `Backend`).
 """

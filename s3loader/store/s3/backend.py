@@ -22,6 +22,7 @@ from s3loader.errors import (
     UnsupportedOperationError,
 )
 from s3loader.ranges import split
+from s3loader.store.arguments import bare_etag, is_plain_key
 from s3loader.store.backend import Driver, ReadResult
 from s3loader.store.buffers import BufferPool, shared_pool
 from s3loader.store.client_errors import no_descriptor
@@ -30,12 +31,12 @@ from s3loader.store.ordered import map_ordered
 from s3loader.store.s3.blocking import Threads, perform
 from s3loader.store.s3.careful import CarefulPath
 from s3loader.store.s3.connection import Connections
+from s3loader.store.s3.http import Head, checked_header, condition_headers, query_of, quoted_etag
 from s3loader.store.s3.in_flight import Hedges
 from s3loader.store.s3.jobs import EndpointContext, Job, Scratch, TlsReader
 from s3loader.store.s3.pump import Pump
 from s3loader.store.s3.reads import ReadJob
-from s3loader.store.s3.response import Head
-from s3loader.store.s3.small import SmallJob, checked_header, condition_headers, document, head_job, query_of, quoted_etag
+from s3loader.store.s3.small import SmallJob, document, head_job
 from s3loader.store.s3.writes import PartJob, PutJob
 from s3loader.store.s3.xml import (
     Page,
@@ -50,7 +51,6 @@ from s3loader.store.s3.xml import (
     text_of,
 )
 from s3loader.store.s3errors import Condition, Where, condition_of, from_status, refuses_checksums
-from s3loader.store.s3reads import bare_etag, is_plain_key
 from s3loader.types import (
     ATTRIBUTES,
     Buffer,

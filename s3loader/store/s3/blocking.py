@@ -20,8 +20,8 @@ from typing import Final, TypeAlias
 
 from s3loader.errors import ClosedError, S3LoaderError, ThrottledError
 from s3loader.store.s3.connection import TICK, Connection, Connections
+from s3loader.store.s3.http import UnexpectedResponse
 from s3loader.store.s3.jobs import Job, Scratch, Source
-from s3loader.store.s3.response import UnexpectedResponse
 from s3loader.types import Buffer
 
 __all__ = ["Threads", "exchange", "is_stale", "perform"]

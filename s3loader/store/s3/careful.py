@@ -20,8 +20,7 @@ from s3loader.errors import ConfigError, S3LoaderError, StoreTimeoutError, Trunc
 from s3loader.store.client_errors import from_transport
 from s3loader.store.options import MOST_THREADS, StoreOptions
 from s3loader.store.s3.connection import Connections
-from s3loader.store.s3.response import Head, UnexpectedResponse
-from s3loader.store.s3.signer import Signer
+from s3loader.store.s3.http import Head, Signer, UnexpectedResponse
 from s3loader.store.s3errors import Where
 from s3loader.types import Buffer
 

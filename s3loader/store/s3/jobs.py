@@ -24,22 +24,30 @@ from s3loader.errors import ConfigError, S3LoaderError, StoreConnectionError, St
 from s3loader.store.buffers import BufferPool, aligned_block
 from s3loader.store.client_errors import from_socket, no_descriptor
 from s3loader.store.options import StoreOptions
+from s3loader.store.retry import current_attempt
 from s3loader.store.s3.careful import CarefulPath, Response
 from s3loader.store.s3.connection import Connections
-from s3loader.store.s3.response import MAX_HEAD, ErrorResponse, Head, UnexpectedResponse, parse_head
-from s3loader.store.s3.signer import Signer
-from s3loader.store.s3errors import Where, from_status
-from s3loader.store.threads import current_attempt
+from s3loader.store.s3.http import MAX_HEAD, ErrorResponse, Head, Signer, UnexpectedResponse, parse_head
+from s3loader.store.s3errors import STALE_KEYS, Where, from_status
 from s3loader.types import Buffer, ObjectMeta
 from s3loader.units import KIB
 
-__all__ = ["HEDGED", "SMALL", "EndpointContext", "EndpointHealth", "Job", "Scratch", "Source", "TlsReader", "Wire", "harmless"]
+__all__ = [
+    "HEDGED",
+    "SMALL",
+    "EndpointContext",
+    "EndpointHealth",
+    "Job",
+    "Scratch",
+    "Source",
+    "TlsReader",
+    "Wire",
+]
 
 _log = logging.getLogger("s3loader.s3")
 
 _PATIENCE: Final = 8
 _RETRY_EVERY: Final = 64
-_STALE_KEYS: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 _WRONG_REGION: Final = (
     "AuthorizationHeaderMalformed",
     "PermanentRedirect",
@@ -161,7 +169,7 @@ class EndpointContext:
         Returns:
             Whether the request is to be sent once more, since it now goes where the bucket is.
         """
-        if error.code in _STALE_KEYS:
+        if error.code in STALE_KEYS:
             error.retryable = not self.credentials.static
             if error.retryable:
                 self.credentials.refresh()
@@ -549,8 +557,3 @@ class Source:
             return None
         self._ahead = None
         return job
-
-
-def harmless(value: str | None) -> bool:
-    """Whether `value` can stand in a header."""
-    return value is None or (value.isascii() and value.isprintable() and value == value.strip())

@@ -8,11 +8,10 @@ from s3loader import events
 from s3loader.errors import RangeError, S3LoaderError
 from s3loader.store.backend import ReadResult
 from s3loader.store.s3.careful import Response
+from s3loader.store.s3.http import Head, check_read, query_of, quoted_etag, short_read
 from s3loader.store.s3.jobs import SMALL, EndpointContext, Job, Scratch, Wire
-from s3loader.store.s3.response import Head, check_read, short_read
-from s3loader.store.s3.small import head_job, query_of, quoted_etag
-from s3loader.store.s3errors import Where
-from s3loader.store.s3reads import check_etag, refuse_suffix
+from s3loader.store.s3.small import head_job
+from s3loader.store.s3errors import Where, check_etag, refuse_suffix
 from s3loader.store.told import take_first_byte
 from s3loader.types import ObjectMeta, ReadRequest
 from s3loader.units import GIB, KIB, MIB

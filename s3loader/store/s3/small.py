@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import quote
 from xml.etree import ElementTree
 
-from s3loader.errors import ConfigError, UnavailableError
+from s3loader.errors import UnavailableError
 from s3loader.store.s3.careful import Response
-from s3loader.store.s3.jobs import SMALL, EndpointContext, EndpointHealth, Job, Wire, harmless
-from s3loader.store.s3.response import Head, UnexpectedResponse
+from s3loader.store.s3.http import Head, UnexpectedResponse, query_of
+from s3loader.store.s3.jobs import SMALL, EndpointContext, EndpointHealth, Job, Wire
 from s3loader.store.s3errors import Where, from_response
-from s3loader.store.s3reads import bare_etag
-from s3loader.types import Buffer, ObjectMeta, PutMode, Update
+from s3loader.types import Buffer, ObjectMeta
 from s3loader.units import MIB
 
-__all__ = ["SmallJob", "checked_header", "condition_headers", "document", "head_job", "query_of", "quoted_etag"]
+__all__ = [
+    "SmallJob",
+    "document",
+    "head_job",
+]
 
 _MOST: Final = 64 * MIB
 """Bytes of a document: a listing's page of 1000 keys of 1024 bytes, quoted, has less than 5 MiB."""
@@ -176,36 +178,3 @@ def document(roots: Sequence[str], where: Where) -> Callable[[Head, bytes], tupl
         return head, found
 
     return read
-
-
-def query_of(**parameters: str | int) -> str:
-    """A query, quoted, its parameters in the order in which they are signed."""
-    pairs = sorted((quote(name, safe="-_.~"), quote(str(value), safe="-_.~")) for name, value in parameters.items())
-    return "&".join(f"{name}={value}" for name, value in pairs)
-
-
-def condition_headers(mode: PutMode) -> dict[str, str]:
-    """Headers that make a write conditional."""
-    if isinstance(mode, Update):
-        return {"if-match": quoted_etag(mode.etag)}
-    return {"if-none-match": "*"} if mode == "create" else {}
-
-
-def quoted_etag(etag: str) -> str:
-    """An ETag as a condition holds it.
-
-    Raises:
-        ConfigError: it cannot stand in a header.
-    """
-    return f'"{bare_etag(checked_header("an ETag", etag))}"'
-
-
-def checked_header(what: str, value: str) -> str:
-    """`value`, which may stand in a header.
-
-    Raises:
-        ConfigError: it may not.
-    """
-    if not harmless(value):
-        raise ConfigError(f"{what} cannot be sent: {value!r}", hint="printable ASCII without blanks at its ends")
-    return value

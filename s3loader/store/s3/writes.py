@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from s3loader.checksum import crc32c_base64, md5_base64
 from s3loader.errors import S3LoaderError
 from s3loader.store.s3.careful import Response
+from s3loader.store.s3.http import Head, UnexpectedResponse, checked_header, condition_headers, query_of
 from s3loader.store.s3.jobs import SMALL, EndpointContext, Job, Wire
-from s3loader.store.s3.response import Head, UnexpectedResponse
-from s3loader.store.s3.small import checked_header, condition_headers, query_of
 from s3loader.store.s3errors import Where, condition_of, refuses_checksums
 from s3loader.types import Buffer, PartResult, PutRequest, PutResult
 

@@ -9,8 +9,8 @@ from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree as ET
 
-from s3loader.store.listing import key_bytes
-from s3loader.store.s3reads import bare_etag
+from s3loader.store.arguments import bare_etag
+from s3loader.store.backend import key_bytes
 from s3loader.types import CommonPrefix, ObjectMeta, PartResult
 
 __all__ = [
