@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ class Planner:
         self._layouts = _AverageLayouts(dataset, plan.counts) if from_averages else _LayoutsAhead(dataset)
         self._windows = self._all_windows()
         self._window = next(self._windows, None)
-        self._following: _Window | None = None
+        self._following: deque[_Window] = deque()
         self._at = 0
         self._some = 1
 
@@ -191,6 +192,8 @@ class Planner:
         """Plan the next steps; reads the indexes that are not at hand."""
         window = self._window
         assert window is not None
+        if not self._following:
+            self._look_further(window)
         end = len(window.steps) if window.at_once else min(self._at + self._some, len(window.steps))
         chunk = self._plan_chunk(window, self._at, end)
         if self.budget.strategy == "samples":
@@ -201,10 +204,8 @@ class Planner:
             self._read_size = min(_LARGEST_READ, 2 * self._read_size)
         self._some = max(1, min(self._positions_ahead() // self._schedule.batch_size, 2 * self._some))
         self._at = end
-        if self._following is None:
-            self._following = self._look_further()
         if end == len(window.steps):
-            self._window, self._following, self._at = self._following, None, 0
+            self._window, self._at = (self._following.popleft() if self._following else None), 0
         return chunk
 
     # -- what it would cost ------------------------------------------------------------------
@@ -325,12 +326,16 @@ class Planner:
         worst = min(self._plan.total_bytes, positions * self._average + runs * GET_WORTH)
         return at if positions <= _WHOLE_POSITIONS and worst <= self._spare else none
 
-    def _look_further(self) -> _Window | None:
-        """The window after the next one; what is missing of its indexes is asked for."""
-        window = next(self._windows, None)
-        if window is not None:
-            self._layouts.ask(self._parts_of(window))
-        return window
+    def _look_further(self, window: _Window) -> None:
+        """Have the windows that follow on `window`, thousands of positions; what is missing of their indexes is asked for."""
+        positions = 0
+        while positions < _WINDOW_POSITIONS and (following := next(self._windows, None)) is not None:
+            self._following.append(following)
+            positions += len(following.positions)
+        if self._following:
+            here = set(self._parts_of(window))  # the first one is in a hurry: its own are asked for alone, at the same time
+            parts = dict.fromkeys(itertools.chain.from_iterable(map(self._parts_of, self._following)))
+            self._layouts.ask([part for part in parts if part not in here])
 
     def _parts_of(self, window: _Window) -> list[int]:
         """Parts whose layouts a window needs, in order of first use."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,14 +32,8 @@ from s3loader.store.bulk import ReadFailure, driver_of
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.options import MOST_THREADS
 from s3loader.types import Buffer, ReadRequest
-from s3loader.units import MIB
 
 __all__ = ["Failed", "Fetcher", "RawBatch", "Run"]
-
-_FIRST_BYTES: Final = 8 * MIB
-_FIRST_READS: Final = 64
-"""What is planned before the first turn of the network at most, so that the first request is soon under way."""
-_MOST_READS: Final = 1 << 16
 
 
 class RawBatch(NamedTuple):
@@ -310,6 +304,12 @@ class Fetcher:
             self._hedged.close()
         self._note_network()
 
+    @property
+    def connections(self) -> int:
+        """Requests that may be under way at a time, by what is known now."""
+        network = self._store.network()
+        return self._concurrency or MOST_THREADS if network is None else network.connections
+
     def _note_network(self) -> None:
         """Take what was measured of the store since the last time into the stats."""
         now, before = self._store.network(), self._network
@@ -493,10 +493,17 @@ class Run:
         self._stats.plan += time.perf_counter() - begun
 
     def _plan_ahead(self) -> None:
-        """Have planned all that may be under way, as far as indexes are here; less of it before the first turn."""
+        """Have a read planned for every request that may be under way, and one chunk more, as far as indexes are here.
+
+        A chunk at a time, since nothing is received meanwhile, until the bytes that may be under way are planned.
+        """
         planner, fetcher = self._planner, self._fetcher
-        most, reads = (_FIRST_BYTES, _FIRST_READS) if self._first else (planner.budget.in_flight, _MOST_READS)
-        while fetcher.queued < most and len(fetcher.queue) < reads and not planner.done and planner.ready:
+        more = not self._first
+        while fetcher.queued < planner.budget.in_flight and not planner.done and planner.ready:
+            if len(fetcher.queue) > fetcher.connections:
+                if not more:
+                    return
+                more = False
             self._plan()
 
     def _advance(self) -> None:
@@ -511,6 +518,7 @@ class Run:
                     self._plan()
                 self._turns = self._fetcher.run()
             for _ in self._turns:
+                self._first = False
                 return
             self._turns, self._first = None, False  # it found the queue empty
 

@@ -58,6 +58,26 @@ def test_small_objects_count_by_answers() -> None:
     assert link.flight.limit == 64
 
 
+def test_the_start_doubles_with_every_round() -> None:
+    """From the first answer on: nobody waits for a round to be judged."""
+    link = Link(first=0.025, rate=90e6, total=100e9)
+    link.move(16, 1 << 20)
+    assert link.flight.limit == 32
+    link.move(32, 1 << 20)
+    assert link.flight.limit == 64
+
+
+def test_one_bad_round_does_not_end_the_start() -> None:
+    """New connections have to be opened first, and a straggler may be among the answers."""
+    link = Link(first=0.025, rate=90e6, total=100e9)
+    link.move(16, 1 << 20)
+    link.rate = 20e6
+    link.move(32, 1 << 20)
+    link.rate = 90e6
+    link.move(600, 1 << 20)
+    assert link.flight.limit == 64
+
+
 def test_a_full_link_gets_no_more() -> None:
     link = Link(first=0.0002, rate=1e9, total=1e9)
     link.move(5000, 1 << 20)

@@ -368,7 +368,7 @@ class Connections:
         self._opening -= 1
         if isinstance(connection, Connection):
             if self._closings == closings:
-                self.give(connection)
+                self.give(connection, new=True)
             else:
                 connection.close()
 
@@ -399,11 +399,14 @@ class Connections:
             with contextlib.suppress(ValueError):
                 self._session = sock.session or self._session
 
-    def give(self, connection: Connection) -> None:
-        """Keep a connection on which nothing is under way."""
+    def give(self, connection: Connection, *, new: bool = False) -> None:
+        """Keep a connection on which nothing is under way; one that is `new` is taken after those that were used."""
         connection.idle_since = time.monotonic()
         self.learn(connection)
-        self._idle.append(connection)
+        if new:
+            self._idle.appendleft(connection)
+        else:
+            self._idle.append(connection)
         if len(self._idle) > _MOST_IDLE:
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._idle.popleft().close()

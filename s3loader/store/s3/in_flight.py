@@ -6,13 +6,14 @@ waits for the network and every connection has work, more are added; if the byte
 second grew by at least a part of that, so it stays and the next step is tried, else the step is taken
 back and tried again much later. A store that says "slow down" is believed at once.
 
-Rules, enough to build it again. A *round* is as many completed requests as the limit. Its rate is
-bytes per second; for requests below 64 KiB, answers per second. A step doubles the limit, up to the
-most; from the first one on that does not pay, steps multiply it by 1.5. A step pays where the rate of
-the round behind it is at least 1.15 times the rate before. After one that does not pay, 8 rounds
-pass until the next, then 16, 32 and 64. A rejection halves the limit once a round and counts as a step
-that did not pay. Rounds in which the caller waited less than 30 % of the time, or in which work or
-room for bytes was short, change nothing.
+Rules, enough to build it again. A *round* is as many completed requests as the limit at its start. Its
+rate is bytes per second; for requests below 64 KiB, answers per second. At the start each completed
+request adds one to the limit, up to the most, so that it doubles with every round; from the first
+round on that does not pay, a step multiplies it by 1.5. A round pays where its rate is at least 1.15
+times that of the last round with a lower limit. After two in a row that do not, the limit goes back, and 8
+rounds pass until the next step, then 16, 32 and 64. A rejection halves the limit once a round and
+counts as a step that did not pay. Rounds in which the caller waited less than 30 % of the time, or in
+which work or room for bytes was short, prove nothing, and the former add nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from s3loader.units import KIB, MIB
 __all__ = ["Hedges", "InFlight"]
 
 _START: Final = 16
-_FIRST_STEP: Final = 2.0
 _STEP: Final = 1.5
 _PAYS: Final = 1.15
 _WAITED: Final = 0.3
@@ -59,10 +59,14 @@ class InFlight:
         self._before: tuple[int, float] | None = None
         """Limit and rate before the step that is being tried."""
         self._hold, self._next_hold = 0, _HOLD
-        self._step = _FIRST_STEP
+        self.starting = True
+        """No step was in vain yet: what is completed adds to the limit."""
+        self._doubted = False
+        """The step that is being tried had one round that did not pay."""
         self._begin()
 
     def _begin(self) -> None:
+        self._round = self.limit
         self._began = self._clock()
         self._count = self._bytes = self._full = 0
         self._waited = 0.0
@@ -89,7 +93,9 @@ class InFlight:
             self._count += 1
             self._bytes += size
             self._full += full
-            if self._count >= min(self.limit, most):
+            if self.starting and not self._doubted and self.limit < most:
+                self.limit += 1
+            if self._count >= min(self._round, most):
                 self._judge(most)
 
     def rejected(self) -> None:
@@ -108,37 +114,51 @@ class InFlight:
         elapsed = max(1e-9, self._clock() - self._began)
         small = self._bytes < self._count * _SMALL
         rate = (self._count if small else self._bytes) / elapsed
-        telling = self._waited >= _WAITED * elapsed and self._full >= _FULL * self._count
+        waited = self._waited >= _WAITED * elapsed
+        telling = waited and self._full >= _FULL * self._count
+        limit = self._round
+        if self.starting and not waited:  # whoever asks is slower than the network: what was added waits as well
+            self.limit = limit
         self._begin()
         if not telling:
             return
         if self._before is not None:
-            limit, old = self._before
+            before, old = self._before
             self._before = None
+            if rate < _PAYS * old and not self._doubted:
+                self._doubted, self._before = True, (before, old)  # new connections had to be opened: the next round has none
+                return
             if rate < _PAYS * old:
-                self.limit, self.why = limit, f"{self.limit} brought no more than {limit}"
+                self.limit, self.why = before, f"{limit} brought no more than {before}"
                 self._wait_longer()
                 return
-            self.why = f"{rate / old:.1f} times as much as with {limit}"
+            self.why = f"{rate / old:.1f} times as much as with {before}"
+            self._doubted = False
             self._next_hold = _HOLD
-        if self._hold:
+        if self.starting:
+            self.starting = limit < most
+            if self.starting:
+                self._before = (limit, rate)
+        elif self._hold:
             self._hold -= 1
-            return
-        if self.limit < most:
+        elif self.limit < most:
             self._before = (self.limit, rate)
-            self.limit = min(most, max(self.limit + 1, int(self.limit * self._step)))
+            self.limit = self._round = min(most, max(self.limit + 1, int(self.limit * _STEP)))
 
     def _wait_longer(self) -> None:
-        self._step = _STEP
+        self.starting = self._doubted = False
         self._before = None
+        self._round = self.limit
         self._hold = self._next_hold
         self._next_hold = min(_LONGEST_HOLD, 2 * self._next_hold)
 
 
 # -- stragglers ------------------------------------------------------------------------------------
 
+_FEW: Final = 4
+"""First bytes after which the delay is computed."""
 _SOME: Final = 16
-"""First bytes after which the delay is computed, and computed again."""
+"""First bytes after which it is computed again."""
 _KEPT: Final = 64
 _TIMES: Final = 4.0
 _LEAST: Final = 0.02
@@ -188,11 +208,12 @@ class Hedges:
         times = self._times
         times.append(seconds)
         self._new += 1
-        if self._new >= _SOME:
-            self._new = 0
-            del times[:-_KEPT]
-            self.usual = sorted(times)[len(times) // 4]
-            self.delay = max(_LEAST, _TIMES * self.usual)
+        if self._new < (_SOME if self.usual else _FEW):
+            return
+        self._new = 0
+        del times[:-_KEPT]
+        self.usual = sorted(times)[len(times) // 4]
+        self.delay = max(_LEAST, _TIMES * self.usual)
 
     @property
     def interval(self) -> float:

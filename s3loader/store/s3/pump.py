@@ -96,6 +96,8 @@ _IN: Final[int] = select.EPOLLIN if _EPOLL else select.POLLIN
 _OUT: Final[int] = select.EPOLLOUT if _EPOLL else select.POLLOUT
 _GLANCE: Final = 0.0005
 """Seconds after which sockets are looked at even though a result is ready."""
+_FAR: Final = 0.005
+"""Seconds to the first byte from which on connections are opened ahead."""
 _MEASURE: Final = 0.002
 """Seconds between two turns in which first bytes are measured."""
 _PATIENCE: Final = 0.5
@@ -201,6 +203,14 @@ class Pump:
                 self._dial(job)
             else:
                 self._send(self._adopt(connection), job)
+        self._open_ahead()
+
+    def _open_ahead(self) -> None:
+        """At the start, far away: have connections opened for twice the requests, since the next round will have them."""
+        in_flight, hedges = self._in_flight, self._hedges
+        if in_flight.starting and not self._source.exhausted and hedges is not None and hedges.usual >= _FAR:
+            most = min(2 * in_flight.limit, self._concurrency)
+            self._connections.open_ahead(most - len(self._by_fd) - self._blocking.busy)
 
     def _admit(self) -> Job | None:
         """The next job, if there is one and room for it; it is in `_order` then."""
@@ -289,7 +299,7 @@ class Pump:
             self._unpark()
         hedges = self._hedges
         begun = time.monotonic()
-        measure = hedges is not None and begun >= self._next_measure and begun - self._looked < _GLANCE
+        measure = hedges is not None and (begun >= self._next_measure or not hedges.usual) and begun - self._looked < _GLANCE
         """Only where nobody kept us from looking is what we see of times the store's."""
         if hedges is not None:
             timeout = min(timeout, hedges.interval)
