@@ -57,7 +57,7 @@ def pack(
 ) -> None:
     """Pack SOURCE into shards at URL: manifest, shards with indexes, classes. Run again, it goes on where it was stopped.
 
-    SOURCE is a folder (by class or flat), tar shards, an MDS folder, Parquet files, or another dataset.
+    SOURCE is a folder (by class or flat), tar shards, an MDS folder, Parquet or TFRecord files, or another dataset.
     """
     from s3loader.packing import pack as pack_samples
     from s3loader.packing import plan_pack

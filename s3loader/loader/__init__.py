@@ -22,6 +22,7 @@ from s3loader.loader.sources import (
     from_webdataset,
 )
 from s3loader.loader.stats import LoaderStats
+from s3loader.loader.tf_example import decode_example, decode_sequence_example
 
 __all__ = [
     "AdapterKeywords",
@@ -49,6 +50,8 @@ __all__ = [
     "check_dataset",
     "collate_fixed",
     "collate_ragged",
+    "decode_example",
+    "decode_sequence_example",
     "from_manifest",
     "from_mds",
     "from_objects",

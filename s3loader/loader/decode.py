@@ -11,6 +11,7 @@ import numpy as np
 
 from s3loader.arguments import checked
 from s3loader.errors import CheckpointError, ConfigError
+from s3loader.loader.tf_example import decode_example, decode_sequence_example
 
 __all__ = ["DECODERS", "Decode", "Decoder", "make_decoder", "register_decoder"]
 
@@ -93,6 +94,8 @@ DECODERS: Final[dict[str, Decoder]] = {
     "safetensors": _safetensors,
     "pil": _pil,
     "image": _image,
+    "tf_example": decode_example,
+    "tf_sequence_example": decode_sequence_example,
 }
 
 _BY_EXTENSION: Final[dict[str, str]] = {
@@ -103,6 +106,7 @@ _BY_EXTENSION: Final[dict[str, str]] = {
     "npy": "npy",
     "npz": "npz",
     "safetensors": "safetensors",
+    "tfexample": "tf_example",
 }
 
 

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +26,9 @@ from s3loader.loader.check import check_dataset
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.loader import Loader
 from s3loader.loader.opening import open_dataset
+from s3loader.loader.urls import expand_braces, one_store
 from s3loader.packing.part import archive_of, drop_tries, entries_of, write_part
-from s3loader.packing.sources import Sample, Source, as_sample, of_folder, of_iterable, of_parquet, of_rows
+from s3loader.packing.sources import Sample, Source, as_sample, of_folder, of_iterable, of_parquet, of_rows, of_tfrecord
 from s3loader.progress import Report, ShowProgress, check_progress, showing
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.open import JobKeywords, StoreKeywords
@@ -46,6 +48,8 @@ _PARTS: Final = "_pack/"
 _SHARDS_OF_A_PART: Final = 8
 _SHARDS: Final = (".tar", ".tar.gz", ".tar.zst", ".tgz")
 _BESIDE_SHARDS: Final = (".idx", ".json", ".jsonl", ".yaml", ".md", ".txt")
+_RECORDS: Final = re.compile(r"(\.tfrecords?|\.tfrec|-of-[\d*?]+)(\.(gz|gzip|zz|zlib))?$")
+"""Names of TFRecord files, and patterns of them."""
 _INPUTS_OF_A_PART: Final = 256
 _OVERHEAD: Final = 2048
 """Bytes of headers, padding and manifest lines of a sample, about."""
@@ -133,7 +137,8 @@ def pack(
     Args:
         source: A local folder of files, in folders by class or flat: files of one stem in one folder are one sample; tar
             shards of WebDataset, an MDS folder or another dataset that `open_dataset` reads (its URL or path); Parquet files
-            (a path, or a folder of them); a Hugging Face `datasets.Dataset`; an iterable of samples, or a function that
+            (a path, or a folder of them); TFRecord files, compressed or not, known by their names (``*.tfrecord.gz``,
+            ``train-*-of-*``); a Hugging Face `datasets.Dataset`; an iterable of samples, or a function that
             returns one: ``{"jpg": bytes, "cls": 3}``, with ``"__key__"`` or not, or ``(key, {...})``.
         url: Where to: ``s3://bucket/prefix``, a folder ...
         labels: Of a folder: ``"auto"`` (the names of the first folders where all files lie in such), ``"folders"`` (must be
@@ -297,10 +302,17 @@ def _located(source: str, labels: Any, shuffle: bool, seed: int, part_bytes: int
     path = local.key if local.scheme == "file" else None
     if source.endswith(".parquet"):
         return of_parquet([source], _open_file)
+    if _RECORDS.search(source):
+        store, keys = one_store(list(expand_braces(source, keep_escapes=True)), None, {}, patterns=True)
+        return of_tfrecord(
+            [str(ObjectURL.parse(store.url).joined(key)) for key in keys if not key.endswith(".idx")], _open_file
+        )
     if path is not None and os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))
         if any(name.endswith(".parquet") for name in names):
             return of_parquet([os.path.join(path, name) for name in names if name.endswith(".parquet")], _open_file)
+        if names and all(_RECORDS.search(name) or name.endswith(".idx") for name in names):
+            return of_tfrecord([os.path.join(path, name) for name in names if not name.endswith(".idx")], _open_file)
         if not ("index.json" in names or MANIFEST in names or _holds_shards(path)):
             return of_folder(path, labels, shuffle=shuffle, seed=seed, part_bytes=part_bytes)
     elif path is not None and not any(mark in source for mark in "*{") and not os.path.exists(path):

@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from s3loader.errors import ConfigError, FormatError, SourceNotFoundError
+from s3loader.loader.tf_example import decode_example
+from s3loader.shard.tfrecord import read_records
 
-__all__ = ["Sample", "Source", "of_folder", "of_iterable", "of_parquet", "of_rows"]
+__all__ = ["Sample", "Source", "of_folder", "of_iterable", "of_parquet", "of_rows", "of_tfrecord"]
 
 Sample: TypeAlias = tuple[str, Mapping[str, bytes | str]]
 """A key, and content by extension: bytes, or the path of a local file."""
@@ -341,6 +343,49 @@ def _row_group(open_file: Callable[[str], Any], path: str, group: int, first: in
             for row in batch.to_pylist():
                 yield row_sample(row, first)
                 first += 1
+
+
+def of_tfrecord(paths: Sequence[str], open_file: Callable[[str], Any]) -> Source:
+    """Records of TFRecord files, plain or compressed, a file at a time; a record is a sample of one member: ``tfexample``,
+    where the first record is a ``tf.train.Example``, else ``bin``.
+
+    Args:
+        paths: Of the files.
+        open_file: Opens one of them.
+    """
+    digest = hashlib.sha256()
+    extension = None
+    total = 0
+    for path in paths:
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path} {size}".encode("utf-8", "surrogatepass"))
+            total += size
+            if extension is None and size:
+                file.seek(0)
+                extension = _kind_of_record(next(read_records(_chunks(file), path), b""))
+    if extension is None:
+        raise ConfigError("there is nothing to pack: no records", hint="are these the right files?")
+    return Source(
+        [partial(_records, open_file, path, n, extension) for n, path in enumerate(paths)], None, total, digest.hexdigest()
+    )
+
+
+def _kind_of_record(data: bytes) -> str:
+    try:
+        return "tfexample" if decode_example(data) else "bin"
+    except FormatError:
+        return "bin"
+
+
+def _records(open_file: Callable[[str], Any], path: str, file_number: int, extension: str) -> Iterator[Sample]:
+    with open_file(path) as file:
+        for number, data in enumerate(read_records(_chunks(file), path)):
+            yield f"{file_number:05d}-{number:09d}", {extension: data}
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    return iter(lambda: file.read(1 << 20), b"")
 
 
 def of_iterable(samples: Iterable[Any]) -> Source:

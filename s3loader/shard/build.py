@@ -21,7 +21,7 @@ from s3loader.shard.parquet import index_parquet, is_parquet
 from s3loader.shard.samples import LeftOut, torn_samples
 from s3loader.shard.source import RangeSource, StreamSource, TarSource, get_from_start, sniff_compression
 from s3loader.shard.tar import TarMember, walk
-from s3loader.shard.tfrecord import index_tfrecord, is_tfrecord
+from s3loader.shard.tfrecord import compressed_records, index_tfrecord, is_tfrecord, no_random_records
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import open_store
 from s3loader.store.ordered import map_ordered
@@ -76,6 +76,8 @@ def index_archive(
         return index_parquet(store, key, etag=meta.etag or None)
     if is_tfrecord(head):
         return index_tfrecord(store, key, etag=meta.etag or None)
+    if (compressed := compressed_records(head)) is not None:
+        raise no_random_records(compressed, url)
     try:
         compression = sniff_compression(head)
         table = _seek_table(store, key, meta) if compression == "zstd" else None

@@ -14,6 +14,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final, Protocol
 
 from s3loader.errors import ConfigError, FormatError, ShardReadError
@@ -320,12 +321,17 @@ class _Decompressor(Protocol):
 def decompressor(compression: str, chunks: Iterator[Buffer], *, max_chunk: int = 1 << 20) -> Iterator[bytes]:
     """Plain bytes of a compressed stream, in pieces of bounded size; several streams in a row are one.
 
+    Args:
+        compression: One of `COMPRESSIONS`, or ``"zlib"``.
+        chunks: The stream.
+        max_chunk: Most bytes of a piece.
+
     Raises:
         ShardReadError: the stream is damaged or ends early.
     """
     make: Any
-    if compression == "gzip":
-        make = _Gzip
+    if compression in ("gzip", "zlib"):
+        make = partial(_Gzip, 31 if compression == "gzip" else 15)
     elif compression == "bz2":
         make = bz2.BZ2Decompressor
     elif compression == "xz":
@@ -371,8 +377,8 @@ def _zstd_error() -> type[Exception]:
 class _Gzip:
     """`zlib` with the interface of `bz2.BZ2Decompressor`."""
 
-    def __init__(self) -> None:
-        self._in = zlib.decompressobj(31)
+    def __init__(self, window: int) -> None:
+        self._in = zlib.decompressobj(window)
         self._tail = b""
 
     def decompress(self, data: Buffer, max_length: int) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,8 @@ def test_damage_is_noticed(folder: Path) -> None:
         (whole + b"\0" * 5, "cut off"),
         (whole + b"\0" * 50, "damaged"),
         (b"\x1f\x8b" + whole, "gzip"),
+        (gzip.compress(whole), "compressed with gzip"),
+        (zlib.compress(whole), "compressed with zlib"),
         (b"hello, this is no record at all", "cut off"),
     ):
         path.write_bytes(damaged)
@@ -119,10 +123,12 @@ def test_what_tensorflow_wrote(tmp_path: Path) -> None:
     assert contents(Loader(open_dataset(path, kind="tfrecord"), batch_size=4, shuffle="none", tail="short")) == [
         data(i) for i in range(30)
     ]
-    with tf.io.TFRecordWriter(path, options="GZIP") as writer:
-        writer.write(b"x" * 1000)
-    with pytest.raises(ShardReadError):
-        open_dataset(path, kind="tfrecord")
+    for kind in ("GZIP", "ZLIB"):
+        with tf.io.TFRecordWriter(path, options=kind) as writer:
+            writer.write(b"x" * 1000)
+        with pytest.raises(ShardReadError, match="s3loader pack") as refused:
+            open_dataset(path, kind="tfrecord")
+        assert kind.lower() in str(refused.value)
 
 
 def test_what_means_nothing_to_records_is_refused(folder: Path) -> None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from s3loader import ConfigError, FormatError, Loader, ObjectExistsError, SourceNotFoundError, open_dataset, open_store
+from s3loader import (
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    Loader,
+    ObjectExistsError,
+    SourceNotFoundError,
+    open_dataset,
+    open_store,
+)
+from s3loader.checksum import crc32c
 from s3loader.datagen import generate_parquet
 from s3loader.packing import optimize, pack, plan_pack
 from s3loader.testing import server
@@ -173,6 +186,46 @@ def test_rows_of_tables(tmp_path: Path) -> None:
     report = pack(rows, str(tmp_path / "hf"))
     assert dict(report.classes) == {"no": 0, "yes": 1}
     assert samples(tmp_path / "hf")["000000001"] == {"png": png, "cls": b"1"}
+
+
+def record(data: bytes) -> bytes:
+    """A record of a TFRecord file."""
+    masked = [
+        ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF for crc in (crc32c(struct.pack("<Q", len(data))), crc32c(data))
+    ]
+    return struct.pack("<QI", len(data), masked[0]) + data + struct.pack("<I", masked[1])
+
+
+@pytest.mark.parametrize("name", ["a.tfrecord", "a.tfrecord.gz", "a-00000-of-00001", "a.tfrec.zz"])
+def test_records_compressed_or_not(name: str, tmp_path: Path) -> None:
+    """What the loader cannot read at random is packed in order."""
+    records = [bytes([i]) * size for i, size in enumerate((0, 1, 5000, 3 << 20, 70))]
+    packed = b"".join(map(record, records))
+    written = gzip.compress(packed) if name.endswith("gz") else zlib.compress(packed) if name.endswith("zz") else packed
+    folder = write(tmp_path / "records", {name: written, "b" + name[1:]: written})
+    for source, files in ((str(folder / name), 1), (f"{folder}/*{name[1:]}", 2), (str(folder), 2)):
+        out = tmp_path / f"out-{len(source)}-{files}"
+        assert pack(source, str(out)).samples == 5 * files
+        found = samples(out)
+        assert [sample["bin"] for sample in found.values()] == records * files
+        assert list(found)[-1] == f"{files - 1:05d}-000000004"
+        assert pack(source, str(out)).unchanged
+    flipped = bytearray(packed)
+    flipped[packed.index(b"\x02" * 5000) + 100] ^= 1
+    for damaged, error in ((packed[:-3], FormatError), (bytes(flipped), IntegrityError), (b"hello" * 200, FormatError)):
+        (folder / name).write_bytes(gzip.compress(damaged) if name.endswith("gz") else damaged)
+        with pytest.raises(error):
+            pack(str(folder / name), str(tmp_path / "damaged"))
+
+
+def test_examples_are_called_so(tmp_path: Path) -> None:
+    example = b"\x0a\x0b\x0a\x09\x0a\x01a\x12\x04\x1a\x02\x0a\x00"  # a is an empty list of integers
+    folder = write(tmp_path / "e", {"a.tfrecord.gz": gzip.compress(record(example) * 3)})
+    pack(folder, str(tmp_path / "out"))
+    dataset = open_dataset(f"{tmp_path}/out/manifest.jsonl", group="webdataset")
+    for decode in ("auto", "tf_example"):
+        for sample in next(iter(Loader(dataset, batch_size=3, decode=decode))):
+            assert sample["tfexample"]["a"].tolist() == []
 
 
 def test_another_dataset_is_repacked(images: Path, tmp_path: Path) -> None:
