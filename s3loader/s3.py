@@ -29,7 +29,6 @@ from s3loader.toolbox.single import stat as stat
 from s3loader.toolbox.stores import close as close
 from s3loader.toolbox.stores import configure as configure
 from s3loader.toolbox.transfer import OnExists as OnExists
-from s3loader.toolbox.transfer import Progress as Progress
 from s3loader.toolbox.transfer import TransferReport as TransferReport
 from s3loader.toolbox.transfer import copy as copy
 from s3loader.toolbox.transfer import download as download
@@ -44,7 +43,6 @@ __all__ = [
     "MultipartUploadWriter",
     "OnExists",
     "ProcessStats",
-    "Progress",
     "TransferReport",
     "close",
     "configure",

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s3loader.cli.objects import place
+from s3loader.cli.objects import place, show_failures
 from s3loader.cli.output import json_option, print_json
+from s3loader.errors import PartialFailureError
 from s3loader.units import format_size
 
 if TYPE_CHECKING:
@@ -152,6 +153,40 @@ def from_prefix(url: str, target: str, overwrite: bool, as_json: bool) -> None:
     from s3loader.toolbox.manifests import manifest_from_prefix
 
     _tell(manifest_from_prefix(url, target, overwrite=overwrite, **place()), as_json)
+
+
+@manifest.command()
+@click.argument("url")
+@click.option("--root", help="The folder that its keys are relative to; default: where its first entry is, if that is certain.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@json_option
+def delete(url: str, root: str | None, dry_run: bool, as_json: bool) -> None:
+    """Delete all that the manifest at URL lists, with the indexes of its shards, its parts, and itself last.
+
+    Nothing but what it lists is touched. A deletion that was interrupted can be made again.
+    """
+    from s3loader.toolbox.manifests import delete_manifest
+
+    doomed: list[tuple[str, str]] = []
+    counts = {"object": 0, "archive": 0, "manifest": 0}
+
+    def note(what: str, name: str) -> None:
+        counts[what] += 1
+        if as_json:
+            doomed.append((what, name))
+        else:
+            click.echo(f"{'would delete' if dry_run else 'delete'} {name}")
+
+    try:
+        report = delete_manifest(url, root=root, dry_run=dry_run, planned=note, **place())
+    except PartialFailureError as error:
+        show_failures(error, "delete")
+        raise
+    if as_json:
+        print_json({"dry_run": dry_run, **report, "urls": [name for _, name in doomed]})
+        return
+    told = f"{counts['object']:,} objects, {counts['archive']:,} shards with their indexes, {counts['manifest']:,} manifests"
+    click.echo(f"{'Would delete' if dry_run else 'Deleted'} {told}.", err=True)
 
 
 def _tell(done: Written, as_json: bool) -> None:

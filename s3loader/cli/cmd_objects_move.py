@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,9 +14,6 @@ from s3loader.cli.objects import parse_target, pattern_options, show_failures
 from s3loader.cli.output import json_option, print_json
 from s3loader.cli.progress import progress
 from s3loader.errors import PartialFailureError
-
-if TYPE_CHECKING:
-    from s3loader.toolbox import transfer
 
 __all__ = ["copy", "download", "sync"]
 
@@ -54,7 +51,7 @@ def download(
                 flatten=flatten,
                 on_exists=policy_of(on_exists),
                 max_in_flight=jobs,
-                progress=lambda done: show(done.objects + done.skipped, None, done.bytes),
+                progress=show,
                 **target.options,
             )
         except PartialFailureError as error:
@@ -89,16 +86,12 @@ def copy(
     policy = policy_of(on_exists)
     from_here, to_here = _is_local(source), _is_local(target)
     with progress("copy", quiet=as_json) as show:
-
-        def shown(done: transfer.TransferReport) -> None:
-            show(done.objects + done.skipped, None, done.bytes)
-
         try:
             if from_here and not to_here:
                 if os.path.isdir(source) and not recursive:
                     raise click.UsageError(f"{source} is a folder: add -r")
                 into = target if target.endswith("/") or not os.path.isdir(source) else f"{target}/"
-                report = transfer.upload(source, into, on_exists=policy, max_in_flight=jobs, progress=shown)
+                report = transfer.upload(source, into, on_exists=policy, max_in_flight=jobs, progress=show)
             else:
                 what = parse_target(source, literal=literal, regex=regex)
                 several = recursive or what.is_pattern
@@ -109,13 +102,13 @@ def copy(
                         recursive=recursive,
                         on_exists=policy,
                         max_in_flight=jobs,
-                        progress=shown,
+                        progress=show,
                         **job,
                         **what.options,
                     )
                 else:
                     into = target if not os.path.isdir(target) else f"{target.removesuffix('/')}/"
-                    report = transfer.copy(what.url, into, on_exists=policy, progress=shown)
+                    report = transfer.copy(what.url, into, on_exists=policy, progress=show)
         except PartialFailureError as error:
             show_failures(error, "copy")
             raise
@@ -156,7 +149,7 @@ def sync(source: str, target: str, delete: bool, dry_run: bool, jobs: int, as_js
                 dry_run=dry_run,
                 max_in_flight=jobs,
                 planned=note,
-                progress=lambda done: show(done.objects + done.skipped, None, done.bytes),
+                progress=show,
                 **job,
             )
         except PartialFailureError as error:

@@ -121,7 +121,7 @@ def upload(
                 content_type=content_type,
                 create_bucket=create_bucket,
                 max_in_flight=jobs,
-                progress=lambda done: show(done.objects + done.skipped, None, done.bytes),
+                progress=show,
             )
         except PartialFailureError as error:
             show_failures(error, "upload")

@@ -40,7 +40,7 @@ COMMANDS: Final = {
     "loader": ("cmd_loader:loader", "Show a dataset: samples, shards, classes, sizes, pictures, what an epoch costs."),
     "ls": ("cmd_objects_read:list_objects", "List objects."),
     "ls-samples": ("cmd_datasets:ls_samples", "List the samples of a dataset: keys, members, sizes, shards."),
-    "manifest": ("cmd_manifest:manifest", "Show, make, extend, join and compact manifests."),
+    "manifest": ("cmd_manifest:manifest", "Show, make, extend, join, compact and delete manifests."),
     "mp-get": ("cmd_objects_read:mp_get", "Read objects in several processes, and say how fast."),
     "oplog": ("cmd_oplog:oplog", "Logs of requests: sum up, draw, merge, replay."),
     "pack": ("cmd_pack:pack", "Pack a folder, a table or another dataset into shards, ready to train on."),

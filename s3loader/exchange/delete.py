@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeAlias
 
 from s3loader.errors import ConfigError, ObjectNotFoundError
@@ -127,11 +128,12 @@ def delete_manifest(
     delete_manifests: bool = True,
     dedupe: bool = True,
     dry_run: bool = False,
+    planned: Callable[[Written, str], None] | None = None,
 ) -> DeleteReport:
     """Delete what a manifest lists: objects, archives with their indexes, then its parts and itself.
 
     Manifests go last, and only if everything they list is gone, so that a deletion that was cut short
-    or failed for some keys can be run again.
+    or failed for some keys can be run again. Of the rest the first entry goes last: where it is, the others are found.
 
     Args:
         store: The store.
@@ -139,6 +141,8 @@ def delete_manifest(
         delete_manifests: Also delete the manifest and all it references.
         dedupe: Delete a key that is listed twice once (keeps all keys in memory).
         dry_run: Only count.
+        planned: Called with ``("object", "archive" or "manifest", key)`` of all that will be deleted, before anything is; the
+            index of an archive goes with it. What it raises ends it.
 
     Raises:
         ManifestNotFoundError: there is no such manifest.
@@ -146,11 +150,19 @@ def delete_manifest(
         IntegrityError: its bytes are not what was written; nothing was deleted.
     """
     report = empty_report()
-    wanted = UploadedKeys()
+    wanted, first = UploadedKeys(), UploadedKeys()
     try:
         manifests: list[str] = []
-        _collect(store, manifest, wanted, manifests, report["errors"], dedupe)
+        _collect(store, manifest, wanted, first, manifests, report["errors"], dedupe)
+        if planned is not None:
+            for what, key in itertools.chain(wanted, first):
+                planned(what, key)
+            for key in reversed(manifests) if delete_manifests and not report["errors"] else ():
+                planned("manifest", key)
+        lost = len(report["errors"])
         _delete_written(store, wanted, report, dry_run=dry_run)
+        if len(report["errors"]) == lost:
+            _delete_written(store, first, report, dry_run=dry_run)
         if delete_manifests and not report["errors"]:
             parts = UploadedKeys()
             for key in reversed(manifests):
@@ -160,12 +172,14 @@ def delete_manifest(
         return report
     finally:
         wanted.close()
+        first.close()
 
 
 def _collect(
     store: ObjectStore,
     manifest: str | Iterable[ManifestEntry],
     wanted: UploadedKeys,
+    first: UploadedKeys,
     manifests: list[str],
     errors: dict[str, str],
     dedupe: bool,
@@ -186,7 +200,7 @@ def _collect(
                 if key in seen:
                     continue
                 seen.add(key)
-            wanted.note(what, key)
+            (wanted if len(first) else first).note(what, key)
 
     if isinstance(manifest, str):
         visited.add(manifest)

@@ -344,16 +344,22 @@ class S3ExchangeStore(ExchangeBase):
         return delete.delete_prefix(self.objects, prefix, regex=regex, allow_all=allow_all, dry_run=dry_run)
 
     def delete_manifest(
-        self, manifest: ManifestLike, *, delete_manifests: bool = True, dedupe: bool = True, dry_run: bool = False
+        self,
+        manifest: ManifestLike,
+        *,
+        delete_manifests: bool = True,
+        dedupe: bool = True,
+        dry_run: bool = False,
+        planned: Callable[[str, str], None] | None = None,
     ) -> DeleteReport:
         """Delete all a manifest lists, its parts and itself; a shard goes with its index. The data goes first, so a call that
-        was cut off can be made again."""
+        was cut off can be made again. `planned` is called with ``("object", "archive" or "manifest", key)`` of each before."""
         if isinstance(manifest, str):
             manifest = Manifest(self, key=manifest)
         elif not isinstance(manifest, Manifest):
             check_entries(manifest)
             manifest = Manifest(self, entries=manifest)
-        return manifest.delete(delete_manifests=delete_manifests, dedupe=dedupe, dry_run=dry_run)
+        return manifest.delete(delete_manifests=delete_manifests, dedupe=dedupe, dry_run=dry_run, planned=planned)
 
 
 DEFAULT_BUCKET = "default-bucket"

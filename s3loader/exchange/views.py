@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Unpack
 
@@ -175,7 +175,14 @@ class Manifest:
             entries = iter_manifest(self._store.objects, self._key, strict=True) if own else self.iter_entries()
         write_manifest(self._store.objects, self._key, map(entry_of, entries), mode)
 
-    def delete(self, *, delete_manifests: bool = True, dedupe: bool = True, dry_run: bool = False) -> DeleteReport:
+    def delete(
+        self,
+        *,
+        delete_manifests: bool = True,
+        dedupe: bool = True,
+        dry_run: bool = False,
+        planned: Callable[[str, str], None] | None = None,
+    ) -> DeleteReport:
         """Delete what it lists: objects, archives with their indexes, then its parts and itself.
 
         Manifests go last, and only if everything they list is gone, so that a deletion that was cut short, or failed for
@@ -185,6 +192,8 @@ class Manifest:
             delete_manifests: Also delete the manifest and all it references.
             dedupe: Delete a key that is listed twice once (keeps all keys in memory).
             dry_run: Only count.
+            planned: Called with ``("object", "archive" or "manifest", key)`` of all that will be deleted, before anything is;
+                the index of an archive goes with it. What it raises ends it.
 
         Raises:
             ManifestNotFoundError: there is no such manifest.
@@ -197,6 +206,7 @@ class Manifest:
             delete_manifests=delete_manifests,
             dedupe=dedupe,
             dry_run=dry_run,
+            planned=planned,
         )
 
     def compact(self, dst_key: str, **options: Unpack[CompactOptions]) -> CompactReport:

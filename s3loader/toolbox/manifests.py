@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, Unpack, cast
 
 from s3loader.arguments import checked
-from s3loader.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, ShardReadError
+from s3loader.errors import (
+    ConfigError,
+    InvalidManifestError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    PartialFailureError,
+    ShardReadError,
+    StoreError,
+)
 from s3loader.exchange.append import append_entries, write_manifest
 from s3loader.exchange.commit import is_part_key
 from s3loader.exchange.errors import ManifestNotFoundError
@@ -16,7 +24,7 @@ from s3loader.exchange.keys import infer_id_from_key, is_shard_key, is_sidecar_k
 from s3loader.exchange.lines import file_entry
 from s3loader.exchange.reading import iter_manifest
 from s3loader.exchange.store import S3ExchangeStore
-from s3loader.exchange.types import CompactOptions, CompactReport, ManifestEntry, ShardEntry
+from s3loader.exchange.types import CompactOptions, CompactReport, DeleteReport, ManifestEntry, ShardEntry
 from s3loader.exchange.views import Manifest
 from s3loader.loader.sources import rooted
 from s3loader.loader.urls import is_pattern, one_store, split_url
@@ -28,7 +36,16 @@ from s3loader.store.open import StoreKeywords
 from s3loader.types import Location, ObjectMeta, ObjectURL, ReadRequest
 from s3loader.units import KIB
 
-__all__ = ["Written", "append_to_manifest", "compact", "manifest_from_prefix", "merge_manifests", "open_manifest", "parts_of"]
+__all__ = [
+    "Written",
+    "append_to_manifest",
+    "compact",
+    "delete_manifest",
+    "manifest_from_prefix",
+    "merge_manifests",
+    "open_manifest",
+    "parts_of",
+]
 
 _HEAD: Final = 4 * KIB
 
@@ -55,6 +72,80 @@ def open_manifest(url: Location, **place: Unpack[StoreKeywords]) -> tuple[S3Exch
     root, key = split_url(url)
     store, key, _ = rooted(open_store(root, **place), root, key, place)
     return S3ExchangeStore(store), key
+
+
+@checked
+def delete_manifest(
+    url: Location,
+    *,
+    root: Location | None = None,
+    dry_run: bool = False,
+    planned: Callable[[str, str], None] | None = None,
+    **place: Unpack[StoreKeywords],
+) -> DeleteReport:
+    """Delete what a manifest lists, with the indexes of its shards, then its parts and itself; nothing else.
+
+    The manifests go last and only if all that they list is gone, so that a deletion that was cut short, or failed for some,
+    can be made again.
+
+    Args:
+        url: Of the manifest.
+        root: The folder that its keys are relative to; default: where its first entry is, if that is certain.
+        dry_run: Only say what would be deleted.
+        planned: Called with ``("object", "archive" or "manifest", URL)`` of all that will be deleted, before anything is.
+        place: Keywords of `open_store`.
+
+    Raises:
+        ManifestNotFoundError: there is none.
+        InvalidManifestError, IntegrityError: it cannot be read, or its first entry is gone; nothing was deleted.
+        ConfigError: its keys may be relative to another folder; nothing was deleted.
+        PartialFailureError: some could not be deleted, or a part is missing; the manifest is still there.
+    """
+    if root is not None:
+        exchange = S3ExchangeStore(open_store(root, **place))
+        key = _key_in(exchange.objects, url)
+    else:
+        try:
+            exchange, key = open_manifest(url, **place)
+        except InvalidManifestError as error:
+            error.hint = _ROOT_HINT if "first entry" in error.message else error.hint
+            raise
+        _be_certain(exchange.objects, key)
+    where = ObjectURL.parse(exchange.objects.url)
+
+    def said(what: str, name: str) -> None:
+        if planned is not None:
+            planned(what, str(where.joined(name)))
+
+    report = exchange.delete_manifest(key, dry_run=dry_run, planned=said)
+    if report["errors"]:
+        failures = tuple((str(where.joined(name)), StoreError(why)) for name, why in report["errors"].items())
+        failed, why = failures[0]
+        raise PartialFailureError(
+            f"{len(failures)} could not be deleted, so the manifest is still there; first {failed}: {why.message}",
+            failures=failures,
+            report=report,
+            hint="mend that and delete it again; what is gone already is no error then",
+        )
+    return report
+
+
+_ROOT_HINT: Final = "say which folder its keys are relative to: --root URL (root=)"
+
+
+def _be_certain(store: ObjectStore, key: str) -> None:
+    """Refuse a folder above the manifest in which there is an object of the first entry's name that may be another one."""
+    first = next(iter_manifest(store, key, resolve_refs=False), None)
+    if first is None or "/" not in key or first["kind"] == "manifest_ref":  # the names of parts are random
+        return
+    recorded = (first.get("meta") or {}).get("etag")
+    name = str(first.get("archive_key") or first.get("key"))
+    if recorded is None or store.head(name).etag != recorded:
+        raise ConfigError(
+            f"its first entry {name!r} may be another object of this name: its ETag is not the one that is noted",
+            url=f"{store.url}/{key}",
+            hint=_ROOT_HINT,
+        )
 
 
 def parts_of(store: S3ExchangeStore, key: str) -> list[str]:

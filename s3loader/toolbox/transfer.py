@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, Unpack, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, Unpack, get_args
 
 from s3loader.arguments import checked, local_path
 from s3loader.errors import (
@@ -23,6 +23,7 @@ from s3loader.errors import (
     S3LoaderError,
     SourceNotFoundError,
 )
+from s3loader.progress import Report, ShowProgress, check_progress, showing
 from s3loader.ranges import split
 from s3loader.store.arguments import at_source, checked_attributes
 from s3loader.store.backend import ReadResult, key_bytes
@@ -38,10 +39,12 @@ from s3loader.toolbox.stores import configured, names_folder, object_at, root_of
 from s3loader.types import CommonPrefix, Location, ObjectMeta, ObjectURL, PutResult, ReadRequest
 from s3loader.units import MIB
 
-__all__ = ["OnExists", "Progress", "TransferReport", "copy", "download", "sync", "upload"]
+__all__ = ["OnExists", "TransferReport", "copy", "download", "sync", "upload"]
 
 OnExists: TypeAlias = Literal["overwrite", "skip", "error", "if_changed"]
 """What happens where the target is there already. ``"if_changed"`` leaves it alone if it has the same size and is not older."""
+
+T = TypeVar("T")
 
 _PIECE: Final = 16 * MIB
 """Bytes of one request."""
@@ -65,26 +68,43 @@ class TransferReport:
     """``(url or path of the source, error)`` of what failed."""
 
 
-Progress: TypeAlias = Callable[[TransferReport], None]
-"""Called in the calling thread, whenever something is done, with what is done so far."""
-
-
 @dataclass(slots=True)
 class _Tally:
-    progress: Progress | None
+    """What is done so far, of what was found so far."""
+
+    shown: Report | None
     report: TransferReport = field(default_factory=TransferReport)
+    found: int = 0
+    complete: bool = False
+    """All was found that there is."""
+    told: bool = False
+    """Of how many was said."""
 
     def add(self, objects: int = 0, size: int = 0, skipped: int = 0, deleted: int = 0) -> None:
         was = self.report
         self.report = TransferReport(
             was.objects + objects, was.bytes + size, was.skipped + skipped, was.deleted + deleted, was.failures
         )
-        if self.progress is not None:
-            self.progress(self.report)
+        self._show()
 
     def fail(self, source: str, error: S3LoaderError) -> None:
         was = self.report
         self.report = TransferReport(was.objects, was.bytes, was.skipped, was.deleted, (*was.failures, (source, error)))
+        self._show()
+
+    def _show(self) -> None:
+        if self.shown is not None:
+            now = self.report
+            done = now.objects + now.skipped + now.deleted + len(now.failures)
+            self.told = self.complete
+            self.shown(done, self.found if self.complete else None, now.bytes)
+
+    def look(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, counted as found."""
+        for item in items:
+            self.found += 1
+            yield item
+        self.complete = True
 
     def join(self, other: TransferReport) -> None:
         """What a task did."""
@@ -101,6 +121,9 @@ class _Tally:
             S3LoaderError: what was the only one failed.
             PartialFailureError: some failed.
         """
+        if self.found and not self.told:
+            self.complete = True
+            self._show()
         failures = self.report.failures
         if not failures:
             return self.report
@@ -129,7 +152,7 @@ def download(
     flatten: bool = False,
     on_exists: OnExists = "overwrite",
     max_in_flight: int = 64,
-    progress: Progress | None = None,
+    progress: ShowProgress = None,
     **place: Unpack[StoreKeywords],
 ) -> TransferReport:
     """Write objects as files in a local folder, under their names below `url`.
@@ -145,23 +168,25 @@ def download(
         on_exists: What happens where a target is there: ``"overwrite"``, ``"skip"``, ``"error"``, or ``"if_changed"``, which
             skips what has the same size and is not older.
         max_in_flight: Requests at a time, of at most 128 MiB together.
-        progress: Called with a `TransferReport` of what is done so far, whenever something is.
+        progress: True shows it on stderr; or a function of ``(done, total, bytes)`` that is called in the calling thread
+            whenever an object is done: of how many (None while they are still being listed), and bytes moved so far.
         place: Keywords of `s3loader.open_store`: endpoint, credentials, options.
 
     Raises:
         ObjectNotFoundError: nothing was named.
         PartialFailureError: some objects failed; `.failures` says which, the others are there.
     """
-    _check_policy(on_exists, max_in_flight)
+    _check_policy(on_exists, max_in_flight, progress)
     target = os.fsencode(local_path(folder))
-    tally = _Tally(progress)
     single = not names_folder(url) and glob is None and regex is None
     found = only_objects(select(url, place, recursive=recursive, glob=glob, regex=regex, children=recursive))
-    plan = _files_of(found, target, flatten, on_exists, tally, empty_is_error=str(ObjectURL.parse(url)), single=single)
-    first = next(plan, None)
-    if first is not None:
-        _fetch(first.found.store, itertools.chain((first,), plan), on_exists, max_in_flight, tally)
-    return tally.done()
+    with showing(progress, "download") as shown:
+        tally = _Tally(shown)
+        plan = _files_of(found, target, flatten, on_exists, tally, empty_is_error=str(ObjectURL.parse(url)), single=single)
+        first = next(plan, None)
+        if first is not None:
+            _fetch(first.found.store, itertools.chain((first,), plan), on_exists, max_in_flight, tally)
+        return tally.done()
 
 
 @dataclass(slots=True)
@@ -192,6 +217,7 @@ def _files_of(
         any_at_all = True
         if entry.key.endswith("/") and not meta.size:
             continue
+        tally.found += 1
         name = entry.name.rpartition("/")[2] if flatten else entry.name
         try:
             if flatten:
@@ -210,6 +236,7 @@ def _files_of(
             yield _File(entry, meta, path)
         except S3LoaderError as error:
             tally.fail(entry.url, error)
+    tally.complete = True
     if not any_at_all:
         raise ObjectNotFoundError("there is nothing to download", op="get", url=empty_is_error)
 
@@ -314,7 +341,7 @@ def upload(
     tags: Mapping[str, str] | None = None,
     create_bucket: bool = False,
     max_in_flight: int = 32,
-    progress: Progress | None = None,
+    progress: ShowProgress = None,
     **place: Unpack[StoreKeywords],
 ) -> TransferReport:
     """Write local files as objects.
@@ -328,7 +355,8 @@ def upload(
         content_type, metadata, attributes, tags: Of all of them, as in `s3loader.s3.put`.
         create_bucket: Make the bucket where it is missing.
         max_in_flight: Files at a time.
-        progress: Called with a `TransferReport` of what is done so far, whenever something is.
+        progress: True shows it on stderr; or a function of ``(done, total, bytes)`` that is called in the calling thread
+            whenever an object is done: of how many (None while they are still being listed), and bytes moved so far.
         place: Keywords of `s3loader.open_store`: endpoint, credentials, options.
 
     Raises:
@@ -338,7 +366,7 @@ def upload(
     """
     from s3loader.toolbox import single
 
-    _check_policy(on_exists, max_in_flight)
+    _check_policy(on_exists, max_in_flight, progress)
     described: dict[str, Any] = {"content_type": content_type, "metadata": metadata}
     described["attributes"] = checked_attributes(attributes, tags)
     sources = [source] if isinstance(source, (str, os.PathLike)) else [*source]
@@ -360,29 +388,11 @@ def upload(
             store, key = root_of(target, place), f"{target.key}{name}"
         return _upload_one(store, key, path, on_exists, described)
 
-    tally = _Tally(progress)
     part = 5 * 8 * MIB
-    slots = run_ordered(
-        named,
-        lambda slot, budget: work(slot.item),
-        lambda item: max(1, min(part, _size_of(item[0]))),
-        max_bytes=2 * _IN_HAND,
-        concurrency=max_in_flight,
-        name="s3loader-box",
-    )
-    try:
-        for slot in slots:
-            if isinstance(slot.error, S3LoaderError):
-                tally.fail(slot.item[0], slot.error)
-            elif slot.error is not None:
-                raise slot.error
-            elif slot.result is None:
-                tally.add(skipped=1)
-            else:
-                tally.add(objects=1, size=slot.result)
-    finally:
-        slots.close()  # type: ignore[attr-defined]  # a generator: its threads end now
-    return tally.done()
+    with showing(progress, "upload") as shown:
+        tally = _Tally(shown)
+        _run(tally.look(named), work, lambda item: item[0], max_in_flight, tally, lambda item: min(part, _size_of(item[0])))
+        return tally.done()
 
 
 def _size_of(path: str) -> int:
@@ -466,7 +476,7 @@ def copy(
     regex: str | None = None,
     on_exists: OnExists = "overwrite",
     max_in_flight: int = 16,
-    progress: Progress | None = None,
+    progress: ShowProgress = None,
     target_place: Mapping[str, Any] | None = None,
     **job: Unpack[JobKeywords],
 ) -> TransferReport:
@@ -482,7 +492,8 @@ def copy(
         on_exists: What happens where a target is there: ``"overwrite"``, ``"skip"``, ``"error"``, or ``"if_changed"``, which
             skips what has the same size and is not older.
         max_in_flight: Objects at a time.
-        progress: Called with a `TransferReport` of what is done so far, whenever something is.
+        progress: True shows it on stderr; or a function of ``(done, total, bytes)`` that is called in the calling thread
+            whenever an object is done: of how many (None while they are still being listed), and bytes moved so far.
         target_place: Keywords of `open_store` for the target, where they differ from `place`.
         job: Keywords of `s3loader.open_store`: endpoint, credentials, options; and ``engine="ray"`` with ``address``: tasks of
             a Ray cluster copy some objects each.
@@ -492,7 +503,7 @@ def copy(
         ConfigError: a folder without `recursive`, or several objects for the name of one.
         PartialFailureError: some failed; `.failures` says which.
     """
-    _check_policy(on_exists, max_in_flight)
+    _check_policy(on_exists, max_in_flight, progress)
     executor, place = executor_of(job)
     place = place if executor is None else configured(place)  # tasks know nothing of what this process was told
     there = {**place, **(target_place or {})}
@@ -502,24 +513,24 @@ def copy(
     if not several:
         store, key = object_at(source, place)
         to_store, to_key = (_within(where, there, key.rpartition("/")[2])) if into else object_at(target, there)
-        size = _copy_one(store, key, to_store, to_key, on_exists, same=_same(source, target, place, there))
-        tally = _Tally(progress)
-        tally.add(skipped=1) if size is None else tally.add(objects=1, size=size)
-        return tally.done()
+        with showing(progress, "copy") as shown:
+            tally = _Tally(shown, found=1, complete=True)
+            size = _copy_one(store, key, to_store, to_key, on_exists, same=_same(source, target, place, there))
+            tally.add(skipped=1) if size is None else tally.add(objects=1, size=size)
+            return tally.done()
     if not into and not names_folder(ObjectURL(where.scheme, where.bucket, f"{where.key}/")):
         raise ConfigError(f"{where} is no folder", hint="end the target with a slash")
     found = only_objects(select(source, place, recursive=recursive, glob=glob, regex=regex))
     _check_apart(source, target, place, there)
     same = _same(source, target, place, there)
-
-    tally = _Tally(progress)
+    folders = _Folders(str(ObjectURL.parse(source)), where, place, there, on_exists, same, max_in_flight)
     copies = ((_Copy(entry.key, entry.name, entry.url), meta.size) for entry, meta in found)
-    _copy_all(
-        executor, _Folders(str(ObjectURL.parse(source)), where, place, there, on_exists, same, max_in_flight), copies, tally
-    )
-    if not tally.report.objects + tally.report.skipped + len(tally.report.failures):
-        raise ObjectNotFoundError("there is nothing to copy", op="copy", url=str(ObjectURL.parse(source)))
-    return tally.done()
+    with showing(progress, "copy") as shown:
+        tally = _Tally(shown)
+        _copy_all(executor, folders, tally.look(copies), tally)
+        if not tally.report.objects + tally.report.skipped + len(tally.report.failures):
+            raise ObjectNotFoundError("there is nothing to copy", op="copy", url=str(ObjectURL.parse(source)))
+        return tally.done()
 
 
 def _within(folder: ObjectURL, place: Mapping[str, Any], name: str) -> tuple[ObjectStore, str]:
@@ -602,13 +613,14 @@ def _run(
     name_of: Callable[[Any], str],
     concurrency: int,
     tally: _Tally,
+    size_of: Callable[[Any], int] | None = None,
 ) -> None:
-    """Do the work of each by threads, and count."""
+    """Do the work of each by threads, and count. `size_of`: bytes in hand meanwhile, where they are bounded."""
     slots = run_ordered(
         items,
         lambda slot, budget: work(slot.item),
-        lambda item: 1,
-        max_bytes=4 * concurrency,
+        (lambda item: 1) if size_of is None else (lambda item: max(1, size_of(item))),
+        max_bytes=4 * concurrency if size_of is None else 2 * _IN_HAND,
         concurrency=concurrency,
         name="s3loader-box",
     )
@@ -686,7 +698,7 @@ def sync(
     delete: bool = False,
     dry_run: bool = False,
     max_in_flight: int = 16,
-    progress: Progress | None = None,
+    progress: ShowProgress = None,
     planned: Callable[[str, str], None] | None = None,
     target_place: Mapping[str, Any] | None = None,
     **job: Unpack[JobKeywords],
@@ -702,7 +714,8 @@ def sync(
         delete: Also delete what only the target has. Never happens where something failed before.
         dry_run: Do nothing; the report tells what would be done.
         max_in_flight: Objects at a time.
-        progress: Called with a `TransferReport` of what is done so far, whenever something is.
+        progress: True shows it on stderr; or a function of ``(done, total, bytes)`` that is called in the calling thread
+            whenever an object is done: of how many (None while they are still being listed), and bytes moved so far.
         planned: Called with each ``("copy" or "delete", url of the target)`` before it is done, or in its place.
         target_place: Keywords of `open_store` for the target, where they differ from `place`.
         job: Keywords of `s3loader.open_store`: endpoint, credentials, options; and ``engine="ray"`` with ``address``: tasks of
@@ -713,7 +726,7 @@ def sync(
         ObjectNotFoundError: `delete`, and the source is empty: a mistyped one would empty the target.
         PartialFailureError: some failed; `.failures` says which, and nothing was deleted then.
     """
-    _check_policy("overwrite", max_in_flight)
+    _check_policy("overwrite", max_in_flight, progress)
     executor, place = executor_of(job)
     place = place if executor is None else configured(place)  # tasks know nothing of what this process was told
     there = {**place, **(target_place or {})}
@@ -722,47 +735,52 @@ def sync(
     same = _same(source, target, place, there)
     if store.engine == "file" and not os.path.isdir(ObjectURL.parse(source).key):
         raise BucketNotFoundError("there is no such folder", op="sync", url=store.url)
-    tally = _Tally(progress)
-    extra: list[str] = []
-    seen = False
+    with showing(progress, "sync") as shown:
+        tally = _Tally(shown)
+        extra: list[str] = []
+        seen = False
 
-    def wanted() -> Iterator[tuple[_Copy, int]]:
-        nonlocal seen
-        for name, mine, other in _side_by_side(_names(store, prefix), _names(to_store, to_prefix, missing_ok=True)):
-            seen = seen or mine is not None
-            if mine is None:
-                if delete:
-                    extra.append(to_prefix + name)
-            elif other is not None and _is_newer(other, mine):
-                tally.add(skipped=1)
-            else:
+        def wanted() -> Iterator[tuple[_Copy, int]]:
+            nonlocal seen
+            for name, mine, other in _side_by_side(_names(store, prefix), _names(to_store, to_prefix, missing_ok=True)):
+                seen = seen or mine is not None
+                tally.found += mine is not None or delete
+                if mine is None:
+                    if delete:
+                        extra.append(to_prefix + name)
+                elif other is not None and _is_newer(other, mine):
+                    tally.add(skipped=1)
+                else:
+                    if planned is not None:
+                        planned("copy", url_in(to_url, to_prefix + name))
+                    yield _Copy(prefix + name, name, f"{store.url}/{prefix}{name}"), mine.size
+            tally.complete = True
+
+        if dry_run:
+            for _, size in wanted():
+                tally.add(objects=1, size=size)
+        else:
+            folders = _Folders(str(ObjectURL.parse(source)), to_url, place, there, "overwrite", same, max_in_flight)
+            _copy_all(executor, folders, wanted(), tally)
+        if extra and not seen:
+            raise ObjectNotFoundError(
+                "the source is empty, so all of the target would be deleted: nothing was",
+                op="sync",
+                url=str(ObjectURL.parse(source)),
+                hint="check the source; `s3loader rm -r` empties a folder on purpose",
+            )
+        if extra and not tally.report.failures:
+            for key in extra:
                 if planned is not None:
-                    planned("copy", url_in(to_url, to_prefix + name))
-                yield _Copy(prefix + name, name, f"{store.url}/{prefix}{name}"), mine.size
-
-    if dry_run:
-        for _, size in wanted():
-            tally.add(objects=1, size=size)
-    else:
-        folders = _Folders(str(ObjectURL.parse(source)), to_url, place, there, "overwrite", same, max_in_flight)
-        _copy_all(executor, folders, wanted(), tally)
-    if extra and not seen:
-        raise ObjectNotFoundError(
-            "the source is empty, so all of the target would be deleted: nothing was",
-            op="sync",
-            url=str(ObjectURL.parse(source)),
-            hint="check the source; `s3loader rm -r` empties a folder on purpose",
-        )
-    if extra and not tally.report.failures:
-        for key in extra:
-            if planned is not None:
-                planned("delete", url_in(to_url, key))
-        failures = [] if dry_run else to_store.delete_many(extra)
-        tally.add(deleted=len(extra) - len(failures))
-        for failure in failures:
-            error = failure.error
-            tally.fail(url_in(to_url, failure.key), error if isinstance(error, S3LoaderError) else S3LoaderError(str(error)))
-    return tally.done()
+                    planned("delete", url_in(to_url, key))
+            failures = [] if dry_run else to_store.delete_many(extra)
+            tally.add(deleted=len(extra) - len(failures))
+            for failure in failures:
+                error = failure.error
+                tally.fail(
+                    url_in(to_url, failure.key), error if isinstance(error, S3LoaderError) else S3LoaderError(str(error))
+                )
+        return tally.done()
 
 
 def _folder(url: Location, place: Mapping[str, Any]) -> tuple[ObjectStore, str, ObjectURL]:
@@ -800,7 +818,8 @@ def _side_by_side(
             left, right = next(one, None), next(other, None)
 
 
-def _check_policy(on_exists: OnExists, max_in_flight: int) -> None:
+def _check_policy(on_exists: OnExists, max_in_flight: int, progress: ShowProgress) -> None:
+    check_progress(progress)
     if on_exists not in get_args(OnExists):
         raise ConfigError(f"on_exists cannot be {on_exists!r}", hint=f"use one of {', '.join(get_args(OnExists))}")
     if max_in_flight < 1:

@@ -218,6 +218,72 @@ def test_manifests(command: Command, foreign: Path, bucket: Callable[[str], str]
     assert "3 shards" in (command("manifest", "show", bucket("grown.jsonl")), command.err)[1]
 
 
+def all_of(command: Command, url: str) -> set[str]:
+    return {row["url"].removeprefix("file://") for row in command.json("ls", "-r", url)}
+
+
+def test_a_manifest_is_deleted_with_what_it_lists_and_nothing_else(
+    command: Command, foreign: Path, bucket: Callable[[str], str]
+) -> None:
+    for shard in ("000.tar", "001.tar", "002.tar"):
+        command("upload", foreign / shard, bucket("train/"))
+    command("index", bucket("train/"))
+    command("upload", foreign / "002.tar", bucket("val/"))
+    command("manifest", "append", bucket("m.jsonl"), bucket("train/000.tar"))
+    command("manifest", "append", bucket("m.jsonl"), bucket("train/001.tar"))
+    before = all_of(command, bucket(""))
+    out = command("manifest", "delete", bucket("m.jsonl"), "--dry-run")
+    shards = {bucket("train/000.tar"), bucket("train/001.tar")}
+    named = [line.removeprefix("would delete ").removeprefix("file://") for line in out.splitlines()]
+    assert set(named) >= shards
+    assert named[-1] == bucket("m.jsonl"), "itself last"
+    assert "2 shards" in command.err
+    assert all_of(command, bucket("")) == before
+    done = command.json("manifest", "delete", bucket("m.jsonl"))
+    assert [url.removeprefix("file://") for url in done["urls"]] == named
+    assert (done["deleted_archive_count"], done["errors"], done["dry_run"]) == (2, {}, False)
+    gone = before - all_of(command, bucket(""))
+    assert gone == {*named, *(f"{shard}.idx" for shard in shards)}
+    command("manifest", "delete", bucket("m.jsonl"), code=4)
+
+
+def test_a_deletion_never_guesses_what_the_keys_are_relative_to(
+    command: Command, foreign: Path, bucket: Callable[[str], str]
+) -> None:
+    others = {bucket("000.tar"), bucket("001.tar")}
+    for name, shard in (("a/000.tar", "000.tar"), ("a/001.tar", "001.tar"), ("000.tar", "002.tar"), ("001.tar", "000.tar")):
+        command("cp", foreign / shard, bucket(name))
+    command("manifest", "from-prefix", bucket("a/"), bucket("a/m.jsonl"))
+    command("rm", bucket("a/000.tar"))
+    command("manifest", "delete", bucket("a/m.jsonl"), code=3)  # its name is that of another object above
+    assert "--root" in command.err
+    assert all_of(command, bucket("")) == {*others, bucket("a/001.tar"), bucket("a/m.jsonl")}
+    command("manifest", "delete", bucket("a/m.jsonl"), "--root", bucket("a/"))
+    assert all_of(command, bucket("")) == others
+
+    command("manifest", "from-prefix", bucket(""), bucket("b/c/m.jsonl"))  # keys relative to a folder above, and certain
+    command("rm", bucket("000.tar"))
+    command("manifest", "delete", bucket("b/c/m.jsonl"), code=1)  # now it is where it was, nowhere
+    assert "--root" in command.err
+    command("cp", foreign / "002.tar", bucket("000.tar"))
+    command("manifest", "from-prefix", bucket(""), bucket("b/c/m.jsonl"), "--overwrite")
+    command("manifest", "delete", bucket("b/c/m.jsonl"))
+    assert all_of(command, bucket("")) == set()
+
+
+def test_a_manifest_with_a_missing_part_stays(command: Command, foreign: Path, bucket: Callable[[str], str]) -> None:
+    command("upload", foreign / "000.tar", foreign / "001.tar", bucket("t/"))
+    command("manifest", "append", bucket("m.jsonl"), bucket("t/000.tar"))
+    command("manifest", "append", bucket("m.jsonl"), bucket("t/001.tar"))
+    (part, *_) = [
+        e["key"] for e in command.json("manifest", "show", bucket("m.jsonl"), "--refs") if e["kind"] == "manifest_ref"
+    ]
+    command("rm", bucket(part))
+    command("manifest", "delete", bucket("m.jsonl"), code=1)
+    assert part in command.err
+    assert bucket("m.jsonl") in all_of(command, bucket(""))
+
+
 def test_manifests_that_cannot_be(command: Command, tmp_path: Path) -> None:
     for name in ("show", "compact"):
         command("manifest", name, tmp_path / "no.jsonl", code=4)

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from s3loader import CheckpointManager, CheckpointOptions, Loader, open_dataset, pack
+from s3loader import CheckpointManager, CheckpointOptions, Loader, PartialFailureError, open_dataset, pack, s3
 from s3loader.checkpoint import load, save
 from s3loader.errors import ConfigError
 from s3loader.progress import showing
@@ -97,6 +98,48 @@ def test_saving_and_restoring_count_bytes(tmp_path: Path) -> None:
     calls.clear()
     load(str(tmp_path / "one"), progress=report)
     rises_to(calls, calls[-1][0])
+
+
+TRANSFERS: dict[str, Callable[[str, str, Any], Any]] = {
+    "upload": lambda source, target, progress: s3.upload(source, f"{target}/", progress=progress),
+    "download": lambda source, target, progress: s3.download(f"{source}/", target, progress=progress),
+    "copy": lambda source, target, progress: s3.copy(f"{source}/", f"{target}/", recursive=True, progress=progress),
+    "copy one": lambda source, target, progress: s3.copy(f"{source}/0", f"{target}/0", progress=progress),
+    "sync": lambda source, target, progress: s3.sync(f"{source}/", f"{target}/", progress=progress, delete=True),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFERS)
+def test_a_transfer_counts_its_objects(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in range(20):
+        (source / str(name)).write_bytes(bytes(100))
+    count = 1 if how == "copy one" else 20
+    if how == "sync":
+        target.mkdir()
+        (target / "more").write_bytes(b"")  # deleted
+        count += 1
+    calls, report = seen()
+    TRANSFERS[how](str(source), str(target), report)
+    assert [*dict.fromkeys(done for done, _, _ in calls)] == list(range(1, count + 1))
+    assert calls[-1][1:] == (count, 100 if how == "copy one" else 2000)
+    assert {total for _, total, _ in calls} <= {None, count}
+    if how in ("upload", "download"):
+        (source / "3").unlink()
+        (source / "3").symlink_to("nothing")
+        calls.clear()
+        if how == "upload":  # what failed is done with, too
+            with pytest.raises(PartialFailureError):
+                TRANSFERS[how](str(source), str(target), report)
+            assert calls[-1][:2] == (20, 20)
+    with pytest.raises(ZeroDivisionError):
+        TRANSFERS[how](str(source), str(tmp_path / "again"), lambda *some: 1 // 0)
+    with pytest.raises(ConfigError, match="progress"):
+        TRANSFERS[how](str(source), str(target), 7)
+    (source / "3").unlink()
+    TRANSFERS[how](str(source), str(tmp_path / "shown"), True)  # too short for a line
+    assert capsys.readouterr().err == ""
 
 
 def test_a_function_that_fails(tmp_path: Path, manifest: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -184,7 +184,7 @@ def test_a_manifest_that_lists_members_and_lost_parts_is_deleted_as_far_as_it_ca
 def test_a_failed_delete_is_in_the_report_and_keeps_the_manifest() -> None:
     seen, backend = watched(open_store(f"memory://{uuid.uuid4().hex}"))
     store = S3ExchangeStore(seen)
-    store.write_manifest("m.jsonl", [store.put_object(key, b"x") for key in ("a", "locked")])
+    store.write_manifest("m.jsonl", [store.put_object(key, b"x") for key in ("a", "b", "locked")])
     delete_many = backend.delete_many
 
     def locked(keys: Any) -> Any:
@@ -196,6 +196,7 @@ def test_a_failed_delete_is_in_the_report_and_keeps_the_manifest() -> None:
     assert (report["deleted_object_count"], report["deleted_manifest_count"]) == (1, 0)
     assert "object lock" in report["errors"]["locked"]
     assert store.exists("m.jsonl")
+    assert store.exists("a"), "the first entry tells what the keys are relative to, when it is tried again"
 
 
 def test_shards_are_mappings_and_manifests_are_iterable() -> None:
