@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from s3loader.errors import ConfigError
 
-__all__ = ["Board", "Found", "board", "find_ranks", "job_of"]
+__all__ = ["Board", "Found", "board", "find_ranks", "job_of", "ranks_on_node"]
 
 _PAIRS: Final = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """Variables of torchrun (and of what follows it), and of a Slurm job step. A batch script that is no step has only the first
@@ -64,6 +64,33 @@ def find_ranks(environ: Mapping[str, str] | None = None) -> Found:
         if rank in environ and world_size in environ:
             return _from_variables(environ, rank, world_size)
     return Found(0, 1, "")
+
+
+def ranks_on_node(environ: Mapping[str, str] | None = None) -> int:
+    """How many ranks run on this machine: ``LOCAL_WORLD_SIZE`` (torchrun, Ray Train), else the most tasks that a Slurm job step
+    has on one of its nodes, else 1 where this process is alone.
+
+    Args:
+        environ: Variables; default: the process's.
+
+    Raises:
+        ConfigError: nobody says, or a variable is no number.
+    """
+    environ = os.environ if environ is None else environ
+    local, tasks = environ.get("LOCAL_WORLD_SIZE"), environ.get("SLURM_STEP_TASKS_PER_NODE")
+    try:
+        if local is not None:
+            found = int(local)
+        elif tasks is not None:
+            found = max(int(group.partition("(")[0]) for group in tasks.split(","))  # "8(x2),4"
+        else:
+            found = 1 if find_ranks(environ).world_size == 1 else 0
+    except ValueError:
+        found = 0
+    if found < 1:
+        said = f"LOCAL_WORLD_SIZE={local!r}, SLURM_STEP_TASKS_PER_NODE={tasks!r}"
+        raise ConfigError(f"how many ranks run on this node is not known: {said}", hint="set LOCAL_WORLD_SIZE to their number")
+    return found
 
 
 def _from_variables(environ: Mapping[str, str], rank: str, world_size: str) -> Found:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 from urllib.parse import unquote
 
 from s3loader.arguments import checked, local_path
@@ -31,6 +31,7 @@ __all__ = [
     "PutMode",
     "PutRequest",
     "PutResult",
+    "ReadGate",
     "ReadRequest",
     "Update",
 ]
@@ -286,6 +287,22 @@ class DeleteFailure:
     error: Exception
 
 
+class ReadGate(Protocol):
+    """Of a `ReadRequest` that need not be made where another process makes it.
+
+    Both methods are called by the thread that reads, one after the other, where a bulk call reads by threads or one range after
+    the other; the pump, which reads only while it is waited for, passes gates over. They raise nothing.
+    """
+
+    def begin(self) -> bool:
+        """Whether to make the request now; if not, a failure takes the place of its result."""
+        ...
+
+    def end(self, data: memoryview | None) -> None:
+        """These bytes have come; None: none, and the request may be made again, past the gate."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
     """One read of a bulk call: bytes ``[start, end)`` of `key`; ``end=None`` reads to its end.
@@ -301,6 +318,8 @@ class ReadRequest:
     into: memoryview | None = None
     tag: Any = None
     """Comes back untouched in the result."""
+    gate: ReadGate | None = field(default=None, compare=False)
+    """Is asked before the request is made, and told when it is over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ INTERNAL = {
         "s3loader.checkpoint.writing.staging",
         "s3loader.exchange.commit",
         "s3loader.fetch.cached",
+        "s3loader.fetch.claims",
         "s3loader.fetch.diskcache",
         "s3loader.store.buffers",
         "s3loader.store.lost_reply",

@@ -74,6 +74,10 @@ class DiskCache:
         """Whether there is an entry at `path`; unchecked, and it may be gone when it is read."""
         return os.path.exists(path)
 
+    def takes(self, size: int) -> bool:
+        """Whether `size` bytes would be kept at all."""
+        return not self._off and _HEAD.size + size <= self.max_bytes
+
     def get(self, path: str) -> memoryview | None:
         """The bytes kept at `path`, checked, or None."""
         try:
@@ -102,9 +106,9 @@ class DiskCache:
         Raises:
             CacheFullError: the disk is full or fails, and that shall be an error.
         """
-        size = _HEAD.size + len(data)
-        if self._off or size > self.max_bytes:
+        if not self.takes(len(data)):
             return
+        size = _HEAD.size + len(data)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             self._make_room(size)
@@ -159,7 +163,7 @@ class DiskCache:
         entries, total, newest = [], 0, 0.0
         leftovers = []
         for folder in os.scandir(self.folder):
-            if not folder.is_dir():
+            if not folder.is_dir():  # locks and claims
                 continue
             for item in os.scandir(folder.path):
                 with contextlib.suppress(FileNotFoundError):

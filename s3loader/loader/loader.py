@@ -26,8 +26,9 @@ from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_runs
 from s3loader.plan.permutation import Int64Array
 from s3loader.progress import Report, ShowProgress, check_progress, showing
+from s3loader.ranks import ranks_on_node
 from s3loader.types import NetworkState
-from s3loader.units import format_duration, parse_duration, parse_size
+from s3loader.units import format_duration, format_size, parse_duration, parse_size
 
 __all__ = ["Batch", "Loader", "in_threads"]
 
@@ -356,11 +357,12 @@ class Loader:
 
     def _run(self, schedule: Schedule, epoch: int, first_step: int) -> Run:
         options = self.options
+        self.stats.memory_limit = self._memory_share(self.topology.workers)
         return Run(
             self._planner(schedule, epoch, self.topology, first_step),
             self.dataset.store,
             grouped=self.dataset.group is not None,
-            memory_limit=self._memory_share(self.topology.workers),
+            memory_limit=self.stats.memory_limit,
             driver=options.driver,
             concurrency=options.concurrency,
             verify=options.verify,
@@ -385,8 +387,13 @@ class Loader:
         self._log.follow(self.quarantine)
 
     def _memory_share(self, workers: int) -> int:
-        """Bytes for one of `workers` processes of this rank."""
-        return max(1, parse_size(self.options.memory_limit) // workers)
+        """Bytes for one of `workers` processes of this rank.
+
+        Raises:
+            ConfigError: the limit is a node's, and nobody says how many ranks that has.
+        """
+        size, of_node = self.options.memory_of_node()
+        return max(1, size // (workers * (ranks_on_node() if of_node else 1)))
 
     def _read(self, samples: Int64Array) -> list[Any]:
         return read_samples(self.dataset, samples, verify=self.options.verify, stats=self.stats)
@@ -464,7 +471,23 @@ class Loader:
             price_per_1000_gets=price_per_1000_gets,
             price_per_gb=price_per_gb,
         )
-        return replace(explanation, notes=(*explanation.notes, *self.dataset.notes, *_of_network(self.dataset.store.network())))
+        return replace(
+            explanation,
+            memory_limit=self._memory_share(workers),
+            notes=(
+                *explanation.notes,
+                *self._shared_memory(workers),
+                *self.dataset.notes,
+                *_of_network(self.dataset.store.network()),
+            ),
+        )
+
+    def _shared_memory(self, workers: int) -> tuple[str, ...]:
+        size, of_node = self.options.memory_of_node()
+        if not of_node:
+            return ()
+        ranks = ranks_on_node()
+        return (f"memory_limit is {format_size(size)} of a node, shared by {ranks} ranks of {workers} workers",)
 
 
 def _of_network(network: NetworkState | None) -> tuple[str, ...]:

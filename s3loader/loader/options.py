@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, SupportsIndex, TypeAlias, TypedDict, get_args
+from typing import Any, Final, Literal, SupportsIndex, TypeAlias, TypedDict, get_args
 
 from s3loader.arguments import checked, local_path, unknown_option
 from s3loader.errors import ConfigError
@@ -21,6 +21,8 @@ from s3loader.types import Location
 from s3loader.units import parse_duration, parse_size
 
 __all__ = ["LoaderKeywords", "LoaderOptions", "OnError"]
+
+_PER_NODE: Final = "/node"
 
 OnError: TypeAlias = Literal["raise", "skip", "replace"]
 """What a sample that cannot be read, verified, decoded or transformed does. ``"raise"``: the error reaches you when its turn
@@ -60,18 +62,20 @@ class LoaderOptions:
     verify: bool = True
     """Check the CRC32C of every member that has one."""
     memory_limit: int | str = "512MiB"
-    """Bytes of samples that one rank holds: being fetched, waiting, and in open blocks. Worker processes (of a DataLoader, or
-    `workers=`) get equal shares of it."""
+    """Bytes of samples that one rank holds: being fetched, waiting, and in open blocks; or ``"8GiB/node"``: that all ranks of a
+    machine hold together, in equal shares. Worker processes (of a DataLoader, or `workers=`) get equal shares of a rank's."""
     prefetch: int | str = "256MiB"
     """Of these, at most so many fetched ahead by each process; of S3 as many as pay (docs/performance.md)."""
     driver: Driver = "auto"
-    """``"threads"`` fetch beside your code; ``"pump"`` fetches while you wait, for processes that do nothing else."""
+    """``"threads"`` fetch beside your code (``"auto"`` with `cache_dir`: other processes wait for what they fetch); ``"pump"``
+    fetches while you wait, for processes that do nothing else."""
     concurrency: int | None = None
     """Most requests at a time; default: the store's."""
     decode_threads: int = 0
     """Threads that decode and transform, for functions that release the GIL; 0: the calling thread."""
     cache_dir: str | os.PathLike[str] | None = None
-    """Keep fetched ranges in this folder, shared by all processes of the node."""
+    """Keep fetched ranges in this folder, shared by all processes of the node: what several of them want at the same moment is
+    fetched by one."""
     cache_limit: int | str = "16GiB"
     """Most bytes in `cache_dir`; what was not used for longest goes first."""
     cache_on_full: OnFull = "warn"
@@ -119,12 +123,24 @@ class LoaderOptions:
             )
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", local_path(self.cache_dir, "cache_dir"))
-        for name in ("memory_limit", "prefetch", "cache_limit"):
+        self.memory_of_node()
+        for name in ("prefetch", "cache_limit"):
             parse_size(getattr(self, name), name)
         if self.hedge_after is not None:
             parse_duration(self.hedge_after)
         make_decoder(self.decode)
         make_collate(self.collate)
+
+    def memory_of_node(self) -> tuple[int, bool]:
+        """`memory_limit` in bytes, and whether it is that of a node.
+
+        Raises:
+            ConfigError: it is no size.
+        """
+        limit = self.memory_limit
+        if isinstance(limit, str) and limit.rstrip().endswith(_PER_NODE):
+            return parse_size(limit.rstrip().removesuffix(_PER_NODE), "memory_limit"), True
+        return parse_size(limit, "memory_limit"), False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> LoaderOptions:

@@ -284,6 +284,10 @@ class Fetcher:
         self._hedged: HedgedReads | None = None
         if hedge_after is not None:
             store, self._hedged = hedged(store, hedge_after)
+        beside = getattr(store.backend, "bulk", None) is not None
+        if cache is not None and beside and driver == "auto":
+            driver = "threads"  # other processes of the node wait for what is under way: it must go on while nobody waits here
+        self._share = not (beside and driver == "pump")
         self._store = store
         self._cache = cache
         self._grouped = grouped
@@ -332,7 +336,8 @@ class Fetcher:
         pending: deque[tuple[SampleRead, int]] = deque()
         requests = self._requests(pending)
         if self._cache is not None:
-            self._cached = CachedReads(self._cache, self._store.url, self._read, self._max_bytes)
+            url, share = self._store.url, self._share
+            self._cached = CachedReads(self._cache, url, self._read, self._max_bytes, share=share)
         results = self._read(requests) if self._cached is None else self._cached.run(requests)
         try:
             yield from self._deliver(results, pending)
@@ -360,7 +365,8 @@ class Fetcher:
         taken, self._cached.seconds = self._cached.seconds, 0.0
         self._stats.wait_cache += taken
         self._stats.cache_hits += self._cached.hits
-        self._cached.hits = 0
+        self._stats.shared += self._cached.shared
+        self._cached.hits = self._cached.shared = 0
         return taken
 
     def _deliver(self, results: Iterator[Any], pending: deque[tuple[SampleRead, int]]) -> Iterator[None]:

@@ -35,6 +35,11 @@ class LoaderStats:
     first_byte: float = 0.0
     """Seconds to the first byte of an answer where nothing is in the way; 0: not measured."""
     cache_hits: int = 0
+    """Ranges that came from the disk cache."""
+    shared: int = 0
+    """Of these, ranges that another process of the node fetched at the same moment."""
+    memory_limit: int = 0
+    """Bytes of samples that this process may hold: its share of `LoaderOptions.memory_limit`; 0 before the first iteration."""
     skipped: int = 0
     replaced: int = 0
     wait_network: float = 0.0

@@ -45,6 +45,8 @@ class Explanation:
     """Whether all reads of the epoch were planned; else requests and bytes were extrapolated from some of them."""
     strategy: str = "blocks"
     """How samples are fetched: a `Strategy`."""
+    memory_limit: int = 0
+    """What a process may hold: its share of `LoaderOptions.memory_limit`."""
 
     @property
     def amplification(self) -> float:
@@ -65,6 +67,7 @@ class Explanation:
             ("readers per block", f"{self.readers:.2f}"),
             ("kept per process", format_size(self.resident)),
             ("peak per process", format_size(self.peak)),
+            ("limit per process", format_size(self.memory_limit)),
             ("price of an epoch", f"{self.price:,.4f}"),
             *(("note", note) for note in self.notes),
         ]

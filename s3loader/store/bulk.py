@@ -29,6 +29,7 @@ from s3loader.store.arguments import (
 )
 from s3loader.store.backend import Backend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
+from s3loader.store.client_errors import passed_over
 from s3loader.store.options import MOST_CONNECTIONS, MOST_THREADS, StoreOptions
 from s3loader.store.ordered import Budget, Slot, run_ordered
 from s3loader.store.pipeline import empty_read, read_one
@@ -108,7 +109,7 @@ def _read_here_or_there(
         for request in source:
             start = time.perf_counter()
             try:
-                result = read_one(backend, request)
+                result = _gated(request, lambda: read_one(backend, request))  # noqa: B023 - called now
             except S3LoaderError as error:
                 if errors == "raise":
                     raise
@@ -122,7 +123,7 @@ def _read_here_or_there(
     first = max(64 * KIB, min(_FIRST, max_bytes // concurrency))
     slots = run_ordered(
         source,
-        lambda slot, budget: _read_slot(backend, slot, budget),
+        lambda slot, budget: _gated(slot.item, lambda: _read_slot(backend, slot, budget)),
         lambda request: _cost_of(request, first),
         max_bytes=max_bytes,
         concurrency=concurrency,
@@ -282,6 +283,26 @@ def _cost_of(request: ReadRequest, first: int) -> int:
 def _put_one(backend: Backend, request: PutRequest) -> PutResult:
     about = {"content_type": request.content_type, "metadata": request.metadata, **said(request.attributes)}
     return backend.put(request.key, request.data, mode=request.mode, **about)
+
+
+def _gated(request: ReadRequest, read: Callable[[], ReadResult]) -> ReadResult:
+    """`read()`, if the gate of `request` lets it pass.
+
+    Raises:
+        ClosedError: it does not.
+    """
+    gate = request.gate
+    if gate is None:
+        return read()
+    if not gate.begin():
+        raise passed_over(request.key)
+    data = None
+    try:
+        result = read()
+        data = result.data
+        return result
+    finally:
+        gate.end(data)
 
 
 def _read_slot(backend: Backend, slot: Slot[ReadRequest], budget: Budget) -> ReadResult:

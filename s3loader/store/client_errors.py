@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from s3loader.credentials import NO_CREDENTIALS_HINT
 from s3loader.errors import (
+    ClosedError,
     ConfigError,
     CredentialsError,
     S3LoaderError,
@@ -28,7 +29,12 @@ from s3loader.errors import (
 )
 from s3loader.store.s3errors import Where, clean, from_response, from_status
 
-__all__ = ["from_botocore", "from_obstore", "from_socket", "from_transport", "no_descriptor"]
+__all__ = ["from_botocore", "from_obstore", "from_socket", "from_transport", "no_descriptor", "passed_over"]
+
+
+def passed_over(key: str) -> ClosedError:
+    """In place of a read that its gate did not let pass."""
+    return ClosedError("another process reads it", op="read", url=key, hint="read what it has kept, or without a gate")
 
 
 def no_descriptor(op: str, url: str) -> StoreConnectionError:

@@ -410,7 +410,7 @@ class _BulkPipeline:
         prefix = self._pipeline.prefix
 
         def outward(r: ReadRequest) -> ReadRequest:
-            return ReadRequest(prefix + r.key, r.start, r.end, r.if_match, r.into, r.tag)
+            return ReadRequest(prefix + r.key, r.start, r.end, r.if_match, r.into, r.tag, r.gate)
 
         return self._outcomes(
             requests,

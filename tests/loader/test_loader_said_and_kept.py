@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from s3loader.errors import IntegrityError, PlanError, SampleError
+from s3loader.fetch.diskcache import DiskCache
 from s3loader.loader import Dataset, Loader, LoaderOptions, LoaderStats, from_manifest, from_objects, read_quarantine
 from s3loader.store import ObjectStore, open_store
 from s3loader.testing import write_sharded_dataset
@@ -256,7 +257,25 @@ def hedged(dataset: Dataset) -> LoaderStats:
     return loader.stats
 
 
-def test_every_counter_is_set(dataset: Dataset, damaged: Dataset, tmp_path: Path) -> None:
+def shared(dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoaderStats:
+    """Of a loader that finds its first range claimed by another process, and then kept by it."""
+    list(other := Loader(dataset, batch_size=8, cache_dir=folder))
+    kept, hidden = DiskCache.has, []
+
+    def late(self: DiskCache, path: str) -> bool:
+        if not hidden:
+            hidden.append(path)
+            return False
+        return kept(self, path)
+
+    monkeypatch.setattr(DiskCache, "has", late)
+    loader = Loader(dataset, batch_size=8, cache_dir=folder)
+    list(loader)
+    assert loader.stats.cache_hits == loader.stats.requests == other.stats.requests
+    return loader.stats
+
+
+def test_every_counter_is_set(dataset: Dataset, damaged: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = LoaderStats()
     for data, options in (
         (dataset, {"cache_dir": tmp_path}),
@@ -270,6 +289,7 @@ def test_every_counter_is_set(dataset: Dataset, damaged: Dataset, tmp_path: Path
         assert (loader.stats.engine, loader.stats.driver) == ("file", "pump")
         total.add(loader.stats)
     total.add(hedged(dataset))
+    total.add(shared(dataset, tmp_path / "shared", monkeypatch))
     unset = [field.name for field in fields(LoaderStats) if not getattr(total, field.name)]
     assert set(unset) == {"connections", "first_byte"}  # of S3: tests/loader/test_loader_bad_network.py
     told = total.as_dict()

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Final, TypeAlias
 
 from s3loader.errors import ClosedError, S3LoaderError, ThrottledError
+from s3loader.store.client_errors import passed_over
 from s3loader.store.s3.connection import TICK, Connection, Connections
 from s3loader.store.s3.http import UnexpectedResponse
 from s3loader.store.s3.jobs import Job, Scratch, Source
@@ -323,15 +324,23 @@ class Threads:
         scratch = Scratch()
         track = partial(self._track, threading.get_ident())
         while (job := self._todo.get()) is not None and not self._stopped:
-            try:
-                perform(job, self._connections, scratch, admit=self._admit, track=track, quiet=True)
-            except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
-                job.fail(error)
+            gate = job.gate
+            if gate is not None and not gate.begin():
+                job.fail(passed_over(job.where().url))
+                gate = None
+            else:
+                try:
+                    perform(job, self._connections, scratch, admit=self._admit, track=track, quiet=True)
+                except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
+                    job.fail(error)
+            if gate is not None:
+                gate.end(None if job.result is None else job.result.data)
             if self._wanted is job:
                 self._finished.put(None)
             if isinstance(job.error, ThrottledError):
                 self._in_flight.rejected()
-            self._in_flight.completed(job.cost, full=not self._todo.empty(), most=self._concurrency)
+            if not isinstance(job.error, ClosedError):
+                self._in_flight.completed(job.cost, full=not self._todo.empty(), most=self._concurrency)
             del job  # it holds a buffer
             while number >= self._in_flight.limit and not self._stopped:
                 time.sleep(_PAUSE)

@@ -29,7 +29,7 @@ from s3loader.store.s3.careful import CarefulPath, Response
 from s3loader.store.s3.connection import Connections
 from s3loader.store.s3.http import MAX_HEAD, ErrorResponse, Head, Signer, UnexpectedResponse, parse_head
 from s3loader.store.s3errors import STALE_KEYS, Where, from_status
-from s3loader.types import Buffer, ObjectMeta
+from s3loader.types import Buffer, ObjectMeta, ReadGate
 from s3loader.units import KIB
 
 __all__ = [
@@ -321,6 +321,11 @@ class Job(ABC):
 
     def was_short(self) -> None:  # noqa: B027 - only reads promise anything
         """The response had fewer bytes than `least`."""
+
+    @property
+    def gate(self) -> ReadGate | None:
+        """Is asked before it is done in a thread, and told afterwards."""
+        return None
 
     @property
     def resendable(self) -> bool:

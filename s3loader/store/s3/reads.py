@@ -13,7 +13,7 @@ from s3loader.store.s3.jobs import SMALL, EndpointContext, Job, Scratch, Wire
 from s3loader.store.s3.small import head_job
 from s3loader.store.s3errors import Where, check_etag, refuse_suffix
 from s3loader.store.told import take_first_byte
-from s3loader.types import ObjectMeta, ReadRequest
+from s3loader.types import ObjectMeta, ReadGate, ReadRequest
 from s3loader.units import GIB, KIB, MIB
 
 __all__ = ["ReadJob"]
@@ -83,6 +83,11 @@ class ReadJob(Job):
             return self._meta
         assert self.head is not None
         return self.head.meta(self.request.key)
+
+    @property
+    def gate(self) -> ReadGate | None:
+        """Of the request."""
+        return self.request.gate
 
     @property
     def _offset(self) -> int | None:
