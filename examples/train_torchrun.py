@@ -6,8 +6,7 @@ torchrun --nnodes=1:4 --nproc-per-node=1 --max-restarts=10 --rdzv-backend=c10d -
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from s3loader.torch import S3DataLoader, S3IterableDataset
 GLOBAL_BATCH = 24  # the same on every number of ranks: step and learning rate keep their meaning
 
 
-def main() -> None:
+def main(after_step: Callable[[int], None] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--leave-at", type=int, default=0, help="end this node, torchrun and all, at that step")
     chosen = prepare(parser.parse_args())
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -64,9 +62,8 @@ def main() -> None:
                     print(f"step {step} world {world} {' '.join(key for each in seen for key in each)}", flush=True)
                 if step % chosen.every == 0:
                     manager.save(step, state).result()
-                if step == chosen.leave_at and rank == world - 1:
-                    os.kill(os.getppid(), signal.SIGTERM)
-                    signal.pause()
+                if after_step is not None:
+                    after_step(step)
                 if step == chosen.steps:
                     break
     if rank == 0:

@@ -20,6 +20,9 @@ _PAIRS: Final = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 """Variables of torchrun (and of what follows it), and of a Slurm job step. A batch script that is no step has only the first
 of Slurm's."""
 _POLL: Final = 0.02
+_SKEW: Final = 5.0
+"""Seconds by which clocks of nodes may differ, and processes of one start begin one after the other."""
+_LOADED: Final = time.time()
 
 
 class Found(NamedTuple):
@@ -129,7 +132,7 @@ def board(rank: int, world_size: int) -> Board | None:
     """The key-value store that a framework keeps for its processes; None where none is initialized with these ranks."""
     torch = _torch()
     if torch is not None and (torch.get_rank(), torch.get_world_size()) == (rank, world_size):
-        return _TorchBoard(torch.distributed_c10d._get_default_store())
+        return _TorchBoard(torch.distributed_c10d._get_default_store(), os.environ)
     jax = _jax()
     if jax is not None and (jax.process_index(), jax.process_count()) == (rank, world_size):
         return _JaxBoard(sys.modules["jax._src.distributed"].global_state.client)
@@ -137,20 +140,42 @@ def board(rank: int, world_size: int) -> Board | None:
 
 
 class _TorchBoard:
-    def __init__(self, store: Any) -> None:
+    """Notes in the process group's store. torchrun's agents keep one store through all restarts of a job, with the notes of
+    earlier starts in it: on one node the name of the start is part of a note's name, on several a note that is older than this
+    process is none of this start's.
+    """
+
+    def __init__(self, store: Any, environ: Mapping[str, str]) -> None:
         self._store = store
+        shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        alone = environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE")
+        self._start = job_of(environ) + "/" if shared and alone else ""
+        self._oldest = _begun() - _SKEW if shared and not alone else 0.0
 
     def put(self, name: str, text: str) -> None:
-        self._store.set(name, text)
+        self._store.set(self._start + name, f"{time.time()} {text}")
 
     def get(self, name: str, seconds: float) -> str | None:
         end = time.monotonic() + seconds
-        while not self._store.check([name]):  # its `wait` would keep other threads of this process from it
+        while True:
+            if self._store.check([self._start + name]):  # its `wait` would keep other threads of this process from it
+                told: bytes = self._store.get(self._start + name)
+                at, _, text = told.decode().partition(" ")
+                if float(at) >= self._oldest:
+                    return text
             if time.monotonic() > end:
                 return None
             time.sleep(_POLL)
-        told: bytes = self._store.get(name)
-        return told.decode()
+
+
+def _begun() -> float:
+    """When this process began, in seconds since 1970."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return _LOADED
 
 
 class _JaxBoard:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as torch_dcp
 
 from s3loader.checkpoint import CheckpointManager, CheckpointOptions, load, save
 from s3loader.errors import ConfigError, FencedError, IncompleteCheckpointError, StepExistsError
-from s3loader.ranks import find_ranks, job_of
+from s3loader.ranks import Board, board, find_ranks, job_of
 from s3loader.testing import open_faulty_store
 from s3loader.torch import S3StorageWriter
 from s3loader_torch.topology import Ranks
@@ -315,3 +316,35 @@ def test_save_in_one_process_of_a_job(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     save(tmp_path, {"a": 1}, rank=0, world_size=1)
     assert load(tmp_path) == {"a": 1}
+
+
+def test_notes_of_an_earlier_start_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agents keep one key-value store through all restarts of a job."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+        def notes(local: int, attempt: int = 0) -> Board:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/x/r_y/attempt_{attempt}/0/error.json")
+            found = board(0, 1)
+            assert found is not None
+            return found
+
+        now = time.time()
+        monkeypatch.setattr("s3loader.ranks.time.time", lambda: now - 3600)
+        notes(1).put("several nodes", "old")
+        notes(2).put("one node", "old")
+        monkeypatch.undo()
+        for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "r", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert notes(1).get("several nodes", 0) is None
+        assert notes(2, attempt=1).get("one node", 0) is None
+        assert notes(2, attempt=0).get("one node", 0) == "old", "it is of this start"
+        notes(1).put("several nodes", "new note")
+        assert notes(1).get("several nodes", 0) == "new note"
+    finally:
+        torch.distributed.destroy_process_group()

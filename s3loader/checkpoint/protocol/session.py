@@ -248,8 +248,8 @@ def _named(identity: Identity, deadline: float) -> Identity:
         return identity
     launched = job_of(os.environ)
     notes = board(identity.rank, identity.world)
-    if notes is not None:
-        return replace(identity, job=f"{launched or 'job'}/{_told(notes, identity, lambda: secrets.token_hex(8), deadline)}")
+    if notes is not None:  # torchrun's agents may have counted different numbers of restarts: rank 0's name is that of all
+        return replace(identity, job=_told(notes, identity, lambda: f"{launched or 'job'}/{secrets.token_hex(8)}", deadline))
     if not launched:
         raise ConfigError(
             "several ranks, but no name for this incarnation of the job",
