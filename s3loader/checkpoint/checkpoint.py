@@ -21,7 +21,7 @@ from s3loader.checkpoint.protocol.run import Run
 from s3loader.checkpoint.reading.fitting import Fit, Fitting, Restored, with_way_out
 from s3loader.checkpoint.reading.restoring import Restoration
 from s3loader.checkpoint.reading.share import NodeShare
-from s3loader.checkpoint.reading.targets import DataFile, read_targets, verify_chunks
+from s3loader.checkpoint.reading.targets import DISTANT, LEAST_READ, MOST_READS, DataFile, read_targets, verify_chunks
 from s3loader.checkpoint.state import tree
 from s3loader.checkpoint.state.leaves import NUMPY, Piece, Target
 from s3loader.checkpoint.threads import at_once
@@ -75,8 +75,11 @@ class Checkpoint:
         listed: dict[str, ObjectMeta] = {}
         self._ahead: dict[str, tuple[str, memoryview]] = {}
         """Data files that came with the index: ETag and bytes by key."""
-        self._latency = math.inf
+        self._latency = run.latency
         """Seconds that a listing took, which moves few bytes."""
+        if ahead and share is None and DISTANT <= run.latency < math.inf:
+            size = sum(size for _, size in root.keys.values())
+            run.store.open_ahead(min(MOST_READS, size // LEAST_READ))
         try:
             index, *_ = at_once(
                 lambda: read_index(run, root),
@@ -101,7 +104,7 @@ class Checkpoint:
     def _list(self, folder: str, listed: dict[str, ObjectMeta]) -> None:
         began = time.monotonic()
         listed.update({e.key: e for e in self._run.store.list(folder) if isinstance(e, ObjectMeta)})
-        self._latency = min(self._latency, time.monotonic() - began)
+        self._latency = self._run.latency = min(self._latency, time.monotonic() - began)
 
     def _read_ahead(self, key: str, size: int) -> None:
         with contextlib.suppress(S3LoaderError):  # who needs it reads it, and meets what is wrong

@@ -30,7 +30,7 @@ from s3loader.checkpoint.state import tree
 from s3loader.checkpoint.state.leaves import BYTES, LeafAdapter, Source
 from s3loader.checkpoint.writing.resuming import take_over
 from s3loader.checkpoint.writing.saver import SavePlan, Saver
-from s3loader.checkpoint.writing.staging import SavedPiece, plan_files
+from s3loader.checkpoint.writing.staging import SavedPiece, part_size_of, plan_files
 from s3loader.errors import CheckpointError, ConfigError, S3LoaderError, StepExistsError
 from s3loader.types import ObjectURL
 
@@ -253,7 +253,13 @@ class PartWriter:
         """Upload everything and this rank's part manifest; returns the bytes of each tensor by its FQN."""
         attempt, options = self._attempt, self._manager.options
         files = plan_files(
-            self._pieces, attempt.rank, options.file_size, options.block, attempt.about, hashed=options.incremental
+            self._pieces,
+            attempt.rank,
+            options.file_size,
+            options.block,
+            attempt.about,
+            hashed=options.incremental,
+            part_of=part_size_of(options, attempt.run.store),
         )
         if options.resume_uploads and attempt.step in attempt.session.record.unfinished:
             take_over(attempt, files, self._manager.pool, options.concurrency)

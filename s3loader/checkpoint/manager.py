@@ -93,7 +93,7 @@ class CheckpointManager:
         if self._given[:2] != (None, None):
             with error_context("save or restore", self._where):
                 identify(*self._given)
-        self.pool = BufferPool(self.options.staging_budget, self.options.part_size)
+        self.pool = BufferPool(self.options.staging_budget)
         self.pace = upload_pace(self.store, self.options.concurrency)
         self._session: Session | None = None
         self._who: Identity | None = None
@@ -216,7 +216,7 @@ class CheckpointManager:
         for each in mine:
             each.fail(error)
         if not isinstance(error, Exception):
-            self.pool = BufferPool(self.options.staging_budget, self.options.part_size)  # a buffer may be lost
+            self.pool = BufferPool(self.options.staging_budget)  # a buffer may be lost
 
     def wait(self) -> None:
         """Wait for every save under way, and for the deletion of old steps that follows.

@@ -28,7 +28,8 @@ class CheckpointOptions:
         staging_budget: Most bytes of staging memory. State that is larger is staged piece by piece while it is
             uploaded, and `save` returns when the last piece was copied. The memory is kept for the next save.
         part_size: Bytes of an upload part and of a staging buffer (S3 wants at least 5 MiB); it is rounded to a multiple
-            of 16 MiB where it is larger than that. A tensor may have 10,000 parts.
+            of 16 MiB where it is larger than that. A tensor may have 10,000 parts. To S3 parts are smaller, down to 5 MiB, or
+            up to a sixteenth larger, where that gives all of `concurrency` as much to send.
         file_size: Bytes of a data file, about.
         concurrency: Most parts uploaded at a time. To S3 a save begins with as many as it has, halves them where the store
             says "slow down", and adds more while that pays; elsewhere it begins with 8.

@@ -470,11 +470,17 @@ class ObjectStore(BulkVerbs):
         measured = getattr(self._backend, "network", None)
         return None if measured is None else measured()
 
-    def open_ahead(self, connections: int) -> None:
-        """A hint that so many requests will come at once: connections for them are begun to be opened, where the engine can."""
+    def open_ahead(self, connections: int, *, reads: bool = False) -> None:
+        """A hint that so many requests will come at once: connections for them are begun to be opened, where the engine can.
+
+        Args:
+            connections: How many.
+            reads: They will be large reads, from a distant store: so many may be under way at a time from the first one on,
+                where else their number is tried out (`network`), unless the store has said "slow down" before.
+        """
         ahead = getattr(self._backend, "open_ahead", None)
         if ahead is not None:
-            ahead(connections)
+            ahead(connections, reads=reads)
 
     def close(self) -> None:
         """Let go of connections and threads; closing twice is fine."""

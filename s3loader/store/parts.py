@@ -25,12 +25,14 @@ from s3loader.store.buffers import shared_pool
 from s3loader.store.options import MAX_PARTS
 from s3loader.store.ordered import BoundedPool
 from s3loader.types import Buffer, PartResult, PutMode, PutResult
-from s3loader.units import GIB
+from s3loader.units import GIB, KIB, MIB
 
 __all__ = [
+    "LEAST_PART",
     "MultipartWriter",
     "OpenUpload",
     "PartUpload",
+    "even_parts",
     "joined_etag",
     "open_uploads",
     "part_size_for",
@@ -41,6 +43,9 @@ __all__ = [
 _log = logging.getLogger("s3loader.store")
 _GROWS_EVERY: Final = 900
 _LARGEST_PART: Final = 5 * GIB
+LEAST_PART: Final = 5 * MIB
+"""S3 takes no smaller parts, but for the last."""
+_ROUND: Final = 256 * KIB
 
 
 def part_size_of(number: int, first: int) -> int:
@@ -55,6 +60,22 @@ def part_size_of(number: int, first: int) -> int:
 def part_size_for(size: int, least: int) -> int:
     """Bytes of each part of an object of `size` bytes: `least`, or more where that needs too many parts."""
     return max(least, -(-size // MAX_PARTS))
+
+
+def even_parts(total: int, most: int, connections: int, least: int) -> int:
+    """Bytes of each part where `total` bytes go over `connections` at a time, in parts of about `most` bytes.
+
+    A connection moves only so much a second, so what counts is how many parts one of them moves after each other. With parts
+    of `most` bytes the last round would leave most connections idle (65 parts over 64 take as long as 128), and less than a
+    round would not even use all of them. So parts are as large as makes the rounds full: smaller, not below `least`, or up
+    to a sixteenth larger than `most`.
+    """
+    if most <= least:
+        return most
+    largest = most + most // 16
+    rounds = max(1, -(-total // (connections * largest)))
+    part = -(-total // (connections * rounds))
+    return min(largest, max(least, -(-part // _ROUND) * _ROUND))
 
 
 def joined_etag(digests: Iterable[bytes]) -> str:

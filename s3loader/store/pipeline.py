@@ -372,11 +372,11 @@ class Pipeline:
         measured = getattr(innermost(self.inner), "network", None)
         return None if measured is None else measured()
 
-    def open_ahead(self, count: int) -> None:
-        """Begin to open `count` connections, where the engine has any."""
+    def open_ahead(self, count: int, *, reads: bool = False) -> None:
+        """Begin to open `count` connections, where the engine has any. `reads`: for as many reads at once."""
         ahead = getattr(innermost(self.inner), "open_ahead", None)
         if ahead is not None:
-            ahead(count)
+            ahead(count, reads=reads)
 
     @property
     def PUT_LIMIT(self) -> int | None:  # noqa: N802 - a constant of every engine

@@ -154,7 +154,7 @@ def pieces(sizes: Sequence[int]) -> tuple[list[SavedPiece], bytes]:
 def test_stage_needs_no_more_buffers_than_there_are(buffers: int, threads: int | None) -> None:
     saved, data = pieces([3 * MIB, 5, 7 * MIB + 3, 0, 1000, 4 * MIB])
     (plan,) = plan_files(saved, 0, 1 << 40, MIB, {}, hashed=False)
-    pool = BufferPool(buffers * MIB, MIB)
+    pool = BufferPool(buffers * MIB)
     found: dict[int, bytes] = {}
     copier = Copier(threads) if threads is not None else None
     for part in stage(plan, pool, lambda: False, lambda: None, copier=copier):
@@ -178,7 +178,7 @@ def test_buffers_come_back_when_staging_ends_early(threads: int | None) -> None:
     saved, _ = pieces([9 * MIB, 9 * MIB])
     saved[1].piece = saved[1].piece._replace(open=lambda: memoryview(b"too short"))
     (plan,) = plan_files(saved, 0, 1 << 40, MIB, {}, hashed=False)
-    pool = BufferPool(64 * MIB, MIB)
+    pool = BufferPool(64 * MIB)
     copier = Copier(threads) if threads is not None else None
     try:
         parts = stage(plan, pool, lambda: False, lambda: None, copier=copier)

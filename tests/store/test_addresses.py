@@ -66,6 +66,22 @@ def test_an_address_that_swallows_everything_is_left_out(sockets: ExitStack, mon
     assert addresses._shunned  # so all but one of them did not even try it
 
 
+def test_what_was_idle_for_too_long_is_opened_anew_ahead(sockets: ExitStack) -> None:
+    listener = sockets.enter_context(closing(listening("127.0.0.1")))
+    endpoint = Endpoint("http", "127.0.0.1", listener.getsockname()[1], "", "path", "us-east-1", "bucket")
+    connections = Connections(endpoint, 30, 30)
+    old, young = connections.open(), connections.open()
+    connections.give(old)
+    connections.give(young)
+    old.idle_since -= 60
+    connections.open_ahead(2)
+    for _ in range(3):  # two that were opened here, and the one that takes the old one's place
+        listener.accept()[0].close()
+    assert old.sock.fileno() == -1
+    assert young.sock.fileno() != -1
+    connections.close()
+
+
 def test_refused_everywhere_is_the_error_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(listening("127.0.0.1")) as sock:
         port = sock.getsockname()[1]

@@ -85,6 +85,26 @@ def test_a_full_link_gets_no_more() -> None:
     assert "no more than" in link.flight.why
 
 
+def test_what_is_expected_begins_at_once_unless_the_store_has_refused() -> None:
+    link = Link(first=0.025, rate=90e6, total=100e9)
+    link.flight.expect(4)
+    assert link.flight.limit == 16
+    link.flight.expect(64)
+    assert link.flight.limit == 64
+    assert link.move(64, 16 << 20) > 0.9 * 64 * (16 << 20) / (0.025 + (16 << 20) / 90e6)  # one round
+    link.flight.rejected()
+    link.flight.expect(64)
+    assert link.flight.limit == 32
+
+
+def test_what_is_known_to_be_sent_does_not_fall_back_to_the_start() -> None:
+    """A save whose last parts find nothing behind them says nothing of the network."""
+    flight = InFlight(start=64)
+    for left in reversed(range(64)):
+        flight.completed(16 << 20, full=left > 0, most=64)
+    assert flight.limit == 64
+
+
 def test_bytes_follow_the_connections() -> None:
     mib = 1 << 20
     link = Link(first=0.025, rate=90e6, total=100e9)

@@ -3,9 +3,11 @@ certain), and a step's index."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from s3loader.checkpoint.format import layout
 from s3loader.checkpoint.format.records import Compacted, Index, Marker
-from s3loader.checkpoint.protocol.merge import unpack_index
+from s3loader.checkpoint.protocol.merge import is_index, unpack_index
 from s3loader.checkpoint.protocol.roots import Root
 from s3loader.checkpoint.protocol.run import Run
 from s3loader.checkpoint.state import tree
@@ -60,7 +62,7 @@ def read_index(run: Run, committed: Root) -> Index | None:
     """
     key = committed.keys[layout.INDEX][0]
     for last in (False, True):
-        found = run.get(key)
+        found = run.get(key, own=partial(is_index, committed.facts))
         if found is None:
             return None
         try:

@@ -22,7 +22,7 @@ from s3loader.exchange.lines import file_entry
 from s3loader.exchange.types import FileEntry
 from s3loader.shard.compression import unpack
 
-__all__ = ["Merged", "unpack_index"]
+__all__ = ["Merged", "is_index", "unpack_index"]
 
 _MAX_INDEX = 4 << 30
 
@@ -122,13 +122,18 @@ class Merged:
         return roots.committed_entries(facts, entry, others)
 
 
+def is_index(facts: Mapping[str, Any], data: bytes) -> bool:
+    """Whether `data` is the index that the root with these facts was committed with."""
+    return hashlib.sha256(data).hexdigest() == str(facts["index"])
+
+
 def unpack_index(data: bytes, facts: Mapping[str, Any], where: str) -> Index:
     """The index in `data`, which must be the one the root was committed with.
 
     Raises:
         CheckpointError: it is not.
     """
-    if hashlib.sha256(data).hexdigest() != facts["index"]:
+    if not is_index(facts, data):
         raise CheckpointError(
             f"{where} is not the index that was committed",
             hint="restore(on_corruption='previous') goes back a step; `s3loader ckpt verify --all` checks each",

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -100,18 +101,21 @@ class RunObjects:
 
     # plain objects
 
-    def get(self, key: str, *, strict: bool = False) -> tuple[bytes, str] | None:
+    def get(
+        self, key: str, *, strict: bool = False, own: Callable[[bytes], bool] = records.is_sealed
+    ) -> tuple[bytes, str] | None:
         """Bytes and ETag of an object, None where there is none.
 
         Args:
             key: Of it.
             strict: Where no checksum tells, read it until two reads agree: for what is written back.
+            own: Whether bytes prove themselves; default: whether they are a record whose checksum holds.
 
         Raises:
             IntegrityError: the bytes are not what was written.
         """
         try:
-            meta, data = proven(lambda: self.store.backend.get(key), f"{self.store.url}/{key}", strict=strict)
+            meta, data = proven(lambda: self.store.backend.get(key), f"{self.store.url}/{key}", strict=strict, own=own)
         except ObjectNotFoundError:
             return None
         return bytes(data), meta.etag

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -21,6 +23,8 @@ __all__ = ["Run", "Scan"]
 _log = logging.getLogger("s3loader.checkpoint")
 _PAGE: Final = 1000
 """Objects that stores list by one request."""
+_SOON: Final = 3
+"""Requests that come together after the listing: a root and the mark; then an index, a listing, and data."""
 _MOST_TOGETHER: Final = 16
 """Roots asked for together."""
 
@@ -55,6 +59,8 @@ class Run(RunObjects):
         super().__init__(store, settle=settle)
         self.tombstones = Tombstones(self)
         self.roots = Roots(self, self.tombstones)
+        self.latency = math.inf
+        """Seconds that the quickest listing took, which moves few bytes; infinite: none was made."""
         self._scanned: dict[int, Root] = {}
         self._large = False
         """Whether it was more than a page of objects, once."""
@@ -113,7 +119,11 @@ class Run(RunObjects):
         """
         steps: dict[int, dict[int, ObjectMeta]] = {}
         mark: ObjectMeta | None = None
+        self.store.open_ahead(_SOON)
+        began = time.monotonic()
         entries = [] if self._large else list(islice(self.store.list(layout.STEPS), _PAGE))
+        if not self._large:
+            self.latency = min(self.latency, time.monotonic() - began)
         if self._large or len(entries) == _PAGE:
             self._large = True
             entries = list(self.store.list(layout.STEPS, delimiter="/"))

@@ -1,13 +1,15 @@
 """Reading tensors: from a checkpoint's files into targets, every byte verified.
 
-Whole segments of 1 MiB and more go straight from the socket into the target's memory. Smaller
-neighbours are fetched together, and what a target needs only a part of is read through a
-lent buffer; both are copied once.
+What is 1 MiB and more in one piece, in the file and in the target, goes straight from the socket into the target's memory
+(a *run* of whole segments; where several processes of a node share the reading, one segment). Smaller neighbours are fetched
+together, and what a target needs only a part of is read through a lent buffer; both are copied once.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,26 +26,31 @@ from s3loader.errors import CheckpointError, IntegrityError
 from s3loader.progress import Report
 from s3loader.ranges import neighbours
 from s3loader.store import ObjectStore
+from s3loader.store.parts import even_parts
 from s3loader.types import Buffer, ReadRequest
 from s3loader.units import KIB, MIB
 
-__all__ = ["DataFile", "read_targets", "verify_chunks"]
+__all__ = ["DISTANT", "LEAST_READ", "MOST_READS", "DataFile", "read_targets", "verify_chunks"]
 
 _DIRECT: Final = MIB
-_LAST: Final = -1
-"""Of `_Fetch.rest`: the last part of its segment."""
 _GAP: Final = 64 * KIB
 _TOGETHER: Final = 8 * MIB
+_TOGETHER_FAR: Final = 4 * MIB
+"""The same from a distant store, so that more connections have work."""
 _BOX_BYTES: Final = 256 * MIB
 _WINDOW: Final = 48 * MIB
-"""Most bytes under way in memory that is lent for them."""
+"""Most bytes under way in memory that is lent for them..."""
+_WINDOW_FAR: Final = 256 * MIB
+"""...and from a distant store, as a loader has them."""
 _IN_PLACE_WINDOW: Final = 256 * MIB
 """The same where nearly all of them go into the targets' own memory..."""
-_CONNECTIONS: Final = 64
-_IN_PLACE_WINDOW_S3: Final = _CONNECTIONS * 16 * MIB
+MOST_READS: Final = 64
+"""At a time from a distant store."""
+_IN_PLACE_WINDOW_S3: Final = MOST_READS * 16 * MIB
 """...and where it is our own client that receives them there: a request of a block on each connection."""
-_DISTANT: Final = 0.005
-_LEAST_PART: Final = 4 * MIB
+DISTANT: Final = 0.005
+"""Seconds that a small request takes, from which on a store is distant."""
+LEAST_READ: Final = 4 * MIB
 """Requests of so much keep a connection of 90 MB/s busy for longer than a distant store takes to the first byte."""
 
 
@@ -102,11 +109,15 @@ class _Segment:
 
 
 class _Fetch(NamedTuple):
+    """What one request brings."""
+
     file: DataFile
     segments: Sequence[_Segment]
+    """Where they go to memory that is lent, all of each; else the first and the last may be cut by `low` and `high`."""
+    low: int
+    high: int
     into: memoryview | None
-    rest: int = 0
-    """Where it is a part of its only segment: the bytes of the parts after it, `_LAST` of the last one."""
+    """Where the bytes go, which is where the segments' sinks want them."""
 
 
 class _Plan:
@@ -190,7 +201,7 @@ def read_targets(
         share: Reads once per node, where several processes of it want the same.
         report: Told of each request that has come.
         known: Whole files that are here already, by key.
-        latency: Seconds that a small request takes: from 5 ms on, large segments come in parts over many connections.
+        latency: Seconds that a small request takes: from 5 ms on, many connections are used from the first request on.
 
     Returns:
         Bytes fetched.
@@ -202,7 +213,9 @@ def read_targets(
     plan = _Plan(block)
     for chunks, target, done in wanted:
         _plan_target(plan, chunks, target, done)
-    groups = list(_groups(plan, files))
+    direct = store.engine == "direct"
+    distant = direct and latency >= DISTANT
+    groups = list(_groups(plan, files, _TOGETHER_FAR if distant else _TOGETHER, runs=share is None))
     total = 0 if report is None else _bytes_of(groups)
     come = 0
 
@@ -218,7 +231,7 @@ def read_targets(
         fetch: _Fetch = _request(*group).tag
         if fetch.into is not None:
             fetch.into[:] = data
-        arrived(fetch, memoryview(data) if fetch.into is None else fetch.into)
+        arrived(fetch, memoryview(data))
 
     fetched = 0
     if known:
@@ -227,11 +240,12 @@ def read_targets(
                 deliver((file, wants), known[file.key][wants[0].low : wants[-1].high])
                 fetched += wants[-1].high - wants[0].low
         groups = [group for group in groups if group[0].key not in known]
-    direct = store.engine == "direct"
-    window = _window(groups, _IN_PLACE_WINDOW_S3 if direct else _IN_PLACE_WINDOW)
+    window = _window(groups, _IN_PLACE_WINDOW_S3 if direct else _IN_PLACE_WINDOW, _WINDOW_FAR if distant else _WINDOW)
     if share is None:
-        distant = direct and latency >= _DISTANT
-        part = max(_LEAST_PART, _bytes_of(groups) // (2 * _CONNECTIONS)) if distant else 1 << 62
+        part, size = segments.BLOCK, _bytes_of(groups)
+        if distant:
+            part = even_parts(size, segments.BLOCK, MOST_READS, LEAST_READ)
+            store.open_ahead(min(MOST_READS, -(-size // LEAST_READ)), reads=True)
         for result in store.read_many((each for group in groups for each in _requests(*group, part)), max_bytes=window):
             fetched += arrived(result.request.tag, result.data)
         return fetched
@@ -251,7 +265,7 @@ def _bytes_of(groups: Iterable[_Group]) -> int:
     return sum(group[-1].high - group[0].low for _, group in groups)
 
 
-def _window(groups: Iterable[_Group], in_place: int = _IN_PLACE_WINDOW) -> int:
+def _window(groups: Iterable[_Group], in_place: int = _IN_PLACE_WINDOW, most_lent: int = _WINDOW) -> int:
     """Bytes that may be under way: `in_place` where nearly all goes straight to its target, fewer where memory is lent for
     them."""
     under_way: deque[tuple[int, int]] = deque()
@@ -261,8 +275,8 @@ def _window(groups: Iterable[_Group], in_place: int = _IN_PLACE_WINDOW) -> int:
         needs = 0 if _in_place(group) else size
         under_way.append((size, needs))
         total, lent = total + size, lent + needs
-        if lent > _WINDOW:
-            return _WINDOW
+        if lent > most_lent:
+            return most_lent
         while total > in_place:
             size, needs = under_way.popleft()
             total, lent = total - size, lent - needs
@@ -270,38 +284,48 @@ def _window(groups: Iterable[_Group], in_place: int = _IN_PLACE_WINDOW) -> int:
 
 
 def _in_place(group: Sequence[_Segment]) -> bool:
-    return len(group) == 1 and group[0].direct() is not None
+    """Whether all of it goes to where a target wants it, in one piece."""
+    return group[0].direct() is not None and all(map(_follows, group, group[1:]))
+
+
+def _follows(before: _Segment, segment: _Segment) -> bool:
+    """Whether both are wanted whole, once, and one after the other, in the file and in the target."""
+    first, second = before.direct(), segment.direct()
+    return (
+        first is not None
+        and second is not None
+        and before.high == segment.low
+        and first.memory is second.memory
+        and first.at + first.high - first.low == second.at
+    )
 
 
 def _arrived(store: ObjectStore, fetch: _Fetch, answer: memoryview, verify: bool) -> int:
-    """Verify what came and hand it to where it belongs; returns its bytes."""
-    if fetch.rest and fetch.into is not None:
-        return _part_arrived(store, fetch, fetch.into, verify)
-    base = fetch.segments[0].low
+    """Verify what came and hand it to where it belongs; returns its bytes.
+
+    Of a segment that comes in parts they come in their order, and the last one ends it.
+    """
     for segment in fetch.segments:
-        data = answer[segment.low - base : segment.high - base]
+        low, high = max(segment.low, fetch.low), min(segment.high, fetch.high)
+        data = answer[low - fetch.low : high - fetch.low]
+        if fetch.into is not None:
+            if verify:
+                segment.found = crc32c(data, segment.found)
+            if high < segment.high:
+                break
+            if verify and segment.found != segment.crc:
+                sink = segment.sinks[0]
+                whole = sink.memory.view[sink.at : sink.at + sink.high - sink.low]
+                _proven(store, fetch.file, segment, whole, whole)
+            segment.sinks[0].memory.arrived()
+            continue
         if verify:
-            data = _proven(store, fetch.file, segment, data, data if fetch.into is not None else None)
+            data = _proven(store, fetch.file, segment, data)
         for sink in segment.sinks:
-            if fetch.into is None:
-                piece = data[sink.low - segment.low : sink.high - segment.low]
-                sink.memory.view[sink.at : sink.at + len(piece)] = piece
+            piece = data[sink.low - segment.low : sink.high - segment.low]
+            sink.memory.view[sink.at : sink.at + len(piece)] = piece
             sink.memory.arrived()
-    return fetch.segments[-1].high - base
-
-
-def _part_arrived(store: ObjectStore, fetch: _Fetch, data: memoryview, verify: bool) -> int:
-    """The same of a part of a segment; parts come in their order, and the last one ends it."""
-    segment = fetch.segments[0]
-    if verify:
-        segment.found = crc32c(data, segment.found)
-    if fetch.rest == _LAST:
-        sink = segment.sinks[0]
-        if verify and segment.found != segment.crc:
-            whole = sink.memory.view[sink.at : sink.at + sink.high - sink.low]
-            _proven(store, fetch.file, segment, whole, whole)
-        sink.memory.arrived()
-    return len(data)
+    return fetch.high - fetch.low
 
 
 def _plan_target(plan: _Plan, chunks: Sequence[Chunk], target: Target, done: Callable[[Any], None]) -> None:
@@ -357,44 +381,45 @@ def _name_of(store: ObjectStore, file: DataFile, group: Sequence[_Segment]) -> t
     return store.url, file.key, file.etag, group[0].low, group[-1].high
 
 
-def _groups(plan: _Plan, files: Mapping[str, DataFile]) -> Iterator[_Group]:
-    """What is fetched by one request each, in the order of the files."""
+def _groups(plan: _Plan, files: Mapping[str, DataFile], together: int, *, runs: bool) -> Iterator[_Group]:
+    """What is fetched together, in the order of the files: runs that go straight to a target, and neighbours that are small."""
     for file_id in sorted(plan.by_file):
         file = files[file_id]
         wanted = sorted(plan.by_file.pop(file_id).values(), key=lambda segment: segment.low)
-        starts, ends = [segment.low for segment in wanted], [segment.high for segment in wanted]
-        alone = [_alone(segment) for segment in wanted]
-        for first, end in neighbours(starts, ends, max_gap=_GAP, max_size=_TOGETHER, alone=alone):
-            yield file, wanted[first:end]
-
-
-def _alone(segment: _Segment) -> bool:
-    return segment.high - segment.low >= _DIRECT and segment.direct() is not None
+        firsts = [i for i, segment in enumerate(wanted) if not (runs and i and _follows(wanted[i - 1], segment))]
+        units = [wanted[first:end] for first, end in itertools.pairwise([*firsts, len(wanted)])]
+        starts, ends = [unit[0].low for unit in units], [unit[-1].high for unit in units]
+        alone = [unit[-1].high - unit[0].low >= _DIRECT and unit[0].direct() is not None for unit in units]
+        for first, end in neighbours(starts, ends, max_gap=_GAP, max_size=together, alone=alone):
+            yield file, [segment for unit in units[first:end] for segment in unit]
 
 
 def _request(file: DataFile, group: Sequence[_Segment]) -> ReadRequest:
+    low, high = group[0].low, group[-1].high
     into = None
-    if len(group) == 1 and (sink := group[0].direct()) is not None:
-        into = sink.memory.view[sink.at : sink.at + sink.high - sink.low]
-    fetch = _Fetch(file, group, into)
-    return ReadRequest(file.key, group[0].low, group[-1].high, file.etag or None, into, fetch)
+    if _in_place(group):
+        sink = group[0].sinks[0]
+        into = sink.memory.view[sink.at : sink.at + high - low]
+    return ReadRequest(file.key, low, high, file.etag or None, into, _Fetch(file, group, low, high, into))
 
 
 def _requests(file: DataFile, group: Sequence[_Segment], part: int) -> Iterator[ReadRequest]:
-    """The requests of a group; one segment that goes straight to its target comes in parts of about `part` bytes, so that all
-    connections have work."""
+    """The requests of a group; what goes straight to its target comes in parts of about `part` bytes, so that all connections
+    have work."""
     whole = _request(file, group)
     into, low = whole.into, group[0].low
     size = group[-1].high - low
-    count = min(size // part, _CONNECTIONS)
+    count = (size + part // 2) // part
     if into is None or count < 2:
         yield whole
         return
+    lows, highs = [segment.low for segment in group], [segment.high for segment in group]
     for number in range(count):
         first, last = size * number // count, size * (number + 1) // count
         view = memoryview(into)[first:last]
-        rest = size - last or _LAST
-        yield ReadRequest(file.key, low + first, low + last, file.etag or None, view, _Fetch(file, group, view, rest))
+        of = group[bisect_right(highs, low + first) : bisect_left(lows, low + last)]
+        fetch = _Fetch(file, of, low + first, low + last, view)
+        yield ReadRequest(file.key, low + first, low + last, file.etag or None, view, fetch)
 
 
 def _proven(

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from s3loader import events
@@ -101,34 +101,35 @@ def _look(attempt: Attempt, files: Sequence[FilePlan], pool: BufferPool) -> dict
     for finished in found.values():
         finished.sort(key=lambda kept: kept.attempt, reverse=True)
     # the parts of an open upload are held until it is complete, so that they can be sent elsewhere if it is lost
-    missing = {f.id: f.size for f in files if f.id not in found and pool.size < f.size <= pool.size * pool.limit}
+    missing = {f.id: f for f in files if f.id not in found and f.parts > 1 and pool.holds(f.parts, f.part)}
     if others and missing:
-        for kept in _open_uploads(run.store.backend, prefix, busy, missing, pool.size):
+        for kept in _open_uploads(run.store.backend, prefix, busy, missing):
             found.setdefault(kept.key.rpartition("/")[2], []).append(kept)
     for name in missing:
         found.get(name, []).sort(key=lambda kept: len(kept.parts), reverse=True)
     return found
 
 
-def _open_uploads(backend: Backend, prefix: str, busy: set[str], sizes: dict[str, int], part_size: int) -> Iterator[Kept]:
+def _open_uploads(backend: Backend, prefix: str, busy: set[str], files: Mapping[str, FilePlan]) -> Iterator[Kept]:
     def wanted(key: str) -> bool:
         about = layout.parse_key(key)
-        return about is not None and about.attempt not in busy and about.file in sizes
+        return about is not None and about.attempt not in busy and about.file in files
 
     try:
         for upload in open_uploads(backend, prefix, wanted):
             about, parts = layout.parse_key(upload.key), upload.parts
             assert about is not None
-            if parts and all(_fits(part, sizes[about.file], part_size) for part in parts.values()):
+            if parts and all(_fits(part, files[about.file]) for part in parts.values()):
                 yield Kept(about.attempt, upload.key, upload_id=upload.upload_id, parts=parts)
     except UnsupportedOperationError as error:
         _log.info("open uploads cannot be taken over: %s", error)
 
 
-def _fits(part: PartResult, size: int, part_size: int) -> bool:
+def _fits(part: PartResult, file: FilePlan) -> bool:
     """Whether it is a part of the file as we would cut it, and its content can be proven."""
-    begin = (part.number - 1) * part_size
-    return 0 <= begin < size and part.size == min(part_size, size - begin) and bool(part.checksum or _MD5.fullmatch(part.etag))
+    left = file.size - (part.number - 1) * file.part
+    provable = part.checksum or _MD5.fullmatch(part.etag)
+    return part.number > 0 and left > 0 and part.size == min(file.part, left) and bool(provable)
 
 
 def _proven(attempt: Attempt, file: FilePlan, kept: Kept, pool: BufferPool, crew: ThreadPoolExecutor) -> bool:
@@ -137,7 +138,7 @@ def _proven(attempt: Attempt, file: FilePlan, kept: Kept, pool: BufferPool, crew
     try:
         if kept.upload_id:
             return _all(file, lambda part: _same_part(part, kept), pool, crew)
-        count = -(-file.size // pool.size)
+        count = file.parts
         told = _MD5.fullmatch(kept.etag)
         if told is not None and int(told[2] or 1) == count:
             digests: dict[int, bytes] = {}

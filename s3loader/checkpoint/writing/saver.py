@@ -30,7 +30,7 @@ from s3loader.checkpoint.state.leaves import LeafAdapter
 from s3loader.checkpoint.threads import Worker, at_once
 from s3loader.checkpoint.writing.copying import Copier
 from s3loader.checkpoint.writing.incremental import Base, References, owned, refer, replica
-from s3loader.checkpoint.writing.staging import BufferPool, FilePlan, SavedPiece, plan_files, stage
+from s3loader.checkpoint.writing.staging import BufferPool, FilePlan, SavedPiece, part_size_of, plan_files, stage
 from s3loader.checkpoint.writing.upload import Upload
 from s3loader.errors import (
     CheckpointError,
@@ -96,7 +96,8 @@ def plan_save(
     if base is not None:
         references, pieces = refer(attempt, base, pieces)
     hashed = options.incremental or (options.check_replicas and attempt.world > 1)
-    files = plan_files(pieces, attempt.rank, options.file_size, options.block, attempt.about, hashed=hashed)
+    part_of = part_size_of(options, attempt.run.store)
+    files = plan_files(pieces, attempt.rank, options.file_size, options.block, attempt.about, hashed=hashed, part_of=part_of)
     size = sum(p.end - p.begin for p in pieces) + sum(c.end - c.begin for c in (references.chunks if references else ()))
     return SavePlan(nodes, files, size, metrics, metadata, replicas, references)
 
@@ -231,8 +232,7 @@ class Saver:
         failed: BaseException | None = None
         try:
             with showing(self._shown, f"save {self._attempt.step}", "bytes", first=self._attempt.rank == 0) as report:
-                self._upload.begin(report)
-                self.handle._result = self._commit()
+                self.handle._result = self._commit(partial(self._upload.begin, report))
         except BaseException as error:  # noqa: BLE001 - raised by the handle, and by the manager's next call
             self._upload.fail(error)
             failed = self._ended(error)
@@ -285,21 +285,22 @@ class Saver:
         except S3LoaderError as error:
             _log.info("cleaning up after a save: %s", error)
 
-    def _commit(self) -> SaveResult:
+    def _commit(self, start_threads: Callable[[], None]) -> SaveResult:
+        """All of it. The requests that carry no data go out beside staging: they are few, and cost no time then."""
         attempt, plan = self._attempt, self._plan
-        self._await_staging()
         if not self._publishes:
             if not attempt.run.conditional and attempt.id in attempt.run.roots.read(attempt.step).history:
                 raise CheckpointError(
                     f"step {attempt.step} is committed already, by this very attempt",
                     hint="a plan of an earlier save was used again; make a new writer for every save",
                 )
-            self._begin_attempt()
+            at_once(self._begin_attempt, start_threads)
+            self._await_staging()
             return self._upload_part(None)
         try:
             expected, _ = at_once(
                 partial(expect_free, attempt, replace=self._on_exists == "replace"),
-                lambda: at_once(self._begin_attempt, attempt.run.prepare, self._upload.open),
+                lambda: at_once(self._begin_attempt, attempt.run.prepare, self._upload.open, start_threads),
             )
         except StepExistsError as error:
             self._quietly(lambda: attempt.run.store.delete(self._intent_key))
@@ -307,6 +308,7 @@ class Saver:
                 raise
             self._upload.cancel(error)
             return SaveResult(attempt.step, "", plan.bytes, 0, self._staged_s, time.monotonic() - self._began, skipped=True)
+        self._await_staging()
         return self._upload_part(expected)
 
     @property
@@ -379,7 +381,7 @@ class Saver:
             block=self._options.block,
             files=[*(file.record() for file in plan.files), *(plan.references.files if plan.references else ())],
             chunks=[
-                *(piece.chunk(file.name, self._options.block) for file in plan.files for piece in file.pieces),
+                *(piece.chunk(file) for file in plan.files for piece in file.pieces),
                 *(plan.references.chunks if plan.references else ()),
             ],
             tree=plan.tree,

@@ -7,6 +7,7 @@ or, where the state is larger than the budget, when the last part of it was copi
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import queue
 import struct
@@ -21,27 +22,52 @@ from s3loader.checkpoint.format import segments
 from s3loader.checkpoint.format.layout import data_id
 from s3loader.checkpoint.format.records import Chunk, FileRecord
 from s3loader.checkpoint.format.segments import crc64, joined_hash
+from s3loader.checkpoint.options import CheckpointOptions
 from s3loader.checkpoint.state.leaves import Piece, fresh_memory
 from s3loader.checkpoint.writing.copying import Copier
 from s3loader.checksum import crc32c
 from s3loader.dtypes import itemsize, nbytes
 from s3loader.errors import CheckpointError
 from s3loader.fetch.safetensors import encode_header
+from s3loader.store import ObjectStore
+from s3loader.store.parts import LEAST_PART, even_parts
 from s3loader.types import PartResult
 
-__all__ = ["BufferPool", "FilePlan", "Kept", "Piece", "SavedPiece", "StagedPart", "plan_files", "stage"]
+__all__ = [
+    "BufferPool",
+    "FilePlan",
+    "Kept",
+    "Piece",
+    "SavedPiece",
+    "StagedPart",
+    "part_size_of",
+    "plan_files",
+    "stage",
+]
+
+
+def part_size_of(options: CheckpointOptions, store: ObjectStore) -> Callable[[int], int]:
+    """Bytes of each part by the bytes of all files. Only our own client begins with as many connections as there are parts;
+    and where the staging memory does not hold all of them, smaller ones bring nothing."""
+
+    def part_size(total: int) -> int:
+        most = options.part_size
+        if store.engine != "direct" or not most < total <= options.staging_budget:
+            return most
+        return even_parts(total, most, options.concurrency, LEAST_PART)
+
+    return part_size
 
 
 class BufferPool:
-    """Buffers of one size, at most `budget` bytes of them, kept for the next save."""
+    """Buffers of about one size, at most `budget` bytes of them (but two at least), kept for the next save."""
 
-    def __init__(self, budget: int, size: int) -> None:
-        self.size = size
-        self.limit = max(2, budget // size)
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
         self.memory: Callable[[int], memoryview] = fresh_memory
         """Makes new buffers."""
         self._free: deque[memoryview] = deque()
-        self._made = 0
+        self._made = self._bytes = 0
         self._lock = threading.Lock()
         self._waiting = False
         self._wakings: queue.SimpleQueue[None] = queue.SimpleQueue()  # atomic to signals
@@ -49,23 +75,38 @@ class BufferPool:
     @property
     def allocated(self) -> int:
         """Bytes held, whether in use or not."""
-        return self._made * self.size
+        return self._bytes
 
-    def take(self) -> memoryview | None:
-        """A buffer, None where all are in use and the budget is used up."""
+    def holds(self, count: int, size: int) -> bool:
+        """Whether so many buffers of `size` bytes may be in use at a time."""
+        return count <= max(2, self.budget // size)
+
+    def take(self, size: int) -> memoryview | None:
+        """A buffer of `size` bytes or up to twice as many; None where all are in use and the budget is used up."""
         with contextlib.suppress(IndexError):
-            return self._free.pop()
+            while True:
+                buffer = self._free.pop()
+                if size <= len(buffer) <= 2 * size:
+                    return buffer
+                self._drop(buffer)  # of another state
+                del buffer
         with self._lock:
-            if self._made >= self.limit:
+            if self._made >= 2 and self._bytes + size > self.budget:
                 return None
             self._made += 1
-        return self.memory(self.size)
+            self._bytes += size
+        return self.memory(size)
 
-    def acquire(self, stopped: Callable[[], bool], exhausted: Callable[[], None]) -> memoryview | None:
-        """A buffer; where the budget is used up, calls `exhausted` and waits for one. None as soon as `stopped()`."""
+    def _drop(self, buffer: memoryview) -> None:
+        with self._lock:
+            self._made -= 1
+            self._bytes -= len(buffer)
+
+    def acquire(self, size: int, stopped: Callable[[], bool], exhausted: Callable[[], None]) -> memoryview | None:
+        """As `take`; where the budget is used up, calls `exhausted` and waits for one. None as soon as `stopped()`."""
         try:
             while not stopped():
-                buffer = self.take()
+                buffer = self.take(size)
                 if buffer is not None:
                     return buffer
                 exhausted()
@@ -89,10 +130,9 @@ class BufferPool:
 
     def clear(self) -> None:
         """Let go of the buffers that are not in use."""
-        with self._lock, contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):
             while True:
-                self._free.pop()
-                self._made -= 1
+                self._drop(self._free.pop())
 
 
 @dataclass(slots=True)
@@ -107,29 +147,31 @@ class SavedPiece:
     begin: int = 0
     end: int = 0
     crcs: list[int] = field(default_factory=list)
+    """CRC32C of what each part has of each segment (`segments.pieces`)."""
     crcs64: list[int] = field(default_factory=list)
-    """CRC64NVME of each segment, where the content is to be recognised again."""
+    """CRC64NVME of the same, where the content is to be recognised again."""
 
-    def chunk(self, file: str, block: int) -> Chunk:
+    def chunk(self, file: FilePlan) -> Chunk:
         """The record of it, once its checksums are there."""
         whole = self.piece.shape == self.shape
+        crcs = segments.joined(self.crcs, self.begin, self.end, file.block, file.part)
         return Chunk(
             name=self.name,
             dtype=self.dtype,
             shape=list(self.shape),
-            file=file,
+            file=file.name,
             begin=self.begin,
             end=self.end,
-            crc=struct.pack(f"<{len(self.crcs)}I", *self.crcs),
+            crc=struct.pack(f"<{len(crcs)}I", *crcs),
             offset=None if whole else list(self.piece.offset),
             box=None if whole else list(self.piece.shape),
-            hash=self._hash(block),
+            hash=self._hash(file),
         )
 
-    def _hash(self, block: int) -> bytes:
+    def _hash(self, file: FilePlan) -> bytes:
         if not self.crcs64:
             return b""
-        sizes = [high - low for low, high in segments.cut(self.begin, self.end, block)]
+        sizes = [high - low for low, high in segments.pieces(self.begin, self.end, file.block, file.part)]
         return joined_hash(zip(self.crcs, self.crcs64, sizes, strict=True))
 
 
@@ -157,6 +199,8 @@ class FilePlan:
     pieces: list[SavedPiece]
     size: int
     block: int
+    part: int
+    """Bytes of each part that it is staged and sent in, but for the last."""
     header_crcs: list[int]
     own_header: bytes
     kept: Kept | None = None
@@ -166,6 +210,11 @@ class FilePlan:
     def name(self) -> str:
         """How parts and index name it: its id, or the key it has with the attempt that it was taken over from."""
         return self.kept.key if self.kept is not None else self.id
+
+    @property
+    def parts(self) -> int:
+        """How many parts it has."""
+        return -(-self.size // self.part)
 
     @property
     def finished(self) -> bool:
@@ -186,16 +235,33 @@ class FilePlan:
 
     def record(self) -> FileRecord:
         """The record of it, once its checksums are there."""
-        crc = struct.pack(f"<{len(self.header_crcs)}I", *self.header_crcs)
+        crcs = segments.joined(self.header_crcs, 0, len(self.header), self.block, self.part)
+        crc = struct.pack(f"<{len(crcs)}I", *crcs)
         return FileRecord(id=self.name, size=self.size, header=len(self.header), crc=crc)
 
 
 def plan_files(
-    pieces: Sequence[SavedPiece], rank: int, file_size: int, block: int, metadata: dict[str, str], *, hashed: bool
+    pieces: Sequence[SavedPiece],
+    rank: int,
+    file_size: int,
+    block: int,
+    metadata: dict[str, str],
+    *,
+    hashed: bool,
+    part_of: Callable[[int], int] | None = None,
 ) -> list[FilePlan]:
     """Lay `pieces` out in files of about `file_size` bytes (a larger piece has a file of its own).
 
     Wider element types come first, so that every tensor in a file is aligned to its element.
+
+    Args:
+        pieces: What to save.
+        rank: Whose.
+        file_size: Bytes.
+        block: Of the checkpoint.
+        metadata: Of each file.
+        hashed: Whether the content is to be recognised again.
+        part_of: How many bytes each part has, given the bytes of all files; default a block.
     """
     ordered = sorted(pieces, key=lambda p: -itemsize(p.dtype))
     groups: list[list[SavedPiece]] = []
@@ -215,11 +281,14 @@ def plan_files(
         header, spans = encode_header(rows, _with_boxes(group, metadata) or None)
         for piece, (begin, end) in zip(group, spans, strict=True):
             piece.begin, piece.end = begin, end
-            piece.crcs = [0] * segments.count(begin, end, block)
+        plans.append(FilePlan(data_id(rank, number), header, group, spans[-1][1], block, block, [], header))
+    part = part_of(sum(plan.size for plan in plans)) if part_of is not None else block
+    for plan in plans:
+        plan.part = part
+        plan.header_crcs = [0] * len(segments.pieces(0, len(plan.header), block, part))
+        for piece in plan.pieces:
+            piece.crcs = [0] * len(segments.pieces(piece.begin, piece.end, block, part))
             piece.crcs64 = [0] * len(piece.crcs) if hashed else []
-        end = spans[-1][1]
-        crcs = [0] * segments.count(0, len(header), block)
-        plans.append(FilePlan(data_id(rank, number), header, group, end, block, crcs, header))
     return plans
 
 
@@ -247,19 +316,36 @@ class StagedPart:
     @property
     def begin(self) -> int:
         """Where it begins in the file."""
-        return (self.number - 1) * len(self.buffer)
+        return (self.number - 1) * self.file.part
 
     def head(self) -> None:
         """Write the file's header, as it is now, over the one in it."""
         have = self.file.header[self.begin : self.begin + len(self.data)]
         self.data[: len(have)] = have
 
-    def checksum(self) -> None:
-        """Compute the checksums of the segments in it."""
-        for crcs, crcs64, index, low, high in self.checks:
-            crcs[index] = crc32c(self.data[low:high])
+    def checksum(self, whole: str | None = None) -> None:
+        """Compute the checksums of what is in it.
+
+        Args:
+            whole: CRC32C of all of `data` as S3 writes it, where it was computed already: then the largest piece, which mostly
+                is nearly all of it, is not looked at again.
+        """
+        largest = max(self.checks, key=lambda check: check[4] - check[3]) if whole is not None else None
+        before = after = 0
+        for check in self.checks:
+            crcs, crcs64, index, low, high = check
             if crcs64:
                 crcs64[index] = crc64(self.data[low:high])
+            if check is largest:
+                before, after = after, 0
+                continue
+            crcs[index] = crc32c(self.data[low:high])
+            if largest is not None:
+                after = segments.combined(after, crcs[index], high - low)
+        if largest is not None and whole is not None:
+            told = int.from_bytes(base64.b64decode(whole), "big")
+            crcs, _, index, low, high = largest
+            crcs[index] = segments.middle(told, before, high - low, after, len(self.data) - high)
 
 
 def stage(
@@ -282,26 +368,27 @@ def stage(
     """
     _choose_memory(plan, pool)
     copies = copier or Copier(1)
+    size = min(plan.part, plan.size)
     part: StagedPart | None = None
     full: list[StagedPart] = []
     try:
         for source, begin, end, crcs, crcs64 in _sources(plan, again):
             copy = source(copies)
-            for number, (first, last) in enumerate(segments.cut(begin, end, plan.block)):
-                at = first % pool.size
+            for number, (first, last) in enumerate(segments.pieces(begin, end, plan.block, plan.part)):
+                at = first % plan.part
                 if part is None or at == 0:
                     if part is not None:
                         full.append(part)
                         part = None
                     if stopped():
                         return
-                    buffer = pool.take() if copier is not None else None
+                    buffer = pool.take(size) if copier is not None else None
                     if buffer is None:
                         yield from _settled(full, copies)
-                        buffer = pool.acquire(stopped, exhausted)
+                        buffer = pool.acquire(size, stopped, exhausted)
                     if buffer is None:
                         return
-                    part = StagedPart(plan, first // pool.size + 1, buffer, buffer[:0], [])
+                    part = StagedPart(plan, first // plan.part + 1, buffer, buffer[:0], [])
                 copy(part.buffer[at : at + last - first], first - begin)
                 part.checks.append((crcs, crcs64, number, at, at + last - first))
                 part.data = part.buffer[: at + last - first]

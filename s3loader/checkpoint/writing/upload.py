@@ -53,16 +53,14 @@ _UNKNOWN_CONDITION = (400, 405, 501)
 def upload_pace(store: ObjectStore, most: int) -> InFlight:
     """How many parts may be on their way to `store`: it begins with as many as may be, since what there is to send is known,
     and follows the rule of reads from then on."""
-    pace = InFlight()
-    pace.limit = most if store.backend.engine == "direct" else min(most, _ELSEWHERE)
-    return pace
+    return InFlight(start=most if store.backend.engine == "direct" else min(most, _ELSEWHERE))
 
 
 class _File:
     """The upload of one file."""
 
-    def __init__(self, plan: FilePlan, store: ObjectStore, key: str, parts: int) -> None:
-        self.plan, self.parts = plan, parts
+    def __init__(self, plan: FilePlan, store: ObjectStore, key: str) -> None:
+        self.plan, self.parts = plan, (parts := plan.parts)
         self.lock = threading.Lock()
         self.own = PartUpload(store.backend, key, count=parts, content_type=_CONTENT)
         self.upload = self.own
@@ -105,7 +103,7 @@ class Upload:
         self._parts_too = True
         """Whether the store also knows the condition where an upload is completed, as far as is known."""
         left = [plan for plan in plans if not plan.finished]
-        self._files = {plan.id: _File(plan, store, prefix + plan.id, -(-plan.size // pool.size)) for plan in left}
+        self._files = {plan.id: _File(plan, store, prefix + plan.id) for plan in left}
         self.total = sum(plan.size for plan in plans)
         self.sent = self.total - sum(plan.size for plan in left)
         self.resumed = self.sent + sum(_size(plan.kept) for plan in left)
@@ -136,9 +134,14 @@ class Upload:
         at_once(*(file.own.begin for file in self._files.values() if file.parts > 1 and file.plan.kept is None))
 
     def begin(self, report: Report | None = None) -> None:
-        """Start its threads, in a thread that gets no signals; `report` is told of each part that was sent, one at a time."""
+        """Start its threads, in a thread that gets no signals; `report` is told of each part that was sent, one at a time.
+
+        The connections that they will need are opened meanwhile, while nothing is staged yet.
+        """
         self._report = report
         self._tell()
+        if len(self._threads) > 1:
+            self._store.open_ahead(min(len(self._threads), self._pace.limit))
         for thread in self._threads:
             thread.start()
 
@@ -284,15 +287,18 @@ class Upload:
 
     def _send(self, part: StagedPart) -> bool:
         """Send a part, and complete its file after the last one; returns whether its buffer is still needed."""
-        part.checksum()
         file = self._files[part.file.id]
+        if file.parts > 1 and file.plan.kept is None:
+            stored = file.own.store(part.number, part.data)
+            # our own client has sent it with this checksum; what others tell comes from the store
+            part.checksum(file.own.parts[part.number].checksum if self._store.engine == "direct" else None)
+            if stored == file.parts:
+                self._complete(file)
+            return False
+        part.checksum()
         if file.plan.kept is not None:
             self._resume(file, file.plan.kept, part)
             return True
-        if file.parts > 1:
-            if file.own.store(part.number, part.data) == file.parts:
-                self._complete(file)
-            return False
         mode: PutMode = "create" if self._create() else "overwrite"
         try:
             result = self._store.backend.put(file.own.key, part.data, mode=mode, content_type=_CONTENT)

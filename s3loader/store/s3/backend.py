@@ -603,8 +603,11 @@ class S3Backend:
         in_flight, hedges = self._connections.in_flight, self._connections.hedges or Hedges()
         return NetworkState(in_flight.limit, in_flight.why, in_flight.throttled, hedges.usual, hedges.asked, hedges.won)
 
-    def open_ahead(self, count: int) -> None:
-        """Begin to open connections until `count` are idle or on their way, and one for listings."""
+    def open_ahead(self, count: int, *, reads: bool = False) -> None:
+        """Begin to open connections until `count` are idle or on their way, and one for listings. `reads`: so many reads may be
+        under way at once from now on."""
+        if reads:
+            self._connections.in_flight.expect(count)
         self._connections.open_ahead(count)
         threading.Thread(target=self._context.careful.open_ahead, daemon=True, name="s3loader-connect").start()
 

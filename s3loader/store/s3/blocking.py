@@ -265,7 +265,8 @@ class Threads:
         self._threads: list[threading.Thread] = []
         self._in_use: dict[int, Connection] = {}
         self._stopped = False
-        self._held = 0
+        self._held = self._in_place = 0
+        """Bytes under way or not yet taken, and those of them that go to the caller's memory."""
         self._waiting = 0
         self._room = threading.Condition()
 
@@ -290,6 +291,7 @@ class Threads:
                 self._wanted = None
                 with self._room:
                     self._held -= job.cost
+                    self._in_place -= job.cost * job.in_place
                     if self._waiting:
                         self._room.notify_all()
                 yield job
@@ -305,11 +307,16 @@ class Threads:
         """Hand out jobs while there is room."""
         order = self._order
         while len(order) < _MOST_AHEAD:
-            job = self._source.take(self._in_flight.room(self._max_bytes) - self._held if order else _ANY)
+            if order:
+                left, lent = self._max_bytes - self._held, self._held - self._in_place
+                job = self._source.take(min(left, self._in_flight.room(self._max_bytes) - lent), left)
+            else:
+                job = self._source.take(_ANY, _ANY)
             if job is None:
                 return
             with self._room:
                 self._held += job.cost
+                self._in_place += job.cost * job.in_place
             order.append(job)
             self._todo.put(job)
             if len(self._threads) < min(self._concurrency, self._in_flight.limit, len(order)):

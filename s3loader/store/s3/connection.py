@@ -354,7 +354,8 @@ class Connections:
 
     def open_ahead(self, count: int) -> None:
         """Begin to open connections, in threads, until `count` are idle or on their way. One that cannot be opened is not
-        missed: whoever needs one tries again, and says why it fails."""
+        missed: whoever needs one tries again, and says why it fails. What has been idle for too long counts for nothing."""
+        self._close_old()
         for _ in range(count - len(self._idle) - self._opening):
             self._opening += 1
             threading.Thread(
@@ -410,6 +411,17 @@ class Connections:
         if len(self._idle) > _MOST_IDLE:
             with contextlib.suppress(IndexError):  # another thread was faster
                 self._idle.popleft().close()
+
+    def _close_old(self) -> None:
+        """Close what has been idle for so long that `take` would."""
+        since = time.monotonic() - _IDLE_SECONDS
+        with contextlib.suppress(IndexError):  # another thread was faster
+            for _ in range(len(self._idle)):
+                connection = self._idle.popleft()
+                if connection.idle_since > since:
+                    self._idle.append(connection)  # one round leaves them in their order
+                else:
+                    connection.close()
 
     def close(self) -> None:
         """Close what is idle."""

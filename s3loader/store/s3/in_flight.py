@@ -45,10 +45,11 @@ class InFlight:
 
     Args:
         clock: Seconds, for tests.
+        start: The limit to begin with.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit = _START
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, start: int = _START) -> None:
+        self.limit = start
         """Requests that may be under way at a time; a driver's own bound may be lower."""
         self.why = "the start"
         """What the limit goes back to, in words for people."""
@@ -73,9 +74,18 @@ class InFlight:
         self._rejected = False
 
     def room(self, max_bytes: int) -> int:
-        """Bytes that may be under way or not yet taken, of the `max_bytes` that the caller allows: as connections grow, so do
-        they. 8 MiB for each connection, and at least 64 MiB."""
+        """Bytes of lent memory that may be under way or not yet taken, of the `max_bytes` that the caller allows: as
+        connections grow, so do they. 8 MiB for each connection, and at least 64 MiB."""
         return max(min(max_bytes, _LEAST_ROOM), min(max_bytes, self.limit * _ROOM_EACH))
+
+    def expect(self, count: int) -> None:
+        """So many large requests are going to come at once: the limit is at least that from now on. Not where the store has
+        ever said that it gets too many."""
+        with self._lock:
+            if count > self.limit and not self.throttled:
+                self.limit, self.why = count, f"{count} requests were expected at once"
+                self._before, self._doubted = None, False
+                self._begin()
 
     def waited(self, seconds: float) -> None:
         """Whoever asked had nothing to do for so long but to wait for a result."""

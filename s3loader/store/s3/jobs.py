@@ -315,6 +315,11 @@ class Job(ABC):
         self.at = have
         return have == length and self._finish()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its bytes go to memory of the caller's, so that none is lent for them."""
+        return False
+
     def least(self) -> int:
         """Bytes that the response will have at least, if all goes well; 0: nobody knows."""
         return 0
@@ -542,8 +547,9 @@ class Source:
         self.exhausted = False
         self.error: Exception | None = None
 
-    def take(self, room: int) -> Job | None:
-        """The next job if it costs no more than `room` bytes; None: it does, or there is none."""
+    def take(self, room: int, in_place: int) -> Job | None:
+        """The next job if it costs no more than `room` bytes; `in_place`: the same for one into the caller's memory. None: it
+        does, or there is none."""
         job = self._ahead
         if job is None:
             if self.exhausted:
@@ -557,7 +563,7 @@ class Source:
                 self.exhausted = True
                 self.error = error
                 return None
-        if job.cost > room:
+        if job.cost > (in_place if job.in_place else room):
             self._ahead = job
             return None
         self._ahead = None

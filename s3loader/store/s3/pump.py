@@ -136,7 +136,8 @@ class Pump:
         """Jobs that were asked for once more, and by which."""
         self._scratch = Scratch()
         self._order: deque[Job] = deque()
-        self._held = 0
+        self._held = self._in_place = 0
+        """Bytes under way or not yet taken, and those of them that go to the caller's memory."""
         self._by_fd: dict[int, Connection] = {}
         self._idle: list[Connection] = []
         self._parked: list[tuple[Connection, int]] = []
@@ -167,6 +168,7 @@ class Pump:
                     continue
                 job = order.popleft()
                 self._held -= job.cost
+                self._in_place -= job.cost * job.in_place
                 yield job
                 del job  # it holds a buffer
                 if self._connections.generation != self._generation:
@@ -216,9 +218,14 @@ class Pump:
         """The next job, if there is one and room for it; it is in `_order` then."""
         if self._blocking.busy >= self._concurrency:
             return None
-        job = self._source.take(self._in_flight.room(self._max_bytes) - self._held if self._held else _ANY)
+        if self._held:
+            left, lent = self._max_bytes - self._held, self._held - self._in_place
+            job = self._source.take(min(left, self._in_flight.room(self._max_bytes) - lent), left)
+        else:
+            job = self._source.take(_ANY, _ANY)
         if job is not None:
             self._held += job.cost
+            self._in_place += job.cost * job.in_place
             self._order.append(job)
         return job
 

@@ -129,6 +129,11 @@ class ReadJob(Job):
         self._block = block
         self._origin = self.at = -context.head_length % _ALIGNMENT
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its bytes go to memory of the caller's."""
+        return self._into is not None
+
     def again(self) -> Job | None:
         """A second request for the same range, into memory of its own; None: into lent memory, or of unknown size."""
         if self._into is not None or self._end is None or self.hedge_of is not None:
