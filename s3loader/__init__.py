@@ -21,16 +21,16 @@ _NAMES: Final[dict[str, str]] = {
     "config": "S3Settings",
     "credentials": "Credentials",
     "errors": (
-        "AccessDeniedError AuthenticationError BucketNotFoundError CacheFullError CheckpointError CheckpointNotFoundError "
-        "ClosedError CommitUnknownError ConfigError ConflictError CredentialsError FencedError FormatError "
-        "IncompleteCheckpointError IntegrityError InvalidManifestError NoSpaceError ObjectChangedError ObjectExistsError "
-        "ObjectNotFoundError OutcomeUnknownError PartialFailureError PlanError PreconditionFailedError RangeError "
-        "S3ExchangeError S3LoaderError SampleError ShardReadError SourceNotFoundError StateMismatchError StepExistsError "
-        "StoreConnectionError StoreError StoreTimeoutError ThrottledError TruncatedError UnavailableError "
-        "UnsupportedOperationError UnsupportedStateError WorkerError"
+        "AccessDeniedError AuthenticationError BucketNotFoundError CacheFullError CheckpointError "
+        "CheckpointNotFoundError ClosedError CommitUnknownError ConfigError ConflictError CredentialsError "
+        "ExchangeObjectNotFoundError FencedError FormatError IncompleteCheckpointError IntegrityError "
+        "InvalidManifestError ManifestNotFoundError MissingPlaceholderError NoSpaceError ObjectChangedError "
+        "ObjectExistsError ObjectNotFoundError OutcomeUnknownError PartialFailureError PlanError "
+        "PreconditionFailedError RangeError S3ExchangeError S3LoaderError SampleError ShardReadError "
+        "SourceNotFoundError StateMismatchError StepExistsError StoreConnectionError StoreError StoreTimeoutError "
+        "ThrottledError TruncatedError UnavailableError UnsupportedOperationError UnsupportedStateError WorkerError"
     ),
     "events": "OpEvent",
-    "exchange.errors": "ExchangeObjectNotFoundError ManifestNotFoundError MissingPlaceholderError",
     "exchange.items": "create_shards",
     "exchange.keys": "infer_id_from_key normalize_key resolve_template",
     "exchange.store": "S3ExchangeStore",

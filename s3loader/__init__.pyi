@@ -17,24 +17,22 @@ from s3loader.errors import (
     AccessDeniedError as AccessDeniedError, AuthenticationError as AuthenticationError, BucketNotFoundError as
     BucketNotFoundError, CacheFullError as CacheFullError, CheckpointError as CheckpointError, CheckpointNotFoundError as
     CheckpointNotFoundError, ClosedError as ClosedError, CommitUnknownError as CommitUnknownError, ConfigError as
-    ConfigError, ConflictError as ConflictError, CredentialsError as CredentialsError, FencedError as FencedError,
-    FormatError as FormatError, IncompleteCheckpointError as IncompleteCheckpointError, IntegrityError as IntegrityError,
-    InvalidManifestError as InvalidManifestError, NoSpaceError as NoSpaceError, ObjectChangedError as ObjectChangedError,
-    ObjectExistsError as ObjectExistsError, ObjectNotFoundError as ObjectNotFoundError, OutcomeUnknownError as
-    OutcomeUnknownError, PartialFailureError as PartialFailureError, PlanError as PlanError, PreconditionFailedError as
-    PreconditionFailedError, RangeError as RangeError, S3ExchangeError as S3ExchangeError, S3LoaderError as S3LoaderError,
-    SampleError as SampleError, ShardReadError as ShardReadError, SourceNotFoundError as SourceNotFoundError,
-    StateMismatchError as StateMismatchError, StepExistsError as StepExistsError, StoreConnectionError as
-    StoreConnectionError, StoreError as StoreError, StoreTimeoutError as StoreTimeoutError, ThrottledError as
-    ThrottledError, TruncatedError as TruncatedError, UnavailableError as UnavailableError, UnsupportedOperationError as
-    UnsupportedOperationError, UnsupportedStateError as UnsupportedStateError, WorkerError as WorkerError
+    ConfigError, ConflictError as ConflictError, CredentialsError as CredentialsError, ExchangeObjectNotFoundError as
+    ExchangeObjectNotFoundError, FencedError as FencedError, FormatError as FormatError, IncompleteCheckpointError as
+    IncompleteCheckpointError, IntegrityError as IntegrityError, InvalidManifestError as InvalidManifestError,
+    ManifestNotFoundError as ManifestNotFoundError, MissingPlaceholderError as MissingPlaceholderError, NoSpaceError as
+    NoSpaceError, ObjectChangedError as ObjectChangedError, ObjectExistsError as ObjectExistsError, ObjectNotFoundError as
+    ObjectNotFoundError, OutcomeUnknownError as OutcomeUnknownError, PartialFailureError as PartialFailureError, PlanError
+    as PlanError, PreconditionFailedError as PreconditionFailedError, RangeError as RangeError, S3ExchangeError as
+    S3ExchangeError, S3LoaderError as S3LoaderError, SampleError as SampleError, ShardReadError as ShardReadError,
+    SourceNotFoundError as SourceNotFoundError, StateMismatchError as StateMismatchError, StepExistsError as
+    StepExistsError, StoreConnectionError as StoreConnectionError, StoreError as StoreError, StoreTimeoutError as
+    StoreTimeoutError, ThrottledError as ThrottledError, TruncatedError as TruncatedError, UnavailableError as
+    UnavailableError, UnsupportedOperationError as UnsupportedOperationError, UnsupportedStateError as
+    UnsupportedStateError, WorkerError as WorkerError
 )
 from s3loader.events import (
     OpEvent as OpEvent
-)
-from s3loader.exchange.errors import (
-    ExchangeObjectNotFoundError as ExchangeObjectNotFoundError, ManifestNotFoundError as ManifestNotFoundError,
-    MissingPlaceholderError as MissingPlaceholderError
 )
 from s3loader.exchange.items import (
     create_shards as create_shards

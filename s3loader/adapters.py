@@ -63,9 +63,6 @@ if TYPE_CHECKING:
     from s3loader.loader.collate import map_leaves as map_leaves
     from s3loader.loader.collate import ragged as ragged
     from s3loader.loader.collate import stacked as stacked
-    from s3loader.loader.cursor import Cursor as Cursor
-    from s3loader.loader.cursor import OnBreak as OnBreak
-    from s3loader.loader.cursor import checked_epoch as checked_epoch
     from s3loader.loader.sample_stage import batch_error as batch_error
     from s3loader.loader.sample_stage import refuse_all_skipped as refuse_all_skipped
     from s3loader.packing.part import archive_of as archive_of
@@ -77,6 +74,9 @@ if TYPE_CHECKING:
     from s3loader.plan import Schedule as Schedule
     from s3loader.plan import Tail as Tail
     from s3loader.plan import Topology as Topology
+    from s3loader.plan.schedule import Cursor as Cursor
+    from s3loader.plan.schedule import OnBreak as OnBreak
+    from s3loader.plan.schedule import checked_epoch as checked_epoch
     from s3loader.progress import Report as Report
     from s3loader.progress import ShowProgress as ShowProgress
     from s3loader.progress import check_progress as check_progress
@@ -128,11 +128,11 @@ NAMES: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "Tail": ("s3loader.plan", "What happens to the samples that do not fill a batch on every rank."),
         "PlanState": ("s3loader.plan", "The state of a loader: plan digest, epoch, consumed positions."),
         "Cursor": (
-            "s3loader.loader.cursor",
+            "s3loader.plan.schedule",
             "Epoch and consumed positions, as they move with iterations, saves and `set_epoch`.",
         ),
-        "OnBreak": ("s3loader.loader.cursor", "Where the next iteration begins after one that was broken off."),
-        "checked_epoch": ("s3loader.loader.cursor", "An epoch number that a state can hold, or a `ConfigError`."),
+        "OnBreak": ("s3loader.plan.schedule", "Where the next iteration begins after one that was broken off."),
+        "checked_epoch": ("s3loader.plan.schedule", "An epoch number that a state can hold, or a `ConfigError`."),
         "batch_error": (
             "s3loader.loader.sample_stage",
             "The error of a batch that cannot be converted, with its samples named.",

@@ -28,7 +28,12 @@
     ├── FormatError (ValueError)              stored data does not follow its format
     │   ├── InvalidManifestError
     │   └── ShardReadError
-    ├── S3ExchangeError                       the exchange API's own
+    ├── S3ExchangeError                       the exchange API's own; "not found" are ObjectNotFoundErrors too
+    │   ├── ExchangeObjectNotFoundError
+    │   ├── ManifestNotFoundError
+    │   ├── MissingPlaceholderError           a key template names a variable that was not given
+    │   └── WriterStateError (RuntimeError)
+    │       └── WriterClosedError
     ├── PlanError (ValueError)                an order of samples cannot be made as asked
     │   └── StateMismatchError                the state belongs to other data or options
     ├── SampleError                           one sample failed: shard, member and position inside
@@ -66,11 +71,14 @@ __all__ = [
     "ConfigError",
     "ConflictError",
     "CredentialsError",
+    "ExchangeObjectNotFoundError",
     "FencedError",
     "FormatError",
     "IncompleteCheckpointError",
     "IntegrityError",
     "InvalidManifestError",
+    "ManifestNotFoundError",
+    "MissingPlaceholderError",
     "NoSpaceError",
     "ObjectChangedError",
     "ObjectExistsError",
@@ -96,8 +104,9 @@ __all__ = [
     "UnsupportedOperationError",
     "UnsupportedStateError",
     "WorkerError",
+    "WriterClosedError",
+    "WriterStateError",
 ]
-
 
 _PASSWORD: Final = re.compile(
     r"""(?<=://)(?:[^/\s'"]*|[^/\s'":]+:(?!\d*/)[^\s'"]*)@"""  # scheme://name:password@host
@@ -423,3 +432,42 @@ class ClosedError(S3LoaderError, ValueError):
     """Used after `close()`."""
 
     HINT = "it was closed: open or begin a new one"
+
+
+class MissingPlaceholderError(S3ExchangeError):
+    """A key template names a variable that was not given."""
+
+    def __init__(self, placeholder: str = "", template: str = "", **facts: Any) -> None:
+        super().__init__(
+            f"Missing placeholder {placeholder!r} in template: {template}" if template else placeholder,
+            **{
+                "placeholder": placeholder,
+                "template": template,
+                "hint": f"give it a value: scope({placeholder}=...), or {{{placeholder!r}: ...}} in vars or default_vars"
+                if template
+                else None,
+                **facts,
+            },
+        )
+
+
+class ExchangeObjectNotFoundError(ObjectNotFoundError, S3ExchangeError):
+    """There is no object under this key; `.key` is the key as it was asked for."""
+
+    def __init__(self, key: str = "", **facts: Any) -> None:
+        super().__init__(f"S3 object not found: {key}", key=key, **facts)
+
+
+class ManifestNotFoundError(ObjectNotFoundError, S3ExchangeError):
+    """There is no manifest under this key; `.key` and `.manifest_key` are the key as it was asked for."""
+
+    def __init__(self, key: str = "", **facts: Any) -> None:
+        super().__init__(f"Manifest not found: {key}", key=key, manifest_key=key, **facts)
+
+
+class WriterStateError(S3ExchangeError, RuntimeError):
+    """A `ManifestWriter` was not opened for what it is asked to do."""
+
+
+class WriterClosedError(WriterStateError, ClosedError):
+    """A `ManifestWriter` was used after it was closed."""

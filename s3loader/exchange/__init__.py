@@ -1,14 +1,14 @@
 """Exchange: manifests, virtual keys and the store that reads and writes them (the s3exchange interface)."""
 
-from s3loader.exchange.append import append_entries
-from s3loader.exchange.commit import publish_manifest
-from s3loader.exchange.errors import (
+from s3loader.errors import (
     ExchangeObjectNotFoundError,
     ManifestNotFoundError,
     MissingPlaceholderError,
     WriterClosedError,
     WriterStateError,
 )
+from s3loader.exchange.append import append_entries
+from s3loader.exchange.commit import publish_manifest
 from s3loader.exchange.items import create_shards
 from s3loader.exchange.keys import infer_id_from_key, normalize_key, resolve_template
 from s3loader.exchange.lines import encode_manifest, parse_line, serialize_entry

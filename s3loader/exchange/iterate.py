@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from typing import Any, Final, Literal, TypeAlias
 
-from s3loader.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, RangeError
-from s3loader.exchange.errors import ExchangeObjectNotFoundError
+from s3loader.errors import ConfigError, ExchangeObjectNotFoundError, ObjectChangedError, ObjectNotFoundError, RangeError
 from s3loader.exchange.keys import infer_id_from_key, is_shard_key, split_virtual_key
 from s3loader.exchange.lines import file_entry
 from s3loader.exchange.members import PreparedShard, ShardMembers
@@ -18,8 +17,7 @@ from s3loader.exchange.objects import ObjectAccess
 from s3loader.exchange.types import FileEntry, ManifestEntry
 from s3loader.shard.body import ObjectBody
 from s3loader.shard.index import ShardIndex
-from s3loader.shard.reader import ShardReader
-from s3loader.shard.spans import Run, plan_runs
+from s3loader.shard.reader import Run, ShardReader, plan_runs
 from s3loader.store.arguments import check_several
 from s3loader.store.backend import ReadResult
 from s3loader.types import ReadRequest

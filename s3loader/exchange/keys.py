@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from s3loader.arguments import checked
-from s3loader.errors import ConfigError
-from s3loader.exchange.errors import MissingPlaceholderError
+from s3loader.errors import ConfigError, MissingPlaceholderError
 from s3loader.shard.compression import infer_archive_format
 
 __all__ = ["infer_id_from_key", "is_manifest_key", "is_shard_key", "normalize_key", "resolve_template", "split_virtual_key"]

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from s3loader.errors import InvalidManifestError, ObjectNotFoundError, ShardReadError
-from s3loader.exchange.errors import ExchangeObjectNotFoundError
+from s3loader.errors import ExchangeObjectNotFoundError, InvalidManifestError, ObjectNotFoundError, ShardReadError
 from s3loader.exchange.keys import infer_id_from_key, virtual_key
 from s3loader.exchange.lines import iter_members
 from s3loader.exchange.objects import ObjectAccess, not_found

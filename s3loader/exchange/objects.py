@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from s3loader.checksum import SEAL
-from s3loader.errors import ConfigError, IntegrityError, ObjectNotFoundError, RangeError, TruncatedError
-from s3loader.exchange.errors import ExchangeObjectNotFoundError
+from s3loader.errors import (
+    ConfigError,
+    ExchangeObjectNotFoundError,
+    IntegrityError,
+    ObjectNotFoundError,
+    RangeError,
+    TruncatedError,
+)
 from s3loader.exchange.keys import is_shard_key, normalize_key, split_virtual_key
 from s3loader.exchange.types import ManifestEntry
 from s3loader.shard.body import ArchiveMemberBody, ObjectBody

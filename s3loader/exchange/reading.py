@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, TypeVar
 
 from s3loader.checksum import Seal, damaged, proven
-from s3loader.errors import IntegrityError, InvalidManifestError, ObjectNotFoundError, RangeError
-from s3loader.exchange.errors import ManifestNotFoundError
+from s3loader.errors import IntegrityError, InvalidManifestError, ManifestNotFoundError, ObjectNotFoundError, RangeError
 from s3loader.exchange.lines import iter_entries, iter_entry_lines
 from s3loader.exchange.types import ManifestEntry, ManifestRefEntry
 from s3loader.shard.source import CHUNK, read_chunks, rest_of

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Final
 
-from s3loader.errors import ConfigError, ConflictError, ObjectExistsError, ObjectNotFoundError
+from s3loader.errors import ConfigError, ConflictError, ObjectExistsError, ObjectNotFoundError, WriterStateError
 from s3loader.exchange.commit import can_compare_and_swap, put_settled
 from s3loader.exchange.delete import UploadedKeys
-from s3loader.exchange.errors import WriterStateError
 from s3loader.exchange.keys import beside
 from s3loader.exchange.pack import Extent, ShardPacker, Source, loaded, source_size
 from s3loader.exchange.types import ManifestWriterConfig, ShardEntry, ShardSizePolicy

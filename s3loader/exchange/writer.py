@@ -11,10 +11,9 @@ from types import TracebackType
 from typing import IO, Any, Final, Unpack, cast
 
 from s3loader.arguments import checked
-from s3loader.errors import ConfigError
+from s3loader.errors import ConfigError, WriterClosedError, WriterStateError
 from s3loader.exchange.delete import UploadedKeys, empty_report, remove_written
 from s3loader.exchange.entry_stream import EntryStream
-from s3loader.exchange.errors import WriterClosedError, WriterStateError
 from s3loader.exchange.keys import infer_id_from_key
 from s3loader.exchange.lines import check_entry, file_entry, serialize_entry
 from s3loader.exchange.objects import ExchangeBase

@@ -2,12 +2,11 @@
 
 from s3loader.loader.check import DatasetCheck, TornPlace, check_dataset
 from s3loader.loader.collate import Collate, Ragged, collate_fixed, collate_ragged
-from s3loader.loader.constructors import AdapterKeywords, DatasetSource, FromSources, SourceKeywords, open_source
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
 from s3loader.loader.loader import Batch, Loader
 from s3loader.loader.mixture import Mixture, mix_datasets
-from s3loader.loader.opening import open_dataset
+from s3loader.loader.opening import AdapterKeywords, DatasetSource, FromSources, SourceKeywords, open_dataset, open_source
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.quarantine import Quarantine, Quarantined, read_quarantine
 from s3loader.loader.reading import GrainSource, SampleReader

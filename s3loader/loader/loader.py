@@ -13,7 +13,6 @@ from s3loader.arguments import checked
 from s3loader.errors import ConfigError, PlanError, S3LoaderError, StateMismatchError
 from s3loader.fetch.diskcache import DiskCache
 from s3loader.loader.collate import make_collate
-from s3loader.loader.cursor import Cursor
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.live import live_stats
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
@@ -25,6 +24,7 @@ from s3loader.loader.sample_stage import Place, SampleStage, batch_error, place_
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_runs
 from s3loader.plan.permutation import Int64Array
+from s3loader.plan.schedule import Cursor
 from s3loader.progress import Report, ShowProgress, check_progress, showing
 from s3loader.ranks import ranks_on_node
 from s3loader.types import NetworkState

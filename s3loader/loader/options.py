@@ -11,10 +11,10 @@ from s3loader.arguments import checked, local_path, unknown_option
 from s3loader.errors import ConfigError
 from s3loader.fetch.diskcache import OnFull
 from s3loader.loader.collate import Collate, make_collate
-from s3loader.loader.cursor import OnBreak
 from s3loader.loader.decode import Decode, make_decoder
 from s3loader.loader.quarantine import Quarantined
 from s3loader.plan import OrderSpec, Shuffle, Tail
+from s3loader.plan.schedule import OnBreak
 from s3loader.store.backend import Driver
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Location

@@ -18,8 +18,7 @@ import numpy as np
 
 from s3loader.errors import ObjectNotFoundError, S3LoaderError, ShardReadError
 from s3loader.loader.dataset import Dataset
-from s3loader.loader.layout import Layout, LooseRun, Shard
-from s3loader.loader.reads import OpenBlock, SampleBuffer, SampleRead, plan_reads
+from s3loader.loader.layout import Layout, LooseRun, OpenBlock, SampleBuffer, SampleRead, Shard, plan_reads
 from s3loader.plan import DryRun, Plan, Schedule, Topology
 from s3loader.plan.budget import GET_WORTH, Budget
 from s3loader.plan.mixture import MixtureOrder

@@ -12,8 +12,8 @@ from s3loader.arguments import checked
 from s3loader.errors import ConfigError
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.decode import Decode
+from s3loader.loader.layout import SampleBuffer, plan_reads
 from s3loader.loader.options import LoaderOptions
-from s3loader.loader.reads import SampleBuffer, plan_reads
 from s3loader.loader.run import Fetcher
 from s3loader.loader.sample_stage import SampleStage
 from s3loader.loader.stats import LoaderStats

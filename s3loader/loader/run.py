@@ -18,14 +18,13 @@ from s3loader.errors import FormatError, IntegrityError, S3LoaderError, ShardRea
 from s3loader.fetch.cached import CachedReads, close_iterator
 from s3loader.fetch.diskcache import DiskCache
 from s3loader.fetch.hedge import HedgedReads, hedged
-from s3loader.loader.layout import Layout, wrong_size
+from s3loader.loader.layout import Layout, SampleBuffer, SampleRead, wrong_size
 from s3loader.loader.mds import MdsShard
 from s3loader.loader.planner import Chunk, Planner
-from s3loader.loader.reads import SampleBuffer, SampleRead
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan.permutation import Int64Array
+from s3loader.shard.reader import inflate
 from s3loader.shard.samples import sample_key
-from s3loader.shard.spans import inflate
 from s3loader.store.backend import Driver
 from s3loader.store.buffers import shared_pool
 from s3loader.store.bulk import ReadFailure, driver_of

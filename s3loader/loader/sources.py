@@ -46,6 +46,9 @@ __all__ = [
     "rooted",
 ]
 
+_AHEAD: Final = 12
+"""Connections that are opened while the first thing is asked for."""
+
 
 @checked
 def from_manifest(
@@ -277,17 +280,11 @@ def from_webdataset(
         ObjectNotFoundError: there is no such shard.
         ShardReadError: a shard is damaged, cannot be read at random, or tears a sample; or its index is unusable.
     """
-    patterns = names_of(urls, "urls")
-    names = [name for pattern in patterns for name in expand_braces(pattern, keep_escapes=True)]
-    store, keys = one_store(names, store, store_options, patterns=True)
-    store.open_ahead(min(_AHEAD, 1 + len(keys)))
     options = ArchiveOptions(
         None if index_dir is None else local_path(index_dir, "index_dir"), on_torn, allow_missing_end, allow_trailing
     )
     left_out: dict[str, LeftOut] = {}
-    shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
-    parts = counted(store, shards, group, options, left_out)
-    name = patterns[0] if patterns else ""
+    store, parts, name = _archives(urls, store, store_options, group, options, left_out)
     dataset = Dataset(
         store,
         parts,
@@ -324,7 +321,8 @@ def from_tfrecord(
         ObjectNotFoundError: there is no such file.
         ShardReadError: a file is damaged, cut off, compressed, or holds no records; or its index is unusable.
     """
-    store, parts, options, name = _files_with_indexes(urls, store, index_dir, None, store_options)
+    options = ArchiveOptions(None if index_dir is None else local_path(index_dir, "index_dir"), "split")
+    store, parts, name = _archives(urls, store, store_options, None, options, {}, tars=False)
     return Dataset(store, parts, name=name, archives=options)
 
 
@@ -356,7 +354,8 @@ def from_parquet(
         ConfigError: there is no such column; or pyarrow is not installed.
     """
     wanted = None if members is None else list(dict.fromkeys([members] if isinstance(members, str) else members))
-    store, parts, options, name = _files_with_indexes(urls, store, index_dir, "webdataset", store_options)
+    options = ArchiveOptions(None if index_dir is None else local_path(index_dir, "index_dir"), "split")
+    store, parts, name = _archives(urls, store, store_options, "webdataset", options, {}, tars=False)
     dataset = Dataset(store, parts, group="webdataset", name=name, archives=options)
     if wanted is None:
         return dataset
@@ -369,28 +368,36 @@ def from_parquet(
     return dataset.only([*wanted, FOOTER])
 
 
-def _files_with_indexes(
+def _archives(
     urls: Locations,
     store: ObjectStore | None,
-    index_dir: str | os.PathLike[str] | None,
-    group: Group,
     store_options: StoreKeywords,
-) -> tuple[ObjectStore, list[Shard | LooseRun], ArchiveOptions, str]:
-    """Files that are archives, though no tars: their store, the files as parts, how their indexes are kept, and a name."""
+    group: Group,
+    options: ArchiveOptions,
+    left_out: dict[str, LeftOut],
+    *,
+    tars: bool = True,
+) -> tuple[ObjectStore, list[Shard | LooseRun], str]:
+    """Archives by their URLs: their store, the archives as parts, and a name for them.
+
+    Args:
+        left_out: Gets what is no sample of theirs.
+        tars: A folder stands for the tar archives below it; False: for all objects there but indexes.
+    """
     patterns = names_of(urls, "urls")
     names = [name for pattern in patterns for name in expand_braces(pattern, keep_escapes=True)]
-    names = [f"{name}**" if name.endswith("/") else name for name in names]
+    if not tars:
+        names = [f"{name}**" if name.endswith("/") else name for name in names]
     store, keys = one_store(names, store, store_options, patterns=True)
-    keys = [key for key in keys if not key.endswith((".idx", "/"))]  # indexes, ours and DALI's, and what stands for a folder
-    options = ArchiveOptions(None if index_dir is None else local_path(index_dir, "index_dir"), "split")
+    if not tars:
+        keys = [key for key in keys if not key.endswith((".idx", "/"))]  # ours and DALI's, and what stands for a folder
+    store.open_ahead(min(_AHEAD, 1 + len(keys)))
     shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
-    return store, counted(store, shards, group, options, {}), options, patterns[0] if patterns else ""
+    return store, counted(store, shards, group, options, left_out), patterns[0] if patterns else ""
 
 
 # -- MosaicML Streaming ----------------------------------------------------------------------------
 
-_AHEAD: Final = 12
-"""Connections that are opened while the first thing is asked for."""
 _INDEX: Final = "index.json"
 _VERSION: Final = 2
 _MALFORMED: Final = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)

@@ -2,9 +2,8 @@
 
 from s3loader.plan.explain import DryRun, Explanation, explain_runs
 from s3loader.plan.plan import Catalog, Occurrence, Plan, mix, plan_for
-from s3loader.plan.schedule import Gaps, Schedule, Tail, Topology
+from s3loader.plan.schedule import Gaps, PlanState, Schedule, Tail, Topology
 from s3loader.plan.spec import ALGORITHM, OrderSpec, Shuffle, choose_spec
-from s3loader.plan.state import PlanState
 
 __all__ = [
     "ALGORITHM",

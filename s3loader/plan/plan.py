@@ -15,9 +15,8 @@ from s3loader.errors import PlanError, StateMismatchError
 from s3loader.plan.mixture import Length, MixtureOrder, quotas
 from s3loader.plan.order import Order, Units, locate, make_order
 from s3loader.plan.permutation import Int64Array
-from s3loader.plan.schedule import Gaps, Schedule, Tail, Topology
+from s3loader.plan.schedule import Gaps, PlanState, Schedule, Tail, Topology
 from s3loader.plan.spec import ALGORITHM, OrderSpec
-from s3loader.plan.state import PlanState
 
 __all__ = ["Catalog", "Occurrence", "Plan", "mix", "plan_for"]
 

@@ -11,6 +11,7 @@ from s3loader.arguments import checked
 from s3loader.errors import (
     ConfigError,
     InvalidManifestError,
+    ManifestNotFoundError,
     ObjectExistsError,
     ObjectNotFoundError,
     PartialFailureError,
@@ -19,7 +20,6 @@ from s3loader.errors import (
 )
 from s3loader.exchange.append import append_entries, write_manifest
 from s3loader.exchange.commit import is_part_key
-from s3loader.exchange.errors import ManifestNotFoundError
 from s3loader.exchange.keys import infer_id_from_key, is_shard_key, is_sidecar_key
 from s3loader.exchange.lines import file_entry
 from s3loader.exchange.reading import iter_manifest

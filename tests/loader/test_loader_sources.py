@@ -8,7 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from s3loader import events, open_store
+from s3loader import ObjectStore, events, open_store
+from s3loader.datagen import generate_tfrecord
 from s3loader.errors import (
     ConfigError,
     InvalidManifestError,
@@ -382,3 +383,20 @@ def test_a_filter_keeps_the_order_of_parts_that_are_read_in_turns(tmp_path):
     kept = from_manifest("manifest.jsonl", store=store, where=lambda entry: entry["size_bytes"] and "7" in entry["member_path"])
     got = [int(bytes(sample)) for batch in Loader(kept, batch_size=8, shuffle="none") for sample in batch]
     assert got == [i for i in range(80) if "7" in f"{i:03d}"]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "tfrecord", "parquet"])
+def test_connections_are_opened_ahead_whatever_archives_they_are(tmp_path, monkeypatch, kind):
+    """One for each archive and one more."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number in range(3):
+        if kind == "webdataset":
+            write_shard(open_store(tmp_path), f"{number}.tar", [(f"{number}.txt", b"x")])
+        elif kind == "tfrecord":
+            (tmp_path / f"{number}.tfrecord").write_bytes(generate_tfrecord(2, 100))
+        else:
+            parquet.write_table(pyarrow.table({"n": [1, 2]}), tmp_path / f"{number}.parquet")
+    asked = []
+    monkeypatch.setattr(ObjectStore, "open_ahead", lambda _, count: asked.append(count))
+    assert open_dataset(f"{tmp_path}/*.*", kind=kind).parts
+    assert asked == [4]
