@@ -6,8 +6,7 @@ print(*report.advice, sep="\\n")
 
 from __future__ import annotations
 
-from s3loader.bench.page import bench_page
-from s3loader.bench.report import BenchReport, Row, Times, advise
+from s3loader.bench.report import BenchReport, Row, Times, advise, bench_page
 from s3loader.bench.requests import measure_get, measure_put
 from s3loader.bench.training import measure_ckpt, measure_load
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from s3loader.cli.objects import place
-from s3loader.cli.output import json_option, print_json, rich_table, write_page
-from s3loader.cli.progress import progress
+from s3loader.cli.output import json_option, print_json, progress, rich_table, write_page
 from s3loader.units import format_size
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def ckpt(url: str, size: str, seconds: float, max_bytes: str, html: str | None, 
 
 
 def _tell(report: BenchReport, html: str | None, as_json: bool) -> None:
-    from s3loader.bench.page import bench_page, cells_of, header_of
+    from s3loader.bench.report import bench_page, cells_of, header_of
 
     if html is not None:
         write_page(html, bench_page(report))

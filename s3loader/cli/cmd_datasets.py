@@ -1,4 +1,5 @@
-"""``ls-samples index repack``: the samples of a dataset, the indexes of its shards, its shards anew."""
+"""``ls-samples index check repack``: the samples of a dataset, the indexes of its shards, whether the samples are whole, its
+shards anew."""
 
 from __future__ import annotations
 
@@ -7,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s3loader.cli.engine import engine_options
-from s3loader.cli.objects import place
-from s3loader.cli.output import json_option, print_json
-from s3loader.cli.progress import progress
+from s3loader.cli.objects import engine_options, place
+from s3loader.cli.output import json_option, print_json, progress
 from s3loader.errors import IntegrityError, PartialFailureError
 from s3loader.units import format_size
 
 if TYPE_CHECKING:
     from s3loader.shard.build import BuiltIndex
+import sys
 
-__all__ = ["index", "ls_samples", "repack"]
+__all__ = ["check", "index", "ls_samples", "repack"]
 
 
 @click.command("ls-samples")
@@ -227,3 +227,41 @@ def repack(
     for kind, names in sorted(report.left_out.items()):
         click.echo(f"not packed: {kind} ({_line(', '.join(names[:3]))})")
     click.echo(report.manifest)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--index-dir", help="Where indexes are kept if the store may not be written to.")
+@click.option("--allow-missing-end", is_flag=True, help="Accept shards without the zero blocks that end one.")
+@click.option("--allow-trailing", is_flag=True, help="Leave out what follows the end of a shard.")
+@engine_options
+@json_option
+def check(
+    url: str, index_dir: str | None, allow_missing_end: bool, allow_trailing: bool, as_json: bool, job: dict[str, Any]
+) -> None:
+    """Look for torn samples in the dataset at URL; exit code 6 if there are any."""
+    from s3loader.loader.check import check_dataset, report_lines
+
+    given: dict[str, Any] = {**place(), **job} if index_dir is None else {"index_dir": index_dir, **place(), **job}
+    found = check_dataset(
+        url,
+        allow_missing_end=allow_missing_end,
+        allow_trailing=allow_trailing,
+        **given,
+    )
+    if as_json:
+        print_json(
+            {
+                "url": found.url,
+                "shards": found.shards,
+                "samples": found.samples,
+                "torn": [[place.key, place.first, place.second, place.twice] for place in found.torn],
+                "left_out": {kind: [some.count, list(some.names)] for kind, some in found.left_out.items()},
+                "errors": {shard: error.message for shard, error in found.errors.items()},
+            }
+        )
+    else:
+        for line in report_lines(found):
+            click.echo(line)
+    if not found.ok:
+        sys.exit(6)

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from s3loader.cli.output import json_option, print_json
-from s3loader.cli.progress import progress
+from s3loader.cli.output import json_option, print_json, progress
 from s3loader.units import format_duration, format_rate, format_size, parse_size
 
 __all__ = ["gen"]

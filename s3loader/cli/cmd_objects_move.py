@@ -9,10 +9,8 @@ from typing import Any
 import click
 
 from s3loader.cli.cmd_objects_write import on_exists_options, policy_of, tell
-from s3loader.cli.engine import engine_options
-from s3loader.cli.objects import parse_target, pattern_options, show_failures
-from s3loader.cli.output import json_option, print_json
-from s3loader.cli.progress import progress
+from s3loader.cli.objects import engine_options, parse_target, pattern_options, show_failures
+from s3loader.cli.output import json_option, print_json, progress
 from s3loader.errors import PartialFailureError
 
 __all__ = ["copy", "download", "sync"]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from s3loader.cli.objects import duration, found_by, megabytes, parse_target, pattern_options, show_failures
-from s3loader.cli.output import json_option, print_json
-from s3loader.cli.progress import progress
+from s3loader.cli.output import json_option, print_json, progress
 from s3loader.errors import ObjectNotFoundError, PartialFailureError
 from s3loader.units import parse_size
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from s3loader.cli.engine import engine_options
-from s3loader.cli.output import json_option, print_json, print_table, write_page
-from s3loader.cli.progress import progress
+from s3loader.cli.objects import engine_options
+from s3loader.cli.output import json_option, print_json, print_table, progress, write_page
 from s3loader.units import format_duration, format_size
 
 if TYPE_CHECKING:

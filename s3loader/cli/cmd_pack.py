@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from s3loader.cli.engine import engine_options
-from s3loader.cli.output import json_option, print_json
-from s3loader.cli.progress import progress
+from s3loader.cli.objects import engine_options
+from s3loader.cli.output import json_option, print_json, progress
 from s3loader.units import format_size
 
 __all__ = ["pack"]

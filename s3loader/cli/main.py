@@ -20,16 +20,16 @@ __all__ = ["exit_code", "main"]
 
 COMMANDS: Final = {
     "bench": ("cmd_bench:bench", "Measure a store of yours: gets, puts, loading, checkpoints; give advice."),
-    "check": ("cmd_check:check", "Look for torn samples in a dataset."),
+    "check": ("cmd_datasets:check", "Look for torn samples in a dataset."),
     "ckpt": ("cmd_ckpt:ckpt", "Look at, check, compare, export and clean up checkpoints."),
-    "completion": ("cmd_completion:completion", "Print the script that completes commands in bash, zsh or fish."),
-    "config": ("cmd_config:config", "Show settings and where each comes from."),
+    "completion": ("cmd_setup:completion", "Print the script that completes commands in bash, zsh or fish."),
+    "config": ("cmd_setup:config", "Show settings and where each comes from."),
     "copy": ("cmd_objects_move:copy", "The same as cp."),
     "cp": ("cmd_objects_move:copy", "Copy objects or files, between any two stores, or a store and this machine."),
     "create-bucket": ("cmd_objects_write:create_bucket", "Make a bucket, or a local folder."),
     "delete": ("cmd_objects_write:delete", "The same as rm."),
     "delete-bucket": ("cmd_objects_write:delete_bucket", "Delete a bucket, which must be empty."),
-    "doctor": ("cmd_doctor:doctor", "Examine a store: conditions, checksums, clock, credentials, bandwidth; give advice."),
+    "doctor": ("cmd_setup:doctor", "Examine a store: conditions, checksums, clock, credentials, bandwidth; give advice."),
     "download": ("cmd_objects_move:download", "Write objects as files in a folder."),
     "du": ("cmd_objects_read:du", "Add up sizes, by folder."),
     "gen": ("cmd_gen:gen", "Write made-up objects: no two alike, the same for the same seed."),
@@ -49,7 +49,7 @@ COMMANDS: Final = {
     "rm": ("cmd_objects_write:delete", "Delete objects."),
     "stat": ("cmd_objects_read:stat", "Show what the store says of one object."),
     "sync": ("cmd_objects_move:sync", "Make one folder hold what another holds."),
-    "top": ("cmd_top:top", "Follow the loaders of a running job."),
+    "top": ("cmd_loader:top", "Follow the loaders of a running job."),
     "upload": ("cmd_objects_write:upload", "Write local files, folders and globs below a URL."),
 }
 """Where each command is (a module of this package and its name there), and what the list of commands says of it."""

@@ -1,4 +1,4 @@
-"""What the commands on objects share: how a URL with a pattern is read, how results are told."""
+"""What commands share: how a URL with a pattern is read, how results are told, who runs the tasks of a job."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from s3loader.types import ObjectURL
 
 if TYPE_CHECKING:
     from s3loader.toolbox.selecting import Found
+import functools
 
-__all__ = ["Target", "duration", "found_by", "megabytes", "parse_target", "pattern_options", "place", "show_failures"]
+__all__ = [
+    "Target",
+    "duration",
+    "engine_options",
+    "found_by",
+    "megabytes",
+    "parse_target",
+    "pattern_options",
+    "place",
+    "show_failures",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,3 +119,22 @@ def duration(seconds: float) -> str:
 def megabytes(size: float) -> str:
     """Mebibytes, which the document calls MB."""
     return f"{size / (1 << 20):.2f}"
+
+
+# -- who runs the tasks of a job -------------------------------------------------------------------
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--engine`` and ``--address``; the command takes them as `job`, keywords of the function it calls."""
+
+    @functools.wraps(command)
+    def with_job(*args: Any, engine: str, address: str | None, **options: Any) -> Any:
+        local = engine == "local" and address is None
+        return command(*args, job={} if local else {"engine": engine, "address": address}, **options)
+
+    for option in (
+        click.option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, else one here, for this command."),
+        click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who does it."),
+    ):
+        with_job = option(with_job)
+    return with_job

@@ -1,16 +1,19 @@
-"""Data on stdout: a plain table for people, JSON for programs."""
+"""Data on stdout: a plain table for people, JSON for programs. Progress on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["json_option", "print_json", "print_table", "rich_table", "write_page"]
+from s3loader.progress import showing
+
+__all__ = ["json_option", "print_json", "print_table", "progress", "rich_table", "write_page"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,3 +89,19 @@ def write_page(path: str, page: str) -> None:
         raise StoreError(
             why, op="write", url=path, hint="name a file in a folder that is there, with room on its disk"
         ) from error
+
+
+# -- progress, on stderr ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress(what: str, unit: str = "objects", *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Gives a function to call with ``(done, total=None, size=0)``: how many of how many, and bytes moved so far.
+
+    Args:
+        what: Before the bar.
+        unit: What is counted.
+        quiet: Show nothing.
+    """
+    with showing(not quiet, what, unit) as show:
+        yield show or (lambda done, total=None, size=0: None)

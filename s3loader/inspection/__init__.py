@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from s3loader.inspection.dataset import DatasetView, view_dataset
+from s3loader.inspection.dataset import DatasetView, dataset_page, view_dataset
 from s3loader.inspection.indexes import index_archives
 from s3loader.inspection.live import JobView, read_job
-from s3loader.inspection.page import dataset_page
 from s3loader.inspection.samples import SampleMember, SampleRow, iter_samples, open_for_inspection
 
 __all__ = [

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from s3loader.testing.critical_path import in_a_row, recorded
 from s3loader.testing.datasets import write_shard, write_sharded_dataset
-from s3loader.testing.fault_backend import Fault, FaultBackend, Moment, Seen
+from s3loader.testing.fault_backend import Fault, FaultBackend, Moment, Seen, open_faulty_store
 from s3loader.testing.faults import FaultAction, Request, Rule
-from s3loader.testing.faulty import open_faulty_store
 from s3loader.testing.proxy import FaultProxy
 from s3loader.testing.servers import Server, ServerKind, find_rclone, server
 

@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from s3loader.errors import (
     ConfigError,
@@ -18,11 +18,14 @@ from s3loader.errors import (
     TruncatedError,
     UnavailableError,
 )
+from s3loader.store import ObjectStore, StoreOptions, open_store
 from s3loader.store.arguments import said
 from s3loader.store.backend import Backend, ForwardingBackend, Op
-from s3loader.types import Buffer, CommonPrefix, ObjectMeta, PartResult, PutMode, PutResult
+from s3loader.store.open import assemble
+from s3loader.store.pipeline import innermost
+from s3loader.types import Buffer, CommonPrefix, ObjectMeta, ObjectURL, PartResult, PutMode, PutResult
 
-__all__ = ["Fault", "FaultBackend", "FaultKind", "Moment", "Seen"]
+__all__ = ["Fault", "FaultBackend", "FaultKind", "Moment", "Seen", "open_faulty_store"]
 
 T = TypeVar("T")
 
@@ -223,3 +226,38 @@ class FaultBackend(ForwardingBackend):
                 at = self._random.randrange(len(copy) * 8)
             copy[at // 8] ^= 1 << at % 8
         return bytes(copy)
+
+
+# -- a store whose requests fail by rules, between its engine and our retries ----------------------
+
+
+def open_faulty_store(
+    url: Any,
+    faults: Sequence[Fault] = (),
+    *,
+    seed: int = 0,
+    hook: Callable[[Seen, Moment], None] | None = None,
+    options: StoreOptions | None = None,
+    **arguments: Any,
+) -> tuple[ObjectStore, FaultBackend]:
+    """Open `url` as `s3loader.open_store` does, with `faults` below the retries and above the engine.
+
+        store, faults = open_faulty_store("memory://t", [Fault("drop_reply", op="put", nth=1)])
+        store.put("k", b"x", mode="create")  # its answer was lost, and it is known to have happened
+        assert [seen.fault for seen in faults.seen][0] == "drop_reply"
+
+    Args:
+        url: Any store.
+        faults: Which requests fail, and how; the first rule that hits counts.
+        seed: Of all chances.
+        hook: Called before and after each request, e.g. to kill the process at request n.
+        options: As for `open_store`; ``StoreOptions(max_attempts=1)`` lets every fault through.
+        arguments: Passed on to `open_store`.
+
+    Returns:
+        The store, which cannot be pickled, and the backend that injects and records.
+    """
+    options = options or StoreOptions()
+    plain = open_store(url, options=options, **arguments)
+    faulty = FaultBackend(innermost(plain.backend), faults, seed=seed, hook=hook)
+    return ObjectStore(plain.url, assemble(faulty, ObjectURL.parse(url), options), options=options), faulty

@@ -15,9 +15,8 @@ inherited alone.
 from __future__ import annotations
 
 from s3loader.testing.suite._bulk import BulkTests
-from s3loader.testing.suite._keys import HARD_KEYS, ODD_KEYS, KeyTests
+from s3loader.testing.suite._keys import HARD_KEYS, ODD_KEYS, KeyTests, ListTests
 from s3loader.testing.suite._life import LifeTests
-from s3loader.testing.suite._listing import ListTests
 from s3loader.testing.suite._multipart import MultipartTests
 from s3loader.testing.suite._reading import ReadTests
 from s3loader.testing.suite._writing import WriteTests

@@ -1,4 +1,5 @@
-"""``s3loader doctor URL``: what the store supports, and what to do about what it does not."""
+"""``doctor config completion``: what the store supports, and what to do about what it does not; every setting with where it
+came from; what a shell needs to complete commands and options."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from s3loader.units import MIB, format_duration, format_rate
 if TYPE_CHECKING:
     from s3loader.store import ObjectStore
 
-__all__ = ["doctor"]
+__all__ = ["completion", "config", "doctor"]
 
 _SAMPLE = 16 * MIB
 _SKEW_LIMIT_S = 60.0
@@ -146,3 +147,45 @@ def _rows(found: Examination) -> list[tuple[str, Any]]:
         rows.append(("one small read", format_duration(found.small_get_ms / 1000)))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())))
     return rows
+
+
+# -- s3loader config -------------------------------------------------------------------------------
+
+
+@click.group()
+def config() -> None:
+    """Settings."""
+
+
+@config.command()
+@json_option
+def show(as_json: bool) -> None:
+    """Show every setting and its origin; secrets are masked."""
+    from s3loader.config import S3Settings
+
+    settings = S3Settings()
+    if not as_json:
+        click.echo(settings.describe())
+        return
+    lines = (line.split(" = ", 1) for line in settings.describe().splitlines())
+    shown = {name.strip(): value.rsplit("  (", 1)[0] for name, value in lines}
+    print_json({name: {"value": value, "origin": settings.origins.get(name)} for name, value in shown.items()})
+
+
+# -- s3loader completion ---------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes s3loader in SHELL.
+
+    bash: eval "$(s3loader completion bash)" in ~/.bashrc, zsh: the same with zsh in ~/.zshrc,
+    fish: s3loader completion fish > ~/.config/fish/completions/s3loader.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    made = kind(click.get_current_context().find_root().command, {}, "s3loader", "_S3LOADER_COMPLETE")
+    click.echo(made.source_template % made.source_vars())
