@@ -13,10 +13,9 @@ import numpy as np
 from s3loader.arguments import checked
 from s3loader.errors import PlanError, StateMismatchError
 from s3loader.plan.mixture import Length, MixtureOrder, quotas
-from s3loader.plan.order import Order, Units, locate, make_order
+from s3loader.plan.order import ALGORITHM, Order, OrderSpec, Units, locate, make_order
 from s3loader.plan.permutation import Int64Array
 from s3loader.plan.schedule import Gaps, PlanState, Schedule, Tail, Topology
-from s3loader.plan.spec import ALGORITHM, OrderSpec
 
 __all__ = ["Catalog", "Occurrence", "Plan", "mix", "plan_for"]
 

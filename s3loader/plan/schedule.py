@@ -11,8 +11,8 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 import numpy as np
 
 from s3loader.errors import ConfigError, PlanError, StateMismatchError
+from s3loader.plan.order import ALGORITHM
 from s3loader.plan.permutation import Int64Array
-from s3loader.plan.spec import ALGORITHM
 
 __all__ = ["Cursor", "Gaps", "OnBreak", "PlanState", "Schedule", "Tail", "Topology", "checked_epoch"]
 

@@ -1,7 +1,8 @@
 """Many reads or writes at once over any backend: results in order, a bounded number of bytes in hand.
 
 A backend with a bulk way of its own (`Backend.bulk`) drives everything. Others are driven by threads. `BulkVerbs` are these as
-methods of `ObjectStore`, with their types distinguished by `errors`.
+methods of `ObjectStore`, with their types distinguished by `errors`; `BulkPipeline` is the policy of a `Pipeline` around the
+bulk verbs of an engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 from s3loader.arguments import whole_number
@@ -27,18 +29,19 @@ from s3loader.store.arguments import (
     said,
     writable,
 )
-from s3loader.store.backend import Backend, Driver, ReadResult
+from s3loader.store.backend import Backend, BulkBackend, Driver, ReadResult
 from s3loader.store.buffers import shared_pool
 from s3loader.store.client_errors import passed_over
 from s3loader.store.options import MOST_CONNECTIONS, MOST_THREADS, StoreOptions
 from s3loader.store.ordered import Budget, Slot, run_ordered
-from s3loader.store.pipeline import empty_read, read_one
-from s3loader.types import PutRequest, PutResult, ReadRequest
+from s3loader.store.retry import RateLimit, after_failure, may_retry
+from s3loader.types import ObjectMeta, PutRequest, PutResult, ReadRequest
 from s3loader.units import KIB, MIB, parse_size
 
 __all__ = [
     "BulkKeywords",
     "BulkOptions",
+    "BulkPipeline",
     "BulkVerbs",
     "OnError",
     "PutFailure",
@@ -46,6 +49,7 @@ __all__ = [
     "empty_read",
     "put_many",
     "read_many",
+    "read_one",
 ]
 
 OnError: TypeAlias = Literal["raise", "return"]
@@ -274,6 +278,30 @@ def _checked_put(request: PutRequest) -> PutRequest:
     return request
 
 
+def read_one(backend: Backend, request: ReadRequest) -> ReadResult:
+    """One read by the single verbs of `backend`."""
+    if request.into is not None and len(request.into):
+        meta = backend.read_into(request.key, request.start, request.into, if_match=request.if_match)
+        return ReadResult(request, request.into, meta.etag, meta.size)
+    end = request.start if request.into is not None else request.end
+    if end == request.start:  # HTTP cannot ask for nothing
+        meta = empty_read(backend, request.key, request.start, request.if_match)
+        return ReadResult(request, memoryview(b""), meta.etag, meta.size)
+    meta, data = backend.get(request.key, request.start, end, if_match=request.if_match)
+    return ReadResult(request, memoryview(data), meta.etag, meta.size)
+
+
+def empty_read(backend: Backend, key: str, start: int, if_match: str | None) -> ObjectMeta:
+    """No bytes from `start`, with the errors of a read."""
+    meta = backend.head(key)
+    url = f"{backend.url}/{key}"
+    if if_match is not None and meta.etag != if_match:
+        raise ObjectChangedError("its ETag is not the one asked for", op="get", url=url)
+    if start > meta.size:
+        raise RangeError(f"it has {meta.size} bytes, asked for byte {start}", op="get", url=url)
+    return meta
+
+
 def _cost_of(request: ReadRequest, first: int) -> int:
     if request.into is not None:
         return len(request.into)
@@ -422,3 +450,119 @@ class BulkVerbs(ABC):
         one_of("driver", driver, Driver)
         one_of("errors", errors, OnError, '"return" gives a failure in its place and goes on')
         return {"max_bytes": parse_size(max_bytes, "max_bytes"), "concurrency": concurrency, "driver": driver, "errors": errors}
+
+
+# -- with policy around it --------------------------------------------------------------------------
+
+
+class BulkPipeline:
+    """An engine's bulk verbs with the policy of a `Pipeline` around them.
+
+    Args:
+        engine: The bulk verbs.
+        pipeline: What a request that failed takes its second try through.
+        inner: The backend that the pipeline is around.
+        prefix, limit: Of the pipeline.
+    """
+
+    def __init__(self, engine: BulkBackend, pipeline: Backend, inner: Backend, prefix: str, limit: RateLimit | None) -> None:
+        self._engine = engine
+        self._pipeline = pipeline
+        self._inner = inner
+        self._prefix = prefix
+        self._limit = limit
+
+    def read_outcomes(
+        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[ReadResult | BaseException]:
+        """Results in the order of `requests`; an error takes the place of its result, and the rest follows."""
+        prefix = self._prefix
+
+        def outward(r: ReadRequest) -> ReadRequest:
+            return ReadRequest(prefix + r.key, r.start, r.end, r.if_match, r.into, r.tag, r.gate)
+
+        return self._outcomes(
+            requests,
+            partial(self._engine.read_outcomes, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
+            outward if prefix else None,
+            lambda request, result: ReadResult(request, *result[1:]),
+            self._read_again,
+        )
+
+    def put_outcomes(
+        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver
+    ) -> Iterator[PutResult | BaseException]:
+        """Results in the order of `requests`; an error takes the place of its result, and the rest follows."""
+        prefix = self._prefix
+
+        def outward(r: PutRequest) -> PutRequest:
+            return PutRequest(prefix + r.key, r.data, r.mode, r.content_type, r.tag, r.metadata, r.attributes)
+
+        return self._outcomes(
+            requests,
+            partial(self._engine.put_outcomes, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
+            outward if prefix else None,
+            lambda request, result: PutResult(request.key, result.etag, result.size, result.version_id),
+            lambda r: self._pipeline.put(
+                r.key, r.data, mode=r.mode, content_type=r.content_type, metadata=r.metadata, attributes=r.attributes
+            ),
+        )
+
+    def _read_again(self, request: ReadRequest) -> ReadResult:
+        return read_one(self._pipeline, request)
+
+    def _outcomes(
+        self,
+        source: Iterable[Any],
+        run: Callable[[Iterator[Any]], Iterator[Any]],
+        outward: Callable[[Any], Any] | None,
+        inward: Callable[[Any, Any], Any],
+        again: Callable[[Any], Any],
+    ) -> Iterator[Any]:
+        """Drive `source` through the engine.
+
+        Args:
+            source: The requests.
+            run: The engine's bulk verb.
+            outward: Puts the prefix in front of a request's key; None where there is none.
+            inward: The caller's own request into the result.
+            again: One request over the pipeline.
+        """
+        pending: deque[Any] = deque()
+        source_error: list[Exception] = []
+        limit, url, engine = self._limit, self._inner.url, self._inner.engine
+
+        def feed() -> Iterator[Any]:
+            try:
+                for request in source:
+                    if limit is not None:
+                        limit.wait(url, engine)
+                    pending.append(request)
+                    yield request if outward is None else outward(request)
+            except Exception as error:  # noqa: BLE001 - the caller's own, raised at its place
+                source_error.append(error)
+
+        outcomes = run(feed())
+        try:
+            for outcome in outcomes:
+                request = pending.popleft()
+                if isinstance(outcome, BaseException):
+                    yield self._second_attempt(request, outcome, again)
+                else:
+                    yield outcome if outward is None else inward(request, outcome)
+        finally:
+            close = getattr(outcomes, "close", None)
+            if close is not None:
+                close()
+        if source_error:
+            raise source_error[0]
+
+    def _second_attempt(self, request: Any, error: BaseException, again: Callable[[Any], Any]) -> Any:
+        """What becomes of a request that the engine failed at."""
+        if not isinstance(error, S3LoaderError) or not may_retry(error):
+            return error
+        try:
+            with after_failure(error):
+                return again(request)
+        except S3LoaderError as final:
+            return final

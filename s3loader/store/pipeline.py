@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from s3loader import events
-from s3loader.errors import ObjectChangedError, RangeError, S3LoaderError, TruncatedError, UnsupportedOperationError
+from s3loader.errors import S3LoaderError, TruncatedError, UnsupportedOperationError
 from s3loader.ranges import first_byte
 from s3loader.store.arguments import said
-from s3loader.store.backend import Backend, BulkBackend, Driver, Op, ReadResult
+from s3loader.store.backend import Backend, BulkBackend, Op
+from s3loader.store.bulk import BulkPipeline
 from s3loader.store.lost_reply import WRITE_ID, LostReply
-from s3loader.store.retry import Attempts, RateLimit, RetryPolicy, after_failure, may_retry, take_failure
+from s3loader.store.retry import Attempts, RateLimit, RetryPolicy, may_retry, take_failure
 from s3loader.store.told import NAMES, Request, take_first_byte
 from s3loader.types import (
     Buffer,
@@ -31,12 +31,14 @@ from s3loader.types import (
     ObjectMeta,
     PartResult,
     PutMode,
-    PutRequest,
     PutResult,
-    ReadRequest,
 )
 
-__all__ = ["Pipeline", "below", "empty_read", "innermost", "read_one"]
+__all__ = [
+    "Pipeline",
+    "below",
+    "innermost",
+]
 
 T = TypeVar("T")
 
@@ -389,138 +391,11 @@ class Pipeline:
     def bulk(self) -> BulkBackend | None:
         """The engine's own way to run many requests, with this policy around it; None: it has none."""
         engine = getattr(self.inner, "bulk", None)
-        return None if engine is None else _BulkPipeline(self, engine)
+        return None if engine is None else BulkPipeline(engine, self, self.inner, self.prefix, self.limit)
 
     def close(self) -> None:
         """Let go of connections and threads."""
         self.inner.close()
-
-
-class _BulkPipeline:
-    """A pipeline around an engine's bulk verbs."""
-
-    def __init__(self, pipeline: Pipeline, engine: BulkBackend) -> None:
-        self._pipeline = pipeline
-        self._engine = engine
-
-    def read_outcomes(
-        self, requests: Iterable[ReadRequest], *, max_bytes: int, concurrency: int, driver: Driver
-    ) -> Iterator[ReadResult | BaseException]:
-        """Results in the order of `requests`; an error takes the place of its result, and the rest follows."""
-        prefix = self._pipeline.prefix
-
-        def outward(r: ReadRequest) -> ReadRequest:
-            return ReadRequest(prefix + r.key, r.start, r.end, r.if_match, r.into, r.tag, r.gate)
-
-        return self._outcomes(
-            requests,
-            partial(self._engine.read_outcomes, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
-            outward if prefix else None,
-            lambda request, result: ReadResult(request, *result[1:]),
-            self._read_again,
-        )
-
-    def put_outcomes(
-        self, requests: Iterable[PutRequest], *, max_bytes: int, concurrency: int, driver: Driver
-    ) -> Iterator[PutResult | BaseException]:
-        """Results in the order of `requests`; an error takes the place of its result, and the rest follows."""
-        prefix = self._pipeline.prefix
-
-        def outward(r: PutRequest) -> PutRequest:
-            return PutRequest(prefix + r.key, r.data, r.mode, r.content_type, r.tag, r.metadata, r.attributes)
-
-        return self._outcomes(
-            requests,
-            partial(self._engine.put_outcomes, max_bytes=max_bytes, concurrency=concurrency, driver=driver),
-            outward if prefix else None,
-            lambda request, result: PutResult(request.key, result.etag, result.size, result.version_id),
-            lambda r: self._pipeline.put(
-                r.key, r.data, mode=r.mode, content_type=r.content_type, metadata=r.metadata, attributes=r.attributes
-            ),
-        )
-
-    def _read_again(self, request: ReadRequest) -> ReadResult:
-        return read_one(self._pipeline, request)
-
-    def _outcomes(
-        self,
-        source: Iterable[Any],
-        run: Callable[[Iterator[Any]], Iterator[Any]],
-        outward: Callable[[Any], Any] | None,
-        inward: Callable[[Any, Any], Any],
-        again: Callable[[Any], Any],
-    ) -> Iterator[Any]:
-        """Drive `source` through the engine.
-
-        Args:
-            source: The requests.
-            run: The engine's bulk verb.
-            outward: Puts the prefix in front of a request's key; None where there is none.
-            inward: The caller's own request into the result.
-            again: One request over the pipeline.
-        """
-        pending: deque[Any] = deque()
-        source_error: list[Exception] = []
-        limit, url, engine = self._pipeline.limit, self._pipeline.inner.url, self._pipeline.inner.engine
-
-        def feed() -> Iterator[Any]:
-            try:
-                for request in source:
-                    if limit is not None:
-                        limit.wait(url, engine)
-                    pending.append(request)
-                    yield request if outward is None else outward(request)
-            except Exception as error:  # noqa: BLE001 - the caller's own, raised at its place
-                source_error.append(error)
-
-        outcomes = run(feed())
-        try:
-            for outcome in outcomes:
-                request = pending.popleft()
-                if isinstance(outcome, BaseException):
-                    yield self._second_attempt(request, outcome, again)
-                else:
-                    yield outcome if outward is None else inward(request, outcome)
-        finally:
-            close = getattr(outcomes, "close", None)
-            if close is not None:
-                close()
-        if source_error:
-            raise source_error[0]
-
-    def _second_attempt(self, request: Any, error: BaseException, again: Callable[[Any], Any]) -> Any:
-        """What becomes of a request that the engine failed at."""
-        if not isinstance(error, S3LoaderError) or not may_retry(error):
-            return error
-        try:
-            with after_failure(error):
-                return again(request)
-        except S3LoaderError as final:
-            return final
-
-
-def read_one(backend: Backend, request: ReadRequest) -> ReadResult:
-    """One read by the single verbs of `backend`."""
-    if request.into is not None and len(request.into):
-        meta = backend.read_into(request.key, request.start, request.into, if_match=request.if_match)
-        return ReadResult(request, request.into, meta.etag, meta.size)
-    end = request.start if request.into is not None else request.end
-    if end == request.start:  # HTTP cannot ask for nothing
-        meta = empty_read(backend, request.key, request.start, request.if_match)
-        return ReadResult(request, memoryview(b""), meta.etag, meta.size)
-    meta, data = backend.get(request.key, request.start, end, if_match=request.if_match)
-    return ReadResult(request, memoryview(data), meta.etag, meta.size)
-
-
-def empty_read(backend: Backend, key: str, start: int, if_match: str | None) -> ObjectMeta:
-    """No bytes from `start`, with the errors of a read."""
-    meta = backend.head(key)
-    url = f"{backend.url}/{key}"
-    if if_match is not None and meta.etag != if_match:
-        raise ObjectChangedError("its ETag is not the one asked for", op="get", url=url)
-    if start > meta.size:
-        raise RangeError(f"it has {meta.size} bytes, asked for byte {start}", op="get", url=url)
-    return meta
 
 
 def below(backend: Backend, prefix: str) -> Backend:
