@@ -31,7 +31,7 @@ _NAMES: Final[dict[str, str]] = {
         "ThrottledError TruncatedError UnavailableError UnsupportedOperationError UnsupportedStateError WorkerError"
     ),
     "events": "OpEvent",
-    "exchange.items": "create_shards",
+    "exchange.pack": "create_shards",
     "exchange.keys": "infer_id_from_key normalize_key resolve_template",
     "exchange.store": "S3ExchangeStore",
     "exchange.types": (
@@ -50,9 +50,8 @@ _NAMES: Final[dict[str, str]] = {
     "shard.body": "ArchiveMemberBody",
     "shard.build": "build_index",
     "shard.parquet": "decode_row_group",
-    "shard.extract": "extract",
     "shard.index": "ShardIndex",
-    "shard.reader": "ShardReader",
+    "shard.reader": "ShardReader extract",
     "store": "ObjectStore StoreOptions open_store",
     "store.aio": "AsyncObjectStore",
     "store.backend": "ReadResult",

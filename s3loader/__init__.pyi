@@ -34,11 +34,11 @@ from s3loader.errors import (
 from s3loader.events import (
     OpEvent as OpEvent
 )
-from s3loader.exchange.items import (
-    create_shards as create_shards
-)
 from s3loader.exchange.keys import (
     infer_id_from_key as infer_id_from_key, normalize_key as normalize_key, resolve_template as resolve_template
+)
+from s3loader.exchange.pack import (
+    create_shards as create_shards
 )
 from s3loader.exchange.store import (
     S3ExchangeStore as S3ExchangeStore
@@ -76,9 +76,6 @@ from s3loader.shard.body import (
 from s3loader.shard.build import (
     build_index as build_index
 )
-from s3loader.shard.extract import (
-    extract as extract
-)
 from s3loader.shard.index import (
     ShardIndex as ShardIndex
 )
@@ -86,7 +83,7 @@ from s3loader.shard.parquet import (
     decode_row_group as decode_row_group
 )
 from s3loader.shard.reader import (
-    ShardReader as ShardReader
+    ShardReader as ShardReader, extract as extract
 )
 from s3loader.store import (
     ObjectStore as ObjectStore, StoreOptions as StoreOptions, open_store as open_store

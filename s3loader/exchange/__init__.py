@@ -9,9 +9,9 @@ from s3loader.errors import (
 )
 from s3loader.exchange.append import append_entries
 from s3loader.exchange.commit import publish_manifest
-from s3loader.exchange.items import create_shards
 from s3loader.exchange.keys import infer_id_from_key, normalize_key, resolve_template
 from s3loader.exchange.lines import encode_manifest, parse_line, serialize_entry
+from s3loader.exchange.pack import create_shards
 from s3loader.exchange.reading import iter_manifest
 from s3loader.exchange.store import S3ExchangeStore
 from s3loader.exchange.types import (

@@ -13,11 +13,11 @@ from s3loader.exchange.append import write_manifest
 from s3loader.exchange.commit import part_key
 from s3loader.exchange.compact import compact
 from s3loader.exchange.delete import delete_archive, delete_manifest
-from s3loader.exchange.items import create_archive, create_shards
 from s3loader.exchange.iterate import filter_by_prefix, iter_contents, iter_files, iter_keys
 from s3loader.exchange.lines import CONTENT_TYPE, encode_manifest, iter_entries, parse_line, serialize_entry
 from s3loader.exchange.members import ShardMembers
 from s3loader.exchange.objects import ExchangeBase
+from s3loader.exchange.pack import create_archive, create_shards
 from s3loader.exchange.reading import iter_given, iter_manifest
 from s3loader.exchange.types import (
     CompactOptions,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from s3loader.errors import SourceNotFoundError
-from s3loader.loader.live import EVERY, FORMAT
+from s3loader.loader.stats import EVERY, FORMAT
 
 __all__ = ["JobView", "RankView", "read_job"]
 

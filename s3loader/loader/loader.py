@@ -14,14 +14,13 @@ from s3loader.errors import ConfigError, PlanError, S3LoaderError, StateMismatch
 from s3loader.fetch.diskcache import DiskCache
 from s3loader.loader.collate import make_collate
 from s3loader.loader.dataset import Dataset
-from s3loader.loader.live import live_stats
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.planner import Planner
 from s3loader.loader.quarantine import Quarantined, QuarantineLog
 from s3loader.loader.reading import read_samples
 from s3loader.loader.run import RawBatch, Run
 from s3loader.loader.sample_stage import Place, SampleStage, batch_error, place_of, refuse_all_skipped
-from s3loader.loader.stats import LoaderStats
+from s3loader.loader.stats import LoaderStats, live_stats
 from s3loader.plan import Explanation, Plan, PlanState, Schedule, Topology, explain_runs
 from s3loader.plan.permutation import Int64Array
 from s3loader.plan.schedule import Cursor

@@ -1,4 +1,5 @@
-"""Which sample comes at which position: four orders, each a pure bijection of ``[0, samples)``.
+"""Which sample comes at which position: the numbers that fix an order (`OrderSpec`), how good ones are found, and four orders,
+each a pure bijection of ``[0, samples)``.
 
 `docs/order-and-resume.md` specifies them well enough to write them again.
 """
@@ -143,7 +144,6 @@ def choose_spec(
 
 
 # -- the orders ------------------------------------------------------------------------------------
-
 
 _BLOCKS: Final = 1
 _WINDOWS: Final = 2

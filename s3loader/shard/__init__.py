@@ -2,10 +2,9 @@
 
 from s3loader.shard.body import ArchiveMemberBody, ObjectBody
 from s3loader.shard.build import BuiltIndex, build_index, index_archive
-from s3loader.shard.extract import extract, list_archive
 from s3loader.shard.index import INTERNAL_MANIFEST, WEBDATASET_MANIFEST, ShardIndex, index_key, load_index
 from s3loader.shard.parquet import decode_row_group, index_parquet
-from s3loader.shard.reader import Member, ShardReader
+from s3loader.shard.reader import Member, ShardReader, extract, list_archive
 from s3loader.shard.samples import LeftOut, sample_key
 from s3loader.shard.tar import TarMember, walk
 from s3loader.shard.tfrecord import dali_index, index_tfrecord, parse_dali_index

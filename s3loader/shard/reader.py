@@ -1,11 +1,14 @@
-"""Reading members of an archive: one ranged GET each or for several neighbours, verified; or all of them in a stream."""
+"""Reading members of an archive: one ranged GET each or for several neighbours, verified; or all of them in a stream,
+also into a local folder (`extract`)."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -13,6 +16,7 @@ import numpy as np
 from s3loader.arguments import checked
 from s3loader.checksum import crc32c, mismatch, once_more
 from s3loader.errors import (
+    ConfigError,
     FormatError,
     IntegrityError,
     ObjectChangedError,
@@ -27,12 +31,23 @@ from s3loader.shard.build import index_archive
 from s3loader.shard.compression import unpack
 from s3loader.shard.index import INTERNAL_MANIFEST, MemberRange, ShardIndex, is_internal, load_index
 from s3loader.shard.source import CHUNK, StreamSource, TarSource, get_from_start, read_chunks, sniff_compression
-from s3loader.shard.tar import walk
+from s3loader.shard.tar import TarMember, unsafe_reason, walk
 from s3loader.store.backend import ReadResult
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer, ReadRequest
 
-__all__ = ["AT_ONCE", "SPAN", "Member", "Run", "ShardReader", "inflate", "plan_runs", "unpack_frames"]
+__all__ = [
+    "AT_ONCE",
+    "SPAN",
+    "Member",
+    "Run",
+    "ShardReader",
+    "extract",
+    "inflate",
+    "list_archive",
+    "plan_runs",
+    "unpack_frames",
+]
 
 # -- which members share a request, and how they are cut out of what came --------------------------
 
@@ -488,3 +503,68 @@ def _body(data: Buffer) -> ArchiveMemberBody:
 def _source_pieces(source: TarSource, offset: int, size: int) -> Iterator[Buffer]:
     for low in range(offset, offset + size, 1 << 20):
         yield source.read(low, min(1 << 20, offset + size - low))
+
+
+# -- a whole archive -------------------------------------------------------------------------------
+
+
+def list_archive(
+    store: ObjectStore, key: str, *, allow_missing_end: bool = False, allow_trailing: bool = False
+) -> list[TarMember]:
+    """All members of an archive, links and folders too, as they are named; nothing is written anywhere.
+
+    Args:
+        store: Where the archive is.
+        key: Its key.
+        allow_missing_end: Accept an archive without the zero blocks that end one (it may be truncated).
+        allow_trailing: Leave out what follows the end of the archive.
+
+    Raises:
+        ShardReadError: it is damaged, or no tar.
+    """
+    _, head = get_from_start(store, key, 0, 512)
+    source = StreamSource(store, key, sniff_compression(head))
+    return list(walk(source.read, allow_missing_end=allow_missing_end, allow_trailing=allow_trailing))
+
+
+@checked
+def extract(store: ObjectStore, key: str, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the files of an archive below `folder`, contents verified where the index knows their CRC32C.
+
+    Args:
+        store: Where the archive is.
+        key: Its key.
+        folder: Made if it does not exist.
+
+    Returns:
+        The files written, in archive order.
+
+    Raises:
+        ShardReadError: the archive holds a link, a device, or a path that leaves `folder`; nothing was written.
+        FileExistsError: a path needs a folder where there is a file.
+    """
+    for entry in list_archive(store, key):
+        reason = unsafe_reason(entry.name)
+        if entry.kind not in ("file", "dir", "volume label"):
+            reason = f"is a {entry.kind}"
+        if reason is not None:
+            raise ShardReadError(
+                f"refusing to extract: member {entry.name!r} {reason}", url=f"{store.url}/{key}", member=entry.name
+            )
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    real_root = root.resolve()
+    written = []
+    for member in ShardReader(store, key).iter_members():
+        target = root / member.name
+        parent = target.parent.resolve()
+        if parent != real_root and real_root not in parent.parents:  # a link that was in `folder` before
+            raise ConfigError(f"{target} would be written outside {root}", hint="extract into an empty folder")
+        parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink():
+            target.unlink()
+        with open(target, "wb") as file:
+            while chunk := member.body.read(1 << 20):
+                file.write(chunk)
+        written.append(target)
+    return written
