@@ -29,7 +29,8 @@ def test_every_error_is_in_the_drawn_tree_and_pickles(name: str) -> None:
     error.url, error.hint = "s3://b/k", "mend it"
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
-    assert str(again) == str(error) == "it broke s3://b/k\nhint: mend it"
+    assert str(again) == str(error)
+    assert str(error).endswith("it broke s3://b/k\nhint: mend it")
 
 
 def test_an_error_says_what_where_why_and_how_to_fix_it() -> None:
