@@ -85,7 +85,7 @@ def test_who_does_not_want_it_gets_each_request_once(s3: Server) -> None:
 
 def test_nothing_is_known_before_some_answers_came() -> None:
     hedges = Hedges()
-    for _ in range(3):
+    for _ in range(15):
         hedges.first_byte(0.02)
     assert hedges.delay == float("inf")
     hedges.first_byte(0.02)

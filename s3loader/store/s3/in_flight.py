@@ -166,9 +166,9 @@ class InFlight:
 # -- stragglers ------------------------------------------------------------------------------------
 
 _FEW: Final = 4
-"""First bytes after which the delay is computed."""
+"""First bytes after which something is known of them."""
 _SOME: Final = 16
-"""First bytes after which it is computed again."""
+"""First bytes after which the delay is computed, and computed again."""
 _KEPT: Final = 64
 _TIMES: Final = 4.0
 _LEAST: Final = 0.02
@@ -220,10 +220,11 @@ class Hedges:
         self._new += 1
         if self._new < (_SOME if self.usual else _FEW):
             return
-        self._new = 0
-        del times[:-_KEPT]
         self.usual = sorted(times)[len(times) // 4]
-        self.delay = max(_LEAST, _TIMES * self.usual)
+        if len(times) >= _SOME:
+            self._new = 0
+            del times[:-_KEPT]
+            self.delay = max(_LEAST, _TIMES * self.usual)
 
     @property
     def interval(self) -> float:
