@@ -1,4 +1,4 @@
-"""Which engine serves a store, and why."""
+"""Which engine serves a store, and why. Engines that are rarely asked for are imported when they are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError
 from s3loader.store.backend import Backend
-from s3loader.store.boto3.engine import Boto3Backend
-from s3loader.store.obstore import runtime as obstore_runtime
-from s3loader.store.obstore.client import ObstoreClient, open_azure, open_gcs
-from s3loader.store.obstore.engine import ObstoreBackend, ObstoreS3Reader
 from s3loader.store.options import StoreOptions
 from s3loader.store.pipeline import innermost
 from s3loader.store.s3 import S3Backend
@@ -25,7 +21,7 @@ from s3loader.types import ObjectURL
 __all__ = ["explain_engine", "open_backend"]
 
 _ENGINES: Final = ("auto", "direct", "obstore", "boto3")
-_OTHERS: Final = {"gs": ("GCS", open_gcs), "az": ("Azure", open_azure)}
+_OTHERS: Final = {"gs": "GCS", "az": "Azure"}
 _why: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
@@ -53,21 +49,26 @@ def open_backend(
     if engine not in _ENGINES:
         raise ConfigError(f"unknown engine {engine!r}", hint=f"use one of {', '.join(_ENGINES)}")
     if options.requester_pays and (url.scheme in _OTHERS or s3_client is not None):
-        what = "a client of your own" if url.scheme not in _OTHERS else _OTHERS[url.scheme][0]
+        what = _OTHERS.get(url.scheme, "a client of your own")
         raise ConfigError(f"requester_pays means nothing to {what}", hint="leave it out, and tell the service in its own way")
     if s3_client is not None and not hasattr(s3_client, "get_object"):
         raise ConfigError(f"s3_client cannot be {type(s3_client).__name__}", hint='pass boto3.client("s3", ...)')
     if url.scheme in _OTHERS:
         return _remember(_open_other(url, settings, engine, s3_client, options), "obstore is the one engine for it")
     chosen, why = _choose(url, settings, engine, s3_client)
-    if chosen == "boto3" and s3_client is not None:
-        return _remember(Boto3Backend(url.bucket, settings, options=options, s3_client=s3_client), why)
+    if chosen == "boto3":
+        from s3loader.store.boto3.engine import Boto3Backend
+
+        if s3_client is not None:
+            return _remember(Boto3Backend(url.bucket, settings, options=options, s3_client=s3_client), why)
     endpoint = Endpoint.from_settings(settings, url.bucket)
     credentials = CredentialsSource(settings, unsigned=options.unsigned)
     if chosen == "boto3":
         return _remember(Boto3Backend(url.bucket, settings, credentials=credentials, options=options), why)
     reader = None
     if endpoint.tls and importlib.util.find_spec("obstore") is not None:
+        from s3loader.store.obstore.engine import ObstoreS3Reader
+
         reader = ObstoreS3Reader(endpoint, credentials, options)
     return _remember(S3Backend(endpoint, credentials, options, proxy=_proxy(endpoint), tls_reader=reader), why)
 
@@ -101,7 +102,10 @@ def _proxy(endpoint: Endpoint) -> str | None:
 
 
 def _open_other(url: ObjectURL, settings: S3Settings, engine: str, s3_client: Any, options: StoreOptions) -> Backend:
-    name, make = _OTHERS[url.scheme]
+    from s3loader.store.obstore.client import ObstoreClient, open_azure, open_gcs
+    from s3loader.store.obstore.engine import ObstoreBackend
+
+    name, make = _OTHERS[url.scheme], {"gs": open_gcs, "az": open_azure}[url.scheme]
     if engine not in ("auto", "obstore"):
         raise ConfigError(f"engine={engine!r} cannot serve {name}", hint="leave engine out")
     if s3_client is not None:
@@ -119,8 +123,11 @@ def explain_engine(backend: Backend) -> str:
     """Which engine serves `backend` in this process, and why. For people to read."""
     engine = innermost(backend)
     lines = [f"engine {engine.engine}: {_why.get(engine, 'it was made directly')}"]
-    if isinstance(engine, ObstoreBackend) and not obstore_runtime.usable():
-        lines.append(obstore_runtime.FORKED)
+    if engine.url.partition("://")[0] in _OTHERS:
+        from s3loader.store.obstore import runtime
+
+        if not runtime.usable():
+            lines.append(runtime.FORKED)
     if isinstance(engine, S3Backend) and engine.proxy is not None:
         lines.append(f"through the proxy {urlsplit(engine.proxy).hostname}")
     if isinstance(engine, S3Backend) and engine.tls_reader is not None and engine.tls_reader.usable():

@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -78,3 +79,27 @@ def _dumps(value):
     from multiprocessing.reduction import ForkingPickler
 
     return bytes(ForkingPickler.dumps(value))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "bytes"])
+def test_a_batch_crosses_as_one_object_however_many_samples_it_has(kind):
+    """What the training process does for each sample stays below Python: one call of its own code a batch, not one a sample."""
+
+    def calls(samples: int) -> int:
+        message = _dumps(pack([memoryview(bytes(64))] * samples, kind))
+        count = 0
+
+        def counting(_frame, event, _argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counting)
+        try:
+            batch = pickle.loads(message)
+        finally:
+            sys.setprofile(None)
+        assert len(batch) == samples
+        return count
+
+    calls(1)
+    assert calls(16) == calls(512)
