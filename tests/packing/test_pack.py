@@ -8,8 +8,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,38 @@ def test_optimize(workers: int, tmp_path: Path) -> None:
     assert optimize(make, range(600), str(tmp_path)).unchanged
     with pytest.raises(ObjectExistsError):
         optimize(make, range(601), str(tmp_path))
+
+
+class Twice:
+    """Runs every task twice at the same time, as a cluster may that believes a node to be dead."""
+
+    def size(self) -> int:
+        return 1
+
+    def run(self, task: Any, items: Any) -> Iterator[tuple[int, Any]]:
+        for number, item in enumerate(items):
+            with ThreadPoolExecutor(2) as pool:
+                tries = [pool.submit(task, item) for _ in range(2)]
+            first, second = (each.result() for each in tries)
+            assert first == second
+            yield number, first
+
+
+def test_tasks_that_run_twice_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write; the first one that puts the part's manifest is the part, and nothing of the other is left."""
+    both = threading.Barrier(2)
+
+    def together(number: int) -> Any:
+        if number % 256 == 255:  # the last of a part: neither has put its manifest
+            both.wait(300)
+        return make(number)
+
+    optimize(make, range(600), str(tmp_path / "once"), shard_size="64KiB")
+    monkeypatch.setattr("s3loader.packing.run.executor_of", lambda keywords, workers: (Twice(), {}))
+    report = optimize(together, range(600), str(tmp_path / "twice"), shard_size="64KiB")
+    assert samples(tmp_path / "twice") == samples(tmp_path / "once")
+    assert len([*(tmp_path / "twice").rglob("*.tar")]) == report.shards
+    assert not [*(tmp_path / "twice").glob("_pack/*")]
 
 
 def test_iterables(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from ray_cluster import CLUSTER, environment
 
 
 @pytest.fixture(scope="session")
@@ -17,20 +16,10 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 's3loader[ray]'")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in [name for name in os.environ if name.startswith(("AWS_", "S3_", "RAY_"))]:
+        for name in {*os.environ} - {*environment()}:
             patch.delenv(name)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_CONFIG_FILE", "/nowhere")
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))  # functions of tests
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        ray.init(**CLUSTER)
         yield
         ray.shutdown()

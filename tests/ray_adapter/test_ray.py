@@ -252,9 +252,7 @@ def test_copy_and_sync(shards: Path, tmp_path: Path) -> None:
     from s3loader.s3 import copy, sync
 
     told: list[int] = []
-    report = copy(
-        f"{shards}/", f"{tmp_path}/copy/", recursive=True, engine="ray", progress=lambda now: told.append(now.objects)
-    )
+    report = copy(f"{shards}/", f"{tmp_path}/copy/", recursive=True, engine="ray", progress=lambda done, *_: told.append(done))
     assert files(tmp_path / "copy") == files(shards)
     assert report.objects == told[-1] == len(files(shards))
     (tmp_path / "copy" / "pack.json").unlink()
