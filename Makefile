@@ -16,7 +16,7 @@ FUZZ_COUNT ?= 100000
 FUZZ_SECONDS ?= 300
 MINUTES ?= 10
 
-.PHONY: help demo test fuzz soak lint format clean bench-get bench-exchange bench-load bench-ckpt bench-far bench-pack bench-scale
+.PHONY: help demo test fuzz soak lint format clean bench-get bench-exchange bench-load bench-ckpt bench-far bench-pack bench-node bench-scale
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-far: $(VENV)/.installed-dev  ## a distant store: first byte after 2, 25 an
 
 bench-pack: $(VENV)/.installed-dev  ## packing here, in processes, and on Ray: samples/s, cost of a task
 	@$(PY) -m benchmarks.pack $(ARGS)
+
+bench-node: $(VENV)/.installed-dev  ## processes of one node that read the same: bytes downloaded, CPU seconds
+	@$(PY) -m benchmarks.node $(ARGS)
 
 bench-scale: $(VENV)/.installed-dev  ## a sizing table of 10^6 to 10^10 samples on 1 to 16,384 ranks, by simulation
 	@$(PY) -m benchmarks.scale $(ARGS)
