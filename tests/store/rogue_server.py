@@ -70,16 +70,22 @@ Fault = Callable[[Request, Reply, socket.socket], bool]
 class RogueServer:
     """Serves the objects of `objects` under ``/bucket/``; `fault` is asked for every request.
 
-    It stops with its `with` block and takes its threads along.
+    It stops with its `with` block and takes its threads along. Several at addresses of one name (127.0.0.1, 127.0.0.2, ...)
+    with the same `port` and `context` are one store.
     """
 
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None, *, address: str = "127.0.0.1", port: int = 0) -> None:
         self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Fault | None] = lambda request: None
         self.connections = 0
+        self.host = address
+        """As clients call it."""
+        self.resumed: list[bool] = []
+        """Of each TLS connection, whether its session went on from an earlier one."""
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((address, port))
+        self.port: int = self._listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -88,7 +94,7 @@ class RogueServer:
 
     @property
     def endpoint_url(self) -> str:
-        return f"{'https' if self._context else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"{'https' if self._context else 'http'}://{self.host}:{self.port}"
 
     def etag(self, key: str) -> str:
         return f"etag-{len(self.objects[key])}"
@@ -127,7 +133,8 @@ class RogueServer:
         plain = sock
         try:
             if self._context is not None:
-                sock = self._context.wrap_socket(sock, server_side=True)
+                sock = secured = self._context.wrap_socket(sock, server_side=True)
+                self.resumed.append(bool(secured.session_reused))
             with sock, sock.makefile("rb") as file:
                 while (request := self._read(file, number)) is not None:
                     self.requests.append(request)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import trustme
+from rogue_server import DATA, RogueServer, s3_backend
 
 from s3loader.endpoint import Endpoint
 from s3loader.store.s3.connection import Addresses, Connections
+from s3loader.types import ReadRequest
 
 
 def listening(address: str, port: int = 0, backlog: int = 16) -> socket.socket:
@@ -38,6 +40,14 @@ def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
+def silent_address(sockets: ExitStack, address: str, port: int) -> None:
+    """Have connections to `address` hang: the queue of who listens there is full."""
+    dead = sockets.enter_context(closing(listening(address, port, backlog=0)))
+    for filler in [sockets.enter_context(closing(socket.socket())) for _ in range(4)]:
+        filler.setblocking(False)
+        filler.connect_ex(dead.getsockname())
+
+
 def test_connections_spread_over_all_addresses(sockets: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sockets.enter_context(closing(listening("127.0.0.1")))
     port = first.getsockname()[1]
@@ -53,11 +63,7 @@ def test_connections_spread_over_all_addresses(sockets: ExitStack, monkeypatch: 
 def test_an_address_that_swallows_everything_is_left_out(sockets: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     good = sockets.enter_context(closing(listening("127.0.0.1")))
     port = good.getsockname()[1]
-    dead = sockets.enter_context(closing(listening("127.0.0.2", port, backlog=0)))
-    fillers = [sockets.enter_context(closing(socket.socket())) for _ in range(4)]  # its queue is full: further ones hang
-    for filler in fillers:
-        filler.setblocking(False)
-        filler.connect_ex(dead.getsockname())
+    silent_address(sockets, "127.0.0.2", port)
     resolves_to(monkeypatch, "127.0.0.2", "127.0.0.1")
     addresses = Addresses("store", port)
     for _ in range(6):
@@ -91,6 +97,39 @@ def test_refused_everywhere_is_the_error_of_the_last(monkeypatch: pytest.MonkeyP
     resolves_to(monkeypatch, "127.0.0.1")
     with pytest.raises(ConnectionRefusedError):
         Addresses("store", port).connect(60)
+
+
+def test_a_store_of_several_addresses_over_tls_one_of_them_dead(
+    sockets: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a distant store is at once: one name, addresses that share the work, TLS that is resumed between them, and one
+    address that swallows every connection."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("store.test").configure_cert(context)
+    bundle = str(tmp_path / "ca.pem")
+    authority.cert_pem.write_to_path(bundle)
+    first = sockets.enter_context(RogueServer(context))
+    others = [RogueServer(context, address=address, port=first.port) for address in ("127.0.0.2", "127.0.0.3")]
+    servers = [first, *map(sockets.enter_context, others)]
+    silent_address(sockets, "127.0.0.4", first.port)
+    for server in servers:
+        server.objects["k"] = DATA
+    resolves_to(monkeypatch, "127.0.0.4", "127.0.0.1", "127.0.0.2", "127.0.0.3")
+    first.host = "store.test"
+    backend = s3_backend(first, ca_bundle=bundle, connect_timeout=300, read_timeout=300)
+    try:
+        assert backend.get("k")[1] == DATA  # its session is the one that the others go on from
+        backend.open_ahead(12)
+        requests = [ReadRequest("k", at, at + 1000) for at in range(0, 200_000, 1000)]
+        results = backend.read_many(requests, max_bytes=1 << 24, concurrency=12)
+        assert b"".join(bytes(result.data) for result in results) == DATA[:200_000]
+        assert all(server.connections for server in servers), "every address that lives is used"
+        resumed = [each for server in servers for each in server.resumed]
+        assert resumed.count(False) == 1, "only the first handshake was a whole one"
+        assert resumed.count(True) >= 11
+    finally:
+        backend.close()
 
 
 def test_tls_sessions_are_resumed(sockets: ExitStack, tmp_path: Path) -> None:
