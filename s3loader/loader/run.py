@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,8 @@ from s3loader.store.buffers import shared_pool
 from s3loader.store.bulk import ReadFailure, driver_of
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.options import MOST_THREADS
-from s3loader.types import Buffer, ReadRequest
+from s3loader.store.pipeline import innermost
+from s3loader.types import Buffer, NetworkState, ReadRequest
 
 __all__ = ["Failed", "Fetcher", "RawBatch", "Run"]
 
@@ -295,7 +296,9 @@ class Fetcher:
         self._driver: Driver = driver
         self._concurrency = concurrency
         self._stats = stats
-        self._network = store.network()
+        self._measure: Callable[[], NetworkState | None] = getattr(innermost(store.backend), "network", lambda: None)
+        """Asked again and again: the engine itself, not by way of the store."""
+        self._network = self._measure()
         self._cached: CachedReads | None = None
         stats.engine = store.engine
         stats.driver = driver_of(store.backend, driver, concurrency or store.options.concurrency or MOST_THREADS)
@@ -310,12 +313,12 @@ class Fetcher:
     @property
     def connections(self) -> int:
         """Requests that may be under way at a time, by what is known now."""
-        network = self._store.network()
+        network = self._measure()
         return self._concurrency or MOST_THREADS if network is None else network.connections
 
     def _note_network(self) -> None:
         """Take what was measured of the store since the last time into the stats."""
-        now, before = self._store.network(), self._network
+        now, before = self._measure(), self._network
         if now is None or before is None:
             return
         self._stats.connections, self._stats.first_byte = now.connections, now.first_byte

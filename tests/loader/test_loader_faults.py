@@ -379,7 +379,7 @@ def test_a_missing_index_is_asked_for_once_while_the_dataset_is_open(s3, tmp_pat
         assert asked() - before == len(keys)
 
 
-@pytest.mark.parametrize(("driver", "most"), [("pump", 30), ("threads", 20)])
+@pytest.mark.parametrize(("driver", "most"), [("pump", 22), ("threads", 14)])
 def test_a_steady_batch_crosses_few_files(s3, driver, most):
     """Whoever reads what one batch does has to open no more files than these; those of the threads themselves left out."""
     store = s3.open_store("loader-faults")

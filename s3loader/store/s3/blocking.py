@@ -20,12 +20,12 @@ from typing import Final, TypeAlias
 
 from s3loader.errors import ClosedError, S3LoaderError, ThrottledError
 from s3loader.store.client_errors import passed_over
-from s3loader.store.s3.connection import TICK, Connection, Connections
+from s3loader.store.s3.connection import TICK, Connection, Connections, is_stale
 from s3loader.store.s3.http import UnexpectedResponse
 from s3loader.store.s3.jobs import Job, Scratch, Source
 from s3loader.types import Buffer
 
-__all__ = ["Threads", "exchange", "is_stale", "perform"]
+__all__ = ["Threads", "exchange", "perform"]
 
 
 # -- socket calls that keep the GIL ----------------------------------------------------------------
@@ -161,12 +161,6 @@ def _on_time(connection: Connection) -> bool:
     if time.monotonic() > connection.expires:
         raise TimeoutError("the response did not end in time")
     return False
-
-
-def is_stale(connection: Connection, job: Job, error: BaseException) -> bool:
-    """Whether the server may have closed an idle connection just as the request went out, so that
-    the request, if it may be sent twice, deserves another connection."""
-    return connection.used and job.resendable and job.untouched and isinstance(error, ConnectionError | ssl.SSLEOFError)
 
 
 def perform(

@@ -26,7 +26,7 @@ from s3loader.endpoint import Endpoint
 from s3loader.store.s3.in_flight import Hedges, InFlight
 from s3loader.types import Buffer
 
-__all__ = ["RECORDS", "TICK", "Addresses", "Connection", "Connections", "NotConnectedError"]
+__all__ = ["RECORDS", "TICK", "Addresses", "Connection", "Connections", "NotConnectedError", "is_stale"]
 
 _STAGGER: Final = 0.25
 """Seconds after which the next address is tried beside the ones before."""
@@ -458,3 +458,9 @@ def _forget_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def is_stale(connection: Connection, job: Any, error: BaseException) -> bool:
+    """Whether the server may have closed an idle connection just as the request went out, so that
+    the request, if it may be sent twice, deserves another connection."""
+    return connection.used and job.resendable and job.untouched and isinstance(error, ConnectionError | ssl.SSLEOFError)

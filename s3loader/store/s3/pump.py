@@ -18,8 +18,7 @@ from functools import partial
 from typing import Any, Final
 
 from s3loader.errors import ClosedError, S3LoaderError, ThrottledError
-from s3loader.store.s3.blocking import is_stale
-from s3loader.store.s3.connection import RECORDS, Connection, Connections
+from s3loader.store.s3.connection import RECORDS, Connection, Connections, is_stale
 from s3loader.store.s3.http import UnexpectedResponse
 from s3loader.store.s3.in_flight import Hedges
 from s3loader.store.s3.jobs import HEDGED, Job, Scratch, Source
