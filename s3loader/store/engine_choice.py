@@ -56,14 +56,15 @@ def open_backend(
     if url.scheme in _OTHERS:
         return _remember(_open_other(url, settings, engine, s3_client, options), "obstore is the one engine for it")
     chosen, why = _choose(url, settings, engine, s3_client)
-    if chosen == "boto3":
+    if s3_client is not None:
         from s3loader.store.boto3.engine import Boto3Backend
 
-        if s3_client is not None:
-            return _remember(Boto3Backend(url.bucket, settings, options=options, s3_client=s3_client), why)
+        return _remember(Boto3Backend(url.bucket, settings, options=options, s3_client=s3_client), why)
     endpoint = Endpoint.from_settings(settings, url.bucket)
     credentials = CredentialsSource(settings, unsigned=options.unsigned)
     if chosen == "boto3":
+        from s3loader.store.boto3.engine import Boto3Backend
+
         return _remember(Boto3Backend(url.bucket, settings, credentials=credentials, options=options), why)
     reader = None
     if endpoint.tls and importlib.util.find_spec("obstore") is not None:

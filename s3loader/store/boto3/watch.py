@@ -48,8 +48,9 @@ class Watch:
         self._repeated = 0
         self._before: Watch | None = None
         emitter: Any = getattr(getattr(client, "meta", None), "events", None)
-        for event, handler in _HANDLERS if emitter is not None else ():
-            emitter.register(f"{event}.s3", handler, unique_id=f"{_ID}-{event}")
+        if emitter is not None:
+            for event, handler in _HANDLERS:
+                emitter.register(f"{event}.s3", handler, unique_id=f"{_ID}-{event}")
 
     def __enter__(self) -> Watch:
         self._before, _here.watch = _here.watch, self
