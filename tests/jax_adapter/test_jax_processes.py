@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples._digits import parser_of, prepare
 from s3loader import CheckpointManager
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,8 +34,7 @@ def run(folder: Path, processes: int, devices: int) -> list[list[str]]:
 
 
 def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
-    prepare = "from examples._digits import *; import sys; prepare(parser_of('').parse_args(['--url', sys.argv[1]]))"
-    subprocess.run([sys.executable, "-c", prepare, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    prepare(parser_of("").parse_args(["--url", str(tmp_path)]))
     zero, one = run(tmp_path, processes=2, devices=1)
     assert zero[-1].startswith("weights")
     assert one[-1] == zero[-1]

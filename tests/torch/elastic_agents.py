@@ -33,6 +33,8 @@ def work(folder: str) -> None:
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's handlers came with the fork
     assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
     sys.argv = ["train_torchrun", "--url", folder, "--steps", "16", "--every", "5"]
     train_torchrun.main(leave)
