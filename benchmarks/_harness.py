@@ -313,12 +313,12 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     return path
 
 
-def publish(name: str, text: str) -> None:
-    """Put `text` between this benchmark's markers in docs/benchmarks.md."""
+def publish(name: str, text: str, where: Path = DOCS) -> None:
+    """Put `text` between this benchmark's markers in docs/benchmarks.md, or another page."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    page = DOCS.read_text()
+    page = where.read_text()
     if begin not in page or end not in page:
         page += f"\n{begin}\n{end}\n"
     head, rest = page.split(begin, 1)
     tail = rest.split(end, 1)[1]
-    DOCS.write_text(f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}")
+    where.write_text(f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}")

@@ -3,6 +3,8 @@
 What stands under "measured" is run by the planner that training uses, on this machine. What stands under "computed" are
 formulas over its plan, printed below the table; a real network decides them in the end.
 
+Some cells become the sizing table of docs/beyond-one-machine.md.
+
 python -m benchmarks.scale [--quick] [--sample-bytes 100000] [--rate 500]
 """
 
@@ -16,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import markdown
+from benchmarks._harness import DOCS, machine, markdown, publish
 from s3loader.plan import Catalog, choose_spec, plan_for
 
 SHARD = 1 << 30
 BATCH = 32
+SHOWN = ((6, 8), (8, 64), (8, 512), (9, 4096), (10, 16384))
+"""Powers of ten of samples, and ranks, of the sizing table."""
 LATENCY = 0.08
 """Seconds to the first byte, for the restart."""
 REQUESTS = 5500
@@ -87,9 +91,26 @@ def size(value: float) -> str:
     return f"{value:.3g} EB"
 
 
+def sizing(found: list[dict[str, Any]], sample_bytes: int, rate: float) -> str:
+    """The table of the documentation."""
+    where, lines = machine(), []
+    for power, ranks in SHOWN:
+        r = next(r for r in found if (r["samples"], r["ranks"]) == (10**power, ranks))
+        lines.append(
+            (f"10^{power}", f"{ranks:,}", f"{r['plan'] * 1e3:.1f} ms", f"{r['resume'] * 1e3:.0f} ms", size(r["memory"]),
+             size(r["bytes"]), f"{r['requests']:,.0f}", str(r["prefixes"]))
+        )  # fmt: skip
+    head = ("samples", "ranks", "plan made", "resume planned", "planner's memory", "bytes/s", "GETs/s", "S3 prefixes")
+    what = (
+        f"{sample_bytes / 1000:g} kB a sample, {rate:g} samples/s and rank; timed on {where['cores']} cores of {where['cpu']}"
+    )
+    return f"{what}, load average {where['load_before']}, {where['date']}:\n\n{markdown(head, lines)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cells only")
+    parser.add_argument("--no-publish", action="store_true", help="leave docs/beyond-one-machine.md as it is")
     parser.add_argument("--sample-bytes", type=int, default=100_000)
     parser.add_argument("--rate", type=float, default=500.0, help="samples per second that one rank trains on")
     chosen = parser.parse_args()
@@ -126,6 +147,8 @@ def main() -> None:
         f"\nSlowest rank: of one request each, {TAIL[0]:.0%} of which take {TAIL[1]:g} times as long (at most 2,048 are drawn);"
         "\nhedged: asked a second time after 3.5 typical requests. Prefetch hides both as long as its budget lasts."
     )
+    if not chosen.quick and not chosen.no_publish:
+        publish("bench-scale", sizing(found, chosen.sample_bytes, chosen.rate), DOCS.with_name("beyond-one-machine.md"))
 
 
 if __name__ == "__main__":
