@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from s3loader.loader import DatasetSource as DatasetSource
     from s3loader.loader import FromSources as FromSources
     from s3loader.loader import LoaderKeywords as LoaderKeywords
+    from s3loader.loader import MemberKeywords as MemberKeywords
     from s3loader.loader import SourceKeywords as SourceKeywords
     from s3loader.loader import open_source as open_source
     from s3loader.loader.collate import columns as columns
@@ -118,6 +119,7 @@ NAMES: Final[dict[str, dict[str, tuple[str, str]]]] = {
         ),
         "open_source": ("s3loader.loader", "Opens a `DatasetSource`, and gives back the options that were not for opening it."),
         "AdapterKeywords": ("s3loader.loader", "TypedDict: all options that the datasets of every framework take."),
+        "MemberKeywords": ("s3loader.loader", "TypedDict: these options, without those of Parquet files."),
         "SourceKeywords": ("s3loader.loader", "TypedDict: the options of opening a dataset."),
         "LoaderKeywords": ("s3loader.loader", "TypedDict: the options of `LoaderOptions`."),
         "StoreKeywords": ("s3loader.store.open", "TypedDict: the options of `open_store`."),

@@ -6,7 +6,15 @@ from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.decode import Decode, register_decoder
 from s3loader.loader.loader import Batch, Loader
 from s3loader.loader.mixture import Mixture, mix_datasets
-from s3loader.loader.opening import AdapterKeywords, DatasetSource, FromSources, SourceKeywords, open_dataset, open_source
+from s3loader.loader.opening import (
+    AdapterKeywords,
+    DatasetSource,
+    FromSources,
+    MemberKeywords,
+    SourceKeywords,
+    open_dataset,
+    open_source,
+)
 from s3loader.loader.options import LoaderKeywords, LoaderOptions
 from s3loader.loader.quarantine import Quarantine, Quarantined, read_quarantine
 from s3loader.loader.reading import GrainSource, SampleReader
@@ -38,6 +46,7 @@ __all__ = [
     "LoaderKeywords",
     "LoaderOptions",
     "LoaderStats",
+    "MemberKeywords",
     "Mixture",
     "Place",
     "Quarantine",

@@ -34,6 +34,7 @@ from s3loader.loader.catalog import (
 from s3loader.loader.layout import Layout, LayoutCache, LooseRun, MemberSavings, Shard, wrong_size
 from s3loader.loader.mds import MdsShard
 from s3loader.loader.options import LoaderOptions
+from s3loader.loader.rows import ParquetShard, RowLayout, row_units
 from s3loader.plan import Catalog, OrderSpec, Plan, choose_spec, plan_for
 from s3loader.plan.order import locate
 from s3loader.plan.permutation import Int64Array
@@ -100,7 +101,9 @@ class Dataset:
         self.members: frozenset[str] | None = None
         self._member_savings: MemberSavings | None = None
         counts = [part.samples for part in parts] if selected is None else [len(kept) for kept in selected]
-        self.catalog = Catalog(np.array(counts, dtype=np.int64), self._total_bytes(), self._digest())
+        self.catalog = Catalog(
+            np.array(counts, dtype=np.int64), self._total_bytes(), self._digest(), row_units(parts, selected)
+        )
         self.starts = np.cumsum(self.catalog.counts) - self.catalog.counts
         self._drop_layouts()
 
@@ -218,13 +221,15 @@ class Dataset:
         return sum(shards) + sum(int(sizes.sum()) for sizes in loose)
 
     def _bytes_of_all(self) -> int:
-        return sum(part.size if isinstance(part, Shard) else int(np.maximum(part.sizes, 0).sum()) for part in self.parts)
+        return sum(part.content if isinstance(part, Shard) else int(np.maximum(part.sizes, 0).sum()) for part in self.parts)
 
     def _digest(self) -> str:
         hasher = hashlib.sha256(repr(self.group).encode())
         for part in self.parts:
             if isinstance(part, Shard):
                 hasher.update(f"\0{part.key}\0{part.samples}\0{part.etag}\0{part.size}\n".encode("utf-8", "surrogateescape"))
+                if isinstance(part, ParquetShard):
+                    hasher.update(repr(part.groups).encode())
             else:
                 rows = zip(part.keys, part.sizes.tolist(), part.etags, strict=True)
                 for key, size, etag in rows:
@@ -316,7 +321,7 @@ class Dataset:
         for number in numbers:
             shard = self.parts[number]
             assert isinstance(shard, Shard)
-            if isinstance(shard, MdsShard):
+            if isinstance(shard, (MdsShard, ParquetShard)):
                 requests.append(shard.head_request(number))
             elif shard.key in absent and (kept := kept_index(self.store, shard, self.index_dir)) is not None:
                 found[number] = self._layout_of(number, shard, kept)
@@ -328,8 +333,19 @@ class Dataset:
             number = answer.request.tag
             shard = self.parts[number]
             assert isinstance(shard, Shard)
-            found[number] = self._layout_of(number, shard, partial(self._index, shard, answer))
+            if isinstance(shard, ParquetShard):
+                found[number] = self._rows_of(number, shard, answer)
+            else:
+                found[number] = self._layout_of(number, shard, partial(self._index, shard, answer))
         return found
+
+    def _rows_of(self, number: int, shard: ParquetShard, answer: ReadResult | ReadFailure) -> Layout | S3LoaderError:
+        try:
+            if isinstance(answer, ReadFailure):
+                return answer.error
+            return self._select(number, shard.layout_of(answer, f"{self.store.url}/{shard.key}"))
+        except S3LoaderError as error:
+            return self._explain(shard, error)
 
     def _layout_of(self, number: int, shard: Shard, index: ShardIndex | Callable[[], ShardIndex]) -> Layout | S3LoaderError:
         try:
@@ -373,7 +389,7 @@ class Dataset:
         return self._select(number, layout)
 
     def _explain(self, shard: Shard, error: S3LoaderError) -> S3LoaderError:
-        mds = isinstance(shard, MdsShard)
+        mds = isinstance(shard, (MdsShard, ParquetShard))
         url = f"{self.store.url}/{shard.key if mds else index_key(shard.key)}"
         if isinstance(error, ObjectNotFoundError) and not mds:
             if self._is_gone(shard):
@@ -411,7 +427,7 @@ class Dataset:
         out = []
         for part, number in zip(parts.tolist(), numbers.tolist(), strict=True):
             layout = layouts[part]
-            out.append("" if isinstance(layout, S3LoaderError) else self.sample_key(layout, int(layout.first[number])))
+            out.append("" if isinstance(layout, S3LoaderError) else self.sample_key(layout, layout.first_member(number)))
         return out
 
     def sample_key(self, layout: Layout, member: int) -> str:
@@ -452,6 +468,8 @@ class Dataset:
     def _numbers(self, part: int, names: Container[str]) -> dict[str, int]:
         """Numbers of the samples of a part that are called as in `names`, or have a member that is; first ones first."""
         layout = self.layout(part)
+        if isinstance(layout, RowLayout):
+            return {name: int(self.starts[part]) + at for name, at in layout.numbers_of(names).items()}
         exact: dict[str, int] = {}
         grouped: dict[str, int] = {}
         for member in range(int(layout.first[-1])):
@@ -485,6 +503,7 @@ class Dataset:
                 world_size=world_size,
                 shuffle=options.shuffle,
                 seed=options.seed + salt,
+                units=catalog.units,
                 **given,
             )
         except TypeError as error:

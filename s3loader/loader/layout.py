@@ -59,6 +59,11 @@ class Shard:
     """No manifest vouches for it: its index is made from it where there is none that fits."""
 
     @property
+    def content(self) -> int:
+        """Bytes that its samples take in memory, about."""
+        return self.size
+
+    @property
     def if_match(self) -> str | None:
         """The ETag of the version to read, where one is known."""
         return self.pin or self.etag or None
@@ -152,6 +157,21 @@ class Layout:
         """(first byte, end) of samples `low` to `high` (included) of a shard."""
         last = self.first[high + 1] - 1
         return int(self.offsets[self.first[low]]), int(self.offsets[last] + self.sizes[last])
+
+    def first_member(self, number: int) -> int:
+        """The first member of a sample."""
+        return int(self.first[number])
+
+    def extent(self, number: int) -> tuple[int, int]:
+        """(first byte, bytes to the end of its last member) of a sample; -1 where these are unknown."""
+        first, last = int(self.first[number]), int(self.first[number + 1])
+        offsets, sizes = self.offsets[first:last], self.sizes[first:last]
+        start, end = int(offsets.min()), int((offsets + sizes).max())
+        return start, -1 if int(sizes.min()) < 0 else end - start
+
+    def own_reads(self, numbers: Int64Array, target: SampleBuffer, at: int) -> Iterator[SampleRead] | None:
+        """The reads for rising `numbers`, where they are not planned as those of all members are (`plan_reads`)."""
+        return None
 
     @property
     def loose(self) -> bool:
@@ -512,6 +532,9 @@ def plan_reads(
     """
     if isinstance(layout, S3LoaderError):
         yield SampleRead(None, numbers, target, at, error=layout)
+        return
+    if (reads := layout.own_reads(numbers, target, at)) is not None:
+        yield from reads
         return
     if layout.loose:
         sums = np.concatenate([[0], np.cumsum(np.where(layout.sizes < 0, GET_WORTH, layout.sizes))])

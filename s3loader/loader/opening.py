@@ -40,12 +40,21 @@ from s3loader.store.open import StoreKeywords
 from s3loader.types import Location, ObjectMeta, ObjectURL, ReadRequest
 from s3loader.units import KIB
 
-__all__ = ["AdapterKeywords", "DatasetSource", "FromSources", "Kind", "SourceKeywords", "open_dataset", "open_source"]
+__all__ = [
+    "AdapterKeywords",
+    "DatasetSource",
+    "FromSources",
+    "Kind",
+    "MemberKeywords",
+    "SourceKeywords",
+    "open_dataset",
+    "open_source",
+]
 
 Kind: TypeAlias = Literal["auto", "manifest", "webdataset", "mds", "tfrecord", "parquet", "objects", "prefix"]
 """What a dataset is made of: ``"auto"`` looks; ``"manifest"``: the lines of one; ``"webdataset"``: the members of tar shards;
 ``"mds"``: a folder that MosaicML Streaming wrote; ``"tfrecord"``: the records of TFRecord files, ``"parquet"``: the
-row groups of Parquet files (neither is found by looking);
+rows of Parquet files (neither is found by looking);
 ``"objects"``: the objects named, each whole; ``"prefix"``: every object of a folder, each whole."""
 
 _CHOICES: Final = (
@@ -68,6 +77,8 @@ def open_dataset(
     store: ObjectStore | None = None,
     group: Group = None,
     members: str | Iterable[str] | None = None,
+    columns: str | Iterable[str] | None = None,
+    sample: Literal["row", "row_group"] = "row",
     where: Filter | None = None,
     index_dir: str | os.PathLike[str] | None = None,
     on_torn: OnTorn = "error",
@@ -89,13 +100,15 @@ def open_dataset(
     Args:
         url: A URL, path, pattern, or a list of these; with `store`, keys of it.
         kind: ``"auto"`` looks; ``"manifest"``, ``"webdataset"`` (tar shards), ``"mds"`` (MosaicML Streaming), ``"tfrecord"``
-            (records), ``"parquet"`` (row groups; `members` names columns), ``"objects"`` (those named, each whole),
+            (records), ``"parquet"`` (rows, or row groups), ``"objects"`` (those named, each whole),
             ``"prefix"`` (every object of a folder, each whole).
         store: An open store.
         group: ``"webdataset"``: neighbours whose names agree up to the first dot of the base name are one sample, a dict by
             extension; None: each member (or object) is a sample.
         members: Of grouped samples, only the members with these extensions (``["jpg", "cls"]``); the others are not fetched
             where that saves bytes.
+        columns: Of Parquet files, only these columns.
+        sample: Of Parquet files: ``"row"``, or ``"row_group"``, as `from_parquet` takes it.
         where: Keep only samples whose manifest entry passes (manifests only).
         index_dir: Local folder for the indexes of shards that have none, if the store may not be written to; default: the
             user's cache folder.
@@ -118,6 +131,8 @@ def open_dataset(
     alike: dict[str, Any] = {**options, "group": group, "members": members, "lower_extensions": lower_extensions}
     shards: dict[str, Any] = {"index_dir": index_dir, "on_torn": on_torn}
     shards |= {"allow_missing_end": allow_missing_end, "allow_trailing": allow_trailing}
+    if found.kind != "parquet" and (columns is not None or sample != "row"):
+        raise ConfigError("columns= and sample= are for Parquet files", hint='kind="parquet" opens them')
     if where is not None and found.kind != "manifest":
         raise ConfigError("where= needs a manifest, whose entries it looks at", hint="write one over these objects")
     if found.kind == "webdataset":
@@ -128,9 +143,9 @@ def open_dataset(
             raise ConfigError(f"group={group!r} and members={members!r} mean nothing to records", hint="leave it out")
         dataset = from_tfrecord(found.names, index_dir=index_dir, **options)
     elif found.kind == "parquet":
-        if group is not None:
-            raise ConfigError(f"group={group!r} means nothing to row groups", hint="leave it out")
-        dataset = from_parquet(found.names, members=members, index_dir=index_dir, **options)
+        if group is not None or members is not None:
+            raise ConfigError(f"group={group!r} and members={members!r} mean nothing to rows", hint="columns= names columns")
+        dataset = from_parquet(found.names, columns=columns, sample=sample, index_dir=index_dir, **options)
     elif found.kind == "objects":
         dataset = from_objects(found.names, on_torn=on_torn, **alike)
     elif len(found.names) != 1:
@@ -288,8 +303,8 @@ DatasetSource: TypeAlias = Dataset | Locations | Callable[..., Dataset]
 """An open dataset, a URL or URLs for `open_dataset`, or a function that opens one and takes `SourceKeywords`."""
 
 
-class SourceKeywords(StoreKeywords, total=False):
-    """How a dataset is opened, where none is given that is open: the keywords of `open_dataset` and `open_store`."""
+class MemberKeywords(StoreKeywords, total=False):
+    """The keywords of `open_dataset` and `open_store`, but for those of Parquet files."""
 
     kind: Kind
     store: ObjectStore | None
@@ -301,6 +316,13 @@ class SourceKeywords(StoreKeywords, total=False):
     allow_missing_end: bool
     allow_trailing: bool
     lower_extensions: bool
+
+
+class SourceKeywords(MemberKeywords, total=False):
+    """How a dataset is opened, where none is given that is open: the keywords of `open_dataset` and `open_store`."""
+
+    columns: str | Iterable[str] | None
+    sample: Literal["row", "row_group"]
 
 
 class AdapterKeywords(LoaderKeywords, SourceKeywords, total=False):
@@ -359,7 +381,7 @@ class FromSources:
 
     @classmethod
     def from_parquet(cls: Callable[Concatenate[Any, P], T], urls: Locations, *args: P.args, **options: P.kwargs) -> T:
-        """The row groups of Parquet files; takes the keywords of `s3loader.from_parquet` too."""
+        """The rows of Parquet files; takes the keywords of `s3loader.from_parquet` too."""
         return cls(partial(from_parquet, urls), *args, **options)
 
     @classmethod

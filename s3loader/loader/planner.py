@@ -22,7 +22,7 @@ from s3loader.loader.layout import Layout, LooseRun, OpenBlock, SampleBuffer, Sa
 from s3loader.plan import DryRun, Plan, Schedule, Topology
 from s3loader.plan.budget import GET_WORTH, Budget
 from s3loader.plan.mixture import MixtureOrder
-from s3loader.plan.order import BlockOrder, FullOrder, Order, Units, locate
+from s3loader.plan.order import BlockOrder, FullOrder, Order, UnitOrder, Units, UnitsAsTheyCome, locate
 from s3loader.plan.permutation import Int64Array
 from s3loader.shard.index import ShardIndex
 from s3loader.shard.samples import Grouping
@@ -137,6 +137,7 @@ class Planner:
         self._epoch = epoch
         self._schedule = schedule
         self._gaps = plan.gaps(epoch)
+        self._in_units = _in_units(self._order)
         self._topology = topology
         steps = schedule.worker_steps(topology)
         self._steps = steps[max(0, -(-(first_step - topology.worker) // topology.workers)) :]
@@ -148,7 +149,8 @@ class Planner:
             prefetch,
             open_bytes=self._open_bytes,
             total_bytes=total_bytes,
-            whole_bytes=self._whole_bytes(),
+            whole_bytes=None if self._in_units else self._whole_bytes(),
+            in_units=self._in_units,
         )
         self._spare = memory_limit - self.budget.resident - self.budget.in_flight
         self._open: dict[int, OpenBlock] = {}
@@ -387,7 +389,7 @@ class Planner:
     def _begins_alone(self, units: Units) -> bool:
         """Whether this is the first batch and its blocks are many bytes to wait for, as in the middle of a window where another
         run stopped: then its samples are fetched alone, and the blocks come right behind them."""
-        if self._begun:
+        if self._begun or self._in_units:
             return False
         self._begun = True
         blocks = np.unique(units.start, return_index=True)[1]
@@ -448,6 +450,13 @@ class Planner:
                 run += 1
         keyed.sort(key=lambda pair: pair[0])
         return [read for _, read in keyed]
+
+
+def _in_units(order: Order) -> bool:
+    """Whether samples can only be fetched with all of their unit."""
+    if isinstance(order, MixtureOrder):
+        return any(map(_in_units, order.orders))
+    return isinstance(order, (UnitOrder, UnitsAsTheyCome))
 
 
 class _LayoutsAhead:

@@ -21,8 +21,10 @@ from s3loader.fetch.hedge import HedgedReads, hedged
 from s3loader.loader.layout import Layout, SampleBuffer, SampleRead, wrong_size
 from s3loader.loader.mds import MdsShard
 from s3loader.loader.planner import Chunk, Planner
+from s3loader.loader.rows import RowRead, RowsOfGroup
 from s3loader.loader.stats import LoaderStats
 from s3loader.plan.permutation import Int64Array
+from s3loader.shard.parquet import ParquetRows
 from s3loader.shard.reader import inflate
 from s3loader.shard.samples import sample_key
 from s3loader.store.backend import Driver
@@ -136,6 +138,22 @@ class MdsSamples:
             return Failed(error, name)
 
 
+class RowSamples:
+    """Rows of a row group of a Parquet file, decoded when the first is handed out."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: RowsOfGroup) -> None:
+        self._rows = rows
+
+    def build(self, i: int) -> Any:
+        """``__key__``, and each column by its name."""
+        try:
+            return self._rows.row(i)
+        except S3LoaderError as error:
+            return Failed(error, self._rows.name(i))
+
+
 def slice_samples(read: SampleRead, bodies: Sequence[memoryview | Failed], *, grouped: bool, verify: bool) -> SlicedSamples:
     """Verify what came for `read` and find its samples in it; nothing is copied.
 
@@ -159,6 +177,8 @@ def slice_samples(read: SampleRead, bodies: Sequence[memoryview | Failed], *, gr
     bad = _mismatches(layout, members, source, starts, ends) if verify and layout.crc32c is not None else []
     for i in bad:
         source[i] = _corrupt(layout, int(members[i]))
+    if isinstance(read, RowRead):
+        return _rows(read, members, (source, starts, ends))
     if isinstance(layout.source, MdsShard):
         rows = MdsSamples(layout, members.tolist(), (source, starts, ends))
         return SlicedSamples([rows] * len(members), list(range(len(members))), layout.sizes[members].tolist(), False)
@@ -171,6 +191,16 @@ def slice_samples(read: SampleRead, bodies: Sequence[memoryview | Failed], *, gr
     count = len(read.numbers)
     sums = np.concatenate([[0], np.cumsum(np.array(ends, dtype=np.int64) - starts)])
     return SlicedSamples([groups] * count, list(range(count)), np.diff(sums[bounds]).tolist(), bool(bad))
+
+
+def _rows(read: RowRead, members: Int64Array, slices: _Slices) -> SlicedSamples:
+    offsets = read.rows.groups.offsets[members].tolist()
+    pieces = {at: source[start:end] for at, source, start, end in zip(offsets, *slices, strict=True)}
+    rows = RowsOfGroup(read.rows, read.group, ParquetRows(read.rows.footer, read.group, pieces, read.rows.paths))
+    count = len(read.inside)
+    inside = read.inside.tolist()
+    shares = np.diff(np.arange(count + 1, dtype=np.int64) * read.nbytes // max(1, count)).tolist()
+    return SlicedSamples([RowSamples(rows)] * count, inside, shares, False)
 
 
 _Slices: TypeAlias = tuple[list[Any], list[int], list[int]]

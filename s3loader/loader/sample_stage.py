@@ -54,10 +54,8 @@ def place_of(dataset: Dataset, sample: int, position: int, epoch: int) -> Place:
     """
     part, number = dataset.locate(sample)
     layout = dataset.layout(part)
-    first, last = int(layout.first[number]), int(layout.first[number + 1])
-    offsets, sizes = layout.offsets[first:last], layout.sizes[first:last]
-    start, end = int(offsets.min()), int((offsets + sizes).max())
-    length = -1 if int(sizes.min()) < 0 else end - start
+    first = layout.first_member(number)
+    start, length = layout.extent(number)
     return Place(dataset.sample_key(layout, first), layout.key(first), start, length, epoch, position, sample)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
-from typing import Any, Final, Unpack
+from typing import Any, Final, Literal, Unpack
 
 from s3loader.arguments import checked, local_path
 from s3loader.errors import (
@@ -26,9 +28,10 @@ from s3loader.loader.filters import Filter, filtered
 from s3loader.loader.layout import LooseRun, Shard
 from s3loader.loader.mds import Columns, MdsShard, check_size
 from s3loader.loader.parts import Parts, counted, parts_of
+from s3loader.loader.rows import ParquetShard
 from s3loader.loader.urls import Locations, expand_braces, names_of, one_store, split_url
 from s3loader.shard.build import OnTorn, check_on_torn
-from s3loader.shard.parquet import FOOTER
+from s3loader.shard.parquet import FOOTER, read_footer
 from s3loader.shard.samples import LeftOut, extension_of
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import StoreKeywords, open_store
@@ -330,22 +333,28 @@ def from_tfrecord(
 def from_parquet(
     urls: Locations,
     *,
-    members: str | Iterable[str] | None = None,
+    columns: str | Iterable[str] | None = None,
+    sample: Literal["row", "row_group"] = "row",
     store: ObjectStore | None = None,
     index_dir: str | os.PathLike[str] | None = None,
     **store_options: Unpack[StoreKeywords],
 ) -> Dataset:
-    """The row groups of Parquet files; a sample is one of them, of which only the columns wanted are fetched.
+    """The rows of Parquet files; a sample is a dict of its columns, and ``__key__``.
 
-    Give ``transform=s3loader.decode_row_group``, and samples are `pyarrow.Table`s; without, dicts of the columns' bytes. A
-    file's footer is read once to make an index, which is kept beside it. `batch_size` counts row groups.
+    Numbers come as numpy scalars, texts as str, bytes as memoryviews (for `decode` by the column's name), lists of numbers as
+    arrays, dates, decimals and structs as Python's own objects, what is missing as None. A row group is fetched whole, once, by
+    ranges of the columns wanted, and its rows are shuffled among those of others: ``shuffle="block"`` keeps a few row groups
+    open. Where these do not fit into `memory_limit` (and all of them, with ``"full"``), they are read again and again.
+    The file's footer is its index: it is read when the dataset is opened, once, and once in each process that reads rows.
 
     Args:
         urls: One URL or pattern or several, all of one bucket; with `store`, keys. Braces, ``*``, ``?`` and ``[...]`` as for
             `from_webdataset`. What ends with a slash is a folder, all objects below which are meant.
-        members: Only these columns: their paths in the schema, as ``"price"`` or ``"tags.list.element"``; None: all.
+        columns: Only these: their names, or paths in the schema (``"price"``, ``"tags.list.element"``); None: all.
+        sample: ``"row"``; or ``"row_group"``: samples are dicts of the columns' bytes, which ``transform=decode_row_group``
+            makes a `pyarrow.Table` of. An index of each file is then kept beside it, and `batch_size` counts row groups.
         store: An open store.
-        index_dir: Where indexes are kept if the store may not be written to; default: the user's cache folder.
+        index_dir: For row groups: where indexes are kept if the store may not be written to; default: the user's cache folder.
         store_options: For `open_store`.
 
     Raises:
@@ -353,7 +362,12 @@ def from_parquet(
         ShardReadError: a file is damaged, or no Parquet file; or its index is unusable.
         ConfigError: there is no such column; or pyarrow is not installed.
     """
-    wanted = None if members is None else list(dict.fromkeys([members] if isinstance(members, str) else members))
+    wanted = None if columns is None else list(dict.fromkeys([columns] if isinstance(columns, str) else columns))
+    if wanted is not None and not wanted:
+        raise ConfigError("columns= names no column", hint="leave it out to read all")
+    if sample == "row":
+        store, keys, name = _files(urls, store, store_options, tars=False)
+        return _rows(store, keys, wanted, name)
     options = ArchiveOptions(None if index_dir is None else local_path(index_dir, "index_dir"), "split")
     store, parts, name = _archives(urls, store, store_options, "webdataset", options, {}, tars=False)
     dataset = Dataset(store, parts, group="webdataset", name=name, archives=options)
@@ -366,6 +380,16 @@ def from_parquet(
         if missing := [column for column in wanted if column not in known]:
             raise ConfigError(f"{name} has no column {missing[0]!r}", hint=f"it has {', '.join(sorted(known - {FOOTER}))}")
     return dataset.only([*wanted, FOOTER])
+
+
+def _rows(store: ObjectStore, keys: Sequence[str], columns: Sequence[str] | None, name: str) -> Dataset:
+    """The rows of these files; their footers are read side by side."""
+    with ThreadPoolExecutor(max(1, min(_FOOTERS, len(keys))), "s3loader-footers") as pool:
+        footers = pool.map(partial(read_footer, store), keys)
+        found = [ParquetShard.of(key, footer, columns, f"{store.url}/{key}") for key, footer in zip(keys, footers, strict=True)]
+    dataset = Dataset(store, [shard for shard, _ in found], name=name)
+    dataset.keep_layouts({number: layout for number, (_, layout) in enumerate(found)})
+    return dataset
 
 
 def _archives(
@@ -384,6 +408,15 @@ def _archives(
         left_out: Gets what is no sample of theirs.
         tars: A folder stands for the tar archives below it; False: for all objects there but indexes.
     """
+    store, keys, name = _files(urls, store, store_options, tars)
+    shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
+    return store, counted(store, shards, group, options, left_out), name
+
+
+def _files(
+    urls: Locations, store: ObjectStore | None, store_options: StoreKeywords, tars: bool
+) -> tuple[ObjectStore, list[str], str]:
+    """The store of some files, their keys, and a name for them; arguments as of `_archives`."""
     patterns = names_of(urls, "urls")
     names = [name for pattern in patterns for name in expand_braces(pattern, keep_escapes=True)]
     if not tars:
@@ -392,12 +425,13 @@ def _archives(
     if not tars:
         keys = [key for key in keys if not key.endswith((".idx", "/"))]  # ours and DALI's, and what stands for a folder
     store.open_ahead(min(_AHEAD, 1 + len(keys)))
-    shards: list[Shard | LooseRun] = [Shard(key, -1, automatic=True) for key in keys]
-    return store, counted(store, shards, group, options, left_out), patterns[0] if patterns else ""
+    return store, keys, patterns[0] if patterns else ""
 
 
 # -- MosaicML Streaming ----------------------------------------------------------------------------
 
+_FOOTERS: Final = 32
+"""Footers that are read side by side."""
 _INDEX: Final = "index.json"
 _VERSION: Final = 2
 _MALFORMED: Final = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)

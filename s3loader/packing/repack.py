@@ -112,6 +112,10 @@ def of_dataset(dataset: Dataset, part_bytes: int, place: Mapping[str, Any] | Non
         raise ConfigError("there is nothing to pack: the dataset has no samples", url=dataset.name, hint="check the URL")
     if all(isinstance(part, LooseRun) for part in dataset.parts) and dataset.group is None:
         raise ConfigError("its samples are whole objects", url=dataset.name, hint="pack the folder they lie in (s3loader pack)")
+    if dataset.catalog.units is not None:
+        raise ConfigError(
+            "its samples are rows of Parquet files", url=dataset.name, hint="pack the files: s3loader pack FILES URL"
+        )
     parts: list[Callable[[], Iterable[Sample]]] = []
     low, filled = 0, 0
     for number, part in enumerate(dataset.parts):

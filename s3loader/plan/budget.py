@@ -36,7 +36,14 @@ class Budget:
 
     @classmethod
     def divide(
-        cls, memory_limit: int, prefetch: int, *, open_bytes: int, total_bytes: int, whole_bytes: int | None = None
+        cls,
+        memory_limit: int,
+        prefetch: int,
+        *,
+        open_bytes: int,
+        total_bytes: int,
+        whole_bytes: int | None = None,
+        in_units: bool = False,
     ) -> Budget:
         """The budget of one process.
 
@@ -46,11 +53,12 @@ class Budget:
             open_bytes: Bytes of the blocks it has open at a time; 0: an order without blocks.
             total_bytes: Bytes of the dataset.
             whole_bytes: The same, where keeping all of it would save requests; None: it would not.
+            in_units: Samples can only be fetched with all of their block.
         """
         most = int(_KEPT * memory_limit)
         if whole_bytes is not None and whole_bytes <= most:
             return cls("whole", whole_bytes, max(1, min(prefetch, memory_limit - whole_bytes)), max(1, whole_bytes))
-        if open_bytes and open_bytes <= most and total_bytes > min(LOOK_AHEAD, memory_limit // 3):
+        if open_bytes and open_bytes <= most and (in_units or total_bytes > min(LOOK_AHEAD, memory_limit // 3)):
             return cls("blocks", open_bytes, max(1, min(prefetch, memory_limit - open_bytes)), LOOK_AHEAD)
         third = max(1, memory_limit // 3)
         return cls("samples", min(third, max(1, total_bytes)), min(prefetch, third), third)

@@ -14,7 +14,7 @@ import numpy as np
 
 from s3loader.arguments import checked
 from s3loader.errors import PlanError, StateMismatchError
-from s3loader.plan.permutation import MAX_SIZE, Int64Array, derive, derive_each, permute, unpermute
+from s3loader.plan.permutation import MAX_SIZE, Int64Array, UInt64Array, derive, derive_each, permute, unpermute
 from s3loader.units import KIB, MIB
 
 __all__ = [
@@ -26,7 +26,9 @@ __all__ = [
     "SequentialOrder",
     "ShardOrder",
     "Shuffle",
+    "UnitOrder",
     "Units",
+    "UnitsAsTheyCome",
     "choose_spec",
     "locate",
     "make_order",
@@ -43,6 +45,8 @@ WINDOW_BYTES: Final = 16 * MIB
 WINDOW_BLOCKS: Final = 4
 SMALL_WINDOW_BLOCKS: Final = 16
 RUN_BYTES: Final = 256 * KIB
+UNIT_BYTES: Final = 256 * MIB
+"""Units that a rank has open at a time are chosen to be no more than this; how much memory it has never changes an order."""
 
 
 @checked
@@ -110,6 +114,7 @@ def choose_spec(
     chunk: int | None = None,
     window: int | None = None,
     run: int | None = None,
+    units: Int64Array | None = None,
 ) -> OrderSpec:
     """The spec for a new run; whatever is given is kept, the rest is chosen.
 
@@ -123,12 +128,18 @@ def choose_spec(
         world_size: Ranks of the run; the default `lanes` is 8 for each.
         shuffle: ``"block"``, ``"full"``, ``"shard"`` or ``"none"``.
         seed: Any integer; it is taken modulo 2**64.
+        units: Samples of what can only be fetched whole, which are the blocks then; None: samples can be fetched one by one.
     """
     seed %= 1 << 64
     if shuffle != "block":
         return OrderSpec(shuffle=shuffle, seed=seed)
     average = max(1, total_bytes // max(1, samples))
     chunk = batch_size if chunk is None else chunk
+    if units is not None:
+        phases, w = _lanes_of_units(units, average, world_size)
+        lanes = world_size * phases if lanes is None else lanes
+        largest = max(1, int(units.max())) if len(units) else 1
+        return OrderSpec(shuffle, seed, block or largest, lanes, chunk, w if window is None else window, run or 1)
     lanes = world_size * PHASES if lanes is None else lanes
     by_bytes, by_count = WINDOW_BYTES // average, samples // (2 * max(1, lanes))
     small = by_count < by_bytes
@@ -143,6 +154,19 @@ def choose_spec(
     return OrderSpec(shuffle, seed, block, lanes, chunk, window, run)
 
 
+def _lanes_of_units(units: Int64Array, average: int, world_size: int) -> tuple[int, int]:
+    """(lanes of each rank, units of a window): several units in each lane, and no more open at a time than `UNIT_BYTES`."""
+    largest = average * int(units.max()) if len(units) else 1
+    phases, window = PHASES, WINDOW_BLOCKS
+    while phases > 1 and world_size * phases * window > len(units):
+        phases //= 2
+    while window > 1 and (phases * window * largest > UNIT_BYTES or world_size * phases * window > len(units)):
+        window //= 2
+    while phases > 1 and phases * window * largest > UNIT_BYTES:
+        phases //= 2
+    return phases, window
+
+
 # -- the orders ------------------------------------------------------------------------------------
 
 _BLOCKS: Final = 1
@@ -150,6 +174,7 @@ _WINDOWS: Final = 2
 _RUNS: Final = 3
 _FULL: Final = 4
 _SHARDS: Final = 5
+_UNITS: Final = 6
 
 
 class Units(NamedTuple):
@@ -451,8 +476,169 @@ class BlockOrder:
         return len(np.unique(lanes)) * self.spec.window * self.spec.block
 
 
-def make_order(counts: Int64Array, spec: OrderSpec) -> Order:
+class _Wholes:
+    """What orders of samples share that are stored in units: a unit is fetched whole, whichever of its samples is wanted."""
+
+    def __init__(self, units: Int64Array) -> None:
+        self._units = units
+        self._unit_starts = np.cumsum(units) - units
+        self.largest = int(units.max()) if len(units) else 0
+
+    def unit_of(self, samples: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """(number, first sample, samples) of the unit that holds each sample."""
+        unit, _ = locate(self._unit_starts, samples)
+        return unit, self._unit_starts[unit], self._units[unit]
+
+
+class UnitsAsTheyCome(_Wholes):
+    """Another order (``"none"``, ``"shard"``, ``"full"``) of samples that are stored in units."""
+
+    def __init__(self, order: SequentialOrder | ShardOrder | FullOrder, units: Int64Array) -> None:
+        super().__init__(units)
+        self.order = order
+        self.size = order.size
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """The sample at each position."""
+        return self.order.samples_at(positions, epoch)
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
+        return self.order.positions_of(samples, epoch)
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """What to fetch for `positions`: the unit, until its last sample; in a full permutation until the end of the epoch."""
+        _, start, length = self.unit_of(samples)
+        full = isinstance(self.order, FullOrder)
+        until = np.full_like(positions, self.size) if full else positions + (start + length - samples)
+        return Units(start, length, until)
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """Samples in the units that are open at a time for whoever takes `positions`; all, in a full permutation."""
+        return self.size if isinstance(self.order, FullOrder) else min(self.size, 2 * self.largest)
+
+
+class _Epoch(NamedTuple):
+    """How units lie in lanes in one epoch; lanes are laid end to end, and units in them."""
+
+    unit: Int64Array
+    """The unit in each place."""
+    place: Int64Array
+    """The place of each unit."""
+    ends: Int64Array
+    """Samples up to the end of each place."""
+    lanes: Int64Array
+    """Samples before each lane, then all: lanes + 1."""
+    windows: Int64Array
+    """Samples up to the end of each window."""
+    keys: UInt64Array
+    """Of the permutation in each window."""
+    used: int
+    """Samples of each lane that whole rounds cover."""
+    rests: Int64Array
+    """Samples of the lanes that they do not, up to the end of each lane."""
+
+
+class UnitOrder(_Wholes):
+    """``shuffle="block"`` of samples that are stored in units of unlike size (row groups of Parquet files), which are the
+    blocks: permuted, dealt to lanes in turn, windows of a lane shuffled. What whole rounds of all lanes do not cover follows,
+    lane by lane."""
+
+    def __init__(self, units: Int64Array, spec: OrderSpec) -> None:
+        super().__init__(units)
+        self.size = int(units.sum())
+        self.spec = spec
+        self._epoch: tuple[int, _Epoch] | None = None
+
+    def _at(self, epoch: int) -> _Epoch:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._dealt(epoch)
+        return self._epoch[1]
+
+    def _dealt(self, epoch: int) -> _Epoch:
+        count, lanes, w = len(self._units), self.spec.lanes, self.spec.window
+        slots = np.arange(count, dtype=np.int64)
+        order = np.argsort(slots % lanes, kind="stable")
+        unit = permute(slots, count, derive(self.spec.seed, epoch, _UNITS))[order]
+        place = np.empty_like(unit)
+        place[unit] = slots
+        ends = np.cumsum(self._units[unit])
+        lane = order % lanes
+        number = order // lanes - (1 + lane * w // lanes)
+        number = np.where(number < 0, 0, number // w + 1)  # lanes must not all need new units at once
+        last = np.flatnonzero(np.diff(lane, append=-1) | np.diff(number, append=-1))
+        keys = derive_each(derive(self.spec.seed, epoch, _WINDOWS), lane[last], number[last])
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(lane, minlength=lanes))])
+        starts = np.concatenate([[0], ends])[bounds]
+        used = int(np.diff(starts).min()) // self.spec.chunk * self.spec.chunk
+        return _Epoch(unit, place, ends, starts, ends[last], keys, used, np.cumsum(np.diff(starts) - used))
+
+    # -- positions and places of samples, both ways ------------------------------------------
+
+    def _shuffled(self, at: Int64Array, here: _Epoch, *, inverse: bool) -> Int64Array:
+        """Where what lies at `at` comes to lie in its window."""
+        window = np.searchsorted(here.windows, at, side="right")
+        start = np.where(window > 0, here.windows[window - 1], 0)
+        step = unpermute if inverse else permute
+        return start + step(at - start, here.windows[window] - start, here.keys[window])
+
+    def samples_at(self, positions: Int64Array, epoch: int) -> Int64Array:
+        """The sample at each position."""
+        if not len(positions):
+            return positions
+        here, c, lanes = self._at(epoch), self.spec.chunk, self.spec.lanes
+        turn, inner = np.divmod(positions, c)
+        around, lane = np.divmod(turn, lanes)
+        tail = positions - here.used * lanes
+        of_tail = np.minimum(np.searchsorted(here.rests, tail, side="right"), lanes - 1)
+        behind = here.used + tail - np.where(of_tail > 0, here.rests[of_tail - 1], 0)
+        at = np.where(tail < 0, here.lanes[lane] + around * c + inner, here.lanes[of_tail] + behind)
+        at = self._shuffled(at, here, inverse=False)
+        place = np.searchsorted(here.ends, at, side="right")
+        unit = here.unit[place]
+        return self._unit_starts[unit] + at - (here.ends[place] - self._units[unit])
+
+    def positions_of(self, samples: Int64Array, epoch: int) -> Int64Array:
+        """The position of each sample, or -1 where it does not occur (in mixtures only)."""
+        if not len(samples):
+            return samples
+        here = self._at(epoch)
+        unit, start, length = self.unit_of(samples)
+        at = self._shuffled(here.ends[here.place[unit]] - length + samples - start, here, inverse=True)
+        lane = np.searchsorted(here.lanes, at, side="right") - 1
+        return self._position(lane, at - here.lanes[lane], here)
+
+    def _position(self, lane: Int64Array, offset: Int64Array, here: _Epoch) -> Int64Array:
+        c, lanes = self.spec.chunk, self.spec.lanes
+        in_rounds = (offset // c * lanes + lane) * c + offset % c
+        behind = here.used * (lanes - 1) + np.where(lane > 0, here.rests[lane - 1], 0) + offset
+        return np.where(offset < here.used, in_rounds, behind)
+
+    # -- what to fetch -----------------------------------------------------------------------
+
+    def units(self, positions: Int64Array, samples: Int64Array, epoch: int) -> Units:
+        """What to fetch for `positions`: the unit, until the window that it lies in is over."""
+        here = self._at(epoch)
+        unit, start, length = self.unit_of(samples)
+        end = here.windows[np.searchsorted(here.windows, here.ends[here.place[unit]] - 1, side="right")]
+        lane = np.searchsorted(here.lanes, end - 1, side="right") - 1
+        return Units(start, length, self._position(lane, end - 1 - here.lanes[lane], here) + 1)
+
+    def open_samples(self, positions: Int64Array) -> int:
+        """Samples in the units that are open at a time for whoever takes `positions`: at most a window of each lane."""
+        turn = positions[positions < self._at(0).used * self.spec.lanes] // self.spec.chunk
+        lanes = max(1, len(np.unique(turn % self.spec.lanes)))
+        return min(self.size, lanes * self.spec.window * self.largest)
+
+
+def make_order(counts: Int64Array, spec: OrderSpec, units: Int64Array | None = None) -> Order:
     """The order `spec` describes, over shards of `counts` samples each.
+
+    Args:
+        counts: Samples of each shard.
+        spec: Of the order.
+        units: Samples of what can only be fetched whole, laid end to end as the shards are; None: samples can be fetched
+            one by one.
 
     Raises:
         PlanError: more than 2**62 samples.
@@ -461,9 +647,12 @@ def make_order(counts: Int64Array, spec: OrderSpec) -> Order:
     if size > MAX_SIZE:
         raise PlanError(f"too many samples: {size}", hint="split the dataset")
     if spec.shuffle == "block":
-        return BlockOrder(size, spec)
+        return BlockOrder(size, spec) if units is None else UnitOrder(units, spec)
+    order: SequentialOrder | ShardOrder | FullOrder
     if spec.shuffle == "full":
-        return FullOrder(size, spec.seed)
-    if spec.shuffle == "shard":
-        return ShardOrder(counts, spec.seed)
-    return SequentialOrder(size)
+        order = FullOrder(size, spec.seed)
+    elif spec.shuffle == "shard":
+        order = ShardOrder(counts, spec.seed)
+    else:
+        order = SequentialOrder(size)
+    return order if units is None else UnitsAsTheyCome(order, units)

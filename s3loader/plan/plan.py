@@ -29,6 +29,8 @@ class Catalog:
     total_bytes: int
     digest: str
     """Changes when keys, sizes, ETags, grouping or filters change."""
+    units: Int64Array | None = None
+    """Samples of what can only be fetched whole (row groups), laid end to end; None: samples can be fetched one by one."""
 
     @property
     def samples(self) -> int:
@@ -220,7 +222,7 @@ def plan_for(
     catalog: Catalog, spec: OrderSpec, *, skip: Sequence[tuple[int, int, int]] = (), exclude: Sequence[int] = ()
 ) -> Plan:
     """The plan of one dataset."""
-    order = make_order(catalog.counts, spec)
+    order = make_order(catalog.counts, spec, catalog.units)
     return Plan(order, catalog.counts, spec.as_dict(), catalog.digest, catalog.total_bytes, tuple(skip), tuple(exclude))
 
 
@@ -254,7 +256,7 @@ def mix(
     shares = list(weights) if weights is not None else [float(catalog.samples) for catalog in catalogs]
     if len(shares) != len(catalogs):
         raise PlanError(f"{len(shares)} weights for {len(catalogs)} datasets", hint="one weight for each dataset")
-    orders = [make_order(catalog.counts, spec) for catalog, spec in zip(catalogs, specs, strict=True)]
+    orders = [make_order(catalog.counts, spec, catalog.units) for catalog, spec in zip(catalogs, specs, strict=True)]
     order = MixtureOrder(orders, tuple(counts) if counts is not None else quotas(shares, period), length)
     spec = {"mix": [one.as_dict() for one in specs], **order.spec.as_dict()}
     digest = hashlib.sha256("\n".join(catalog.digest for catalog in catalogs).encode()).hexdigest()[:16]

@@ -1,4 +1,6 @@
-"""Parquet files as archives: each column chunk of a row group is a member, so that row groups and columns are byte ranges.
+"""Parquet files: their footers, and row groups as byte ranges. `ParquetRows` are the rows of one, decoded.
+
+As archives: each column chunk of a row group is a member, so that row groups and columns are byte ranges.
 
 A member is called ``000003.price``: number of the row group, then the column's path. Behind the columns of each row group
 stands ``000003.@footer``, the file's own footer: what it takes to decode them. Its bytes lie at the file's end, once; its rows
@@ -9,18 +11,29 @@ from __future__ import annotations
 
 import io
 from array import array
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from s3loader.arguments import checked
-from s3loader.errors import ConfigError, FormatError, ShardReadError
+from s3loader.errors import ConfigError, FormatError, RangeError, ShardReadError, UnsupportedOperationError
 from s3loader.shard.index import ShardIndex
 from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer
 
-__all__ = ["FOOTER", "decode_row_group", "index_parquet", "is_parquet"]
+__all__ = [
+    "FOOTER",
+    "ChunksOfGroups",
+    "ParquetFooter",
+    "ParquetRows",
+    "chunks_of",
+    "decode_row_group",
+    "index_parquet",
+    "is_parquet",
+    "parse_footer",
+    "read_footer",
+]
 
 FOOTER: Final = "@footer"
 _MAGIC: Final = b"PAR1"
@@ -43,28 +56,22 @@ def index_parquet(store: ObjectStore, key: str, *, etag: str | None = None) -> S
         ConfigError: pyarrow is not installed.
     """
     url = f"{store.url}/{key}"
-    meta = store.head(key)
-    pin = etag or meta.etag or None
-    size = min(meta.size, _TAIL)
-    tail = store.get_range(key, meta.size - size, meta.size, if_match=pin)
-    length = int.from_bytes(tail[-_END:-4], "little") + _END
-    if tail[-4:] != _MAGIC or length > meta.size - 4:
-        raise ShardReadError("it has no Parquet footer", op="index", url=url, hint="it is cut off or encrypted: write it again")
-    if length > size:
-        tail = store.get_range(key, meta.size - length, meta.size, if_match=pin)
-    found = _metadata(tail[-length:], url)
+    footer = read_footer(store, key, etag=etag)
+    found, length, size = footer.metadata, len(footer.data), footer.size
     offsets, sizes, names = array("Q"), array("Q"), []
     for number in range(found.num_row_groups):
         group = found.row_group(number)
+        if not group.num_rows:
+            continue
         for place in range(group.num_columns):
             column = group.column(place)
             start, count = _extent(column)
-            if start < 4 or start + count > meta.size - length:
+            if start < 4 or start + count > size - length:
                 raise ShardReadError(f"row group {number} lies outside the file", op="index", url=url, hint="write it again")
             offsets.append(start)
             sizes.append(count)
             names.append(_named(number, column.path_in_schema, url))
-        offsets.append(meta.size - length)
+        offsets.append(size - length)
         sizes.append(length)
         names.append(_named(number, FOOTER, url))
     encoded = [name.encode() for name in names]
@@ -74,9 +81,93 @@ def index_parquet(store: ObjectStore, key: str, *, etag: str | None = None) -> S
         crc32c=None,
         names_blob=b"".join(encoded),
         name_ends=np.cumsum([len(name) for name in encoded], dtype=np.uint64),
-        archive_size=meta.size,
-        etag=meta.etag,
+        archive_size=size,
+        etag=footer.etag,
     )
+
+
+class ParquetFooter(NamedTuple):
+    """What the end of a Parquet file says of it."""
+
+    size: int
+    """Bytes of the file."""
+    etag: str
+    data: bytes
+    """The metadata, their length and the magic."""
+    metadata: Any
+    """`pyarrow.parquet.FileMetaData`."""
+
+
+def read_footer(store: ObjectStore, key: str, *, etag: str | None = None) -> ParquetFooter:
+    """The footer of a Parquet file: one request, two where it is large. Raises as `index_parquet`."""
+    url = f"{store.url}/{key}"
+    try:
+        meta, tail = store.backend.get(key, -_TAIL, if_match=etag)
+    except RangeError as error:
+        raise ShardReadError("it is empty", op="index", url=url, hint="write it again") from error
+    except UnsupportedOperationError:  # of stores that know no range from the end
+        meta = store.head(key)
+        tail = store.get_range(key, max(0, meta.size - _TAIL), meta.size, if_match=etag or meta.etag or None)
+    tail = bytes(tail)
+    length = int.from_bytes(tail[-_END:-4], "little") + _END
+    if tail[-4:] != _MAGIC or length > meta.size - 4:
+        raise ShardReadError("it has no Parquet footer", op="index", url=url, hint="it is cut off or encrypted: write it again")
+    if length > len(tail):
+        tail = store.get_range(key, meta.size - length, meta.size, if_match=etag or meta.etag or None)
+    return parse_footer(tail[-length:], meta.size, meta.etag, url)
+
+
+def parse_footer(data: bytes, size: int, etag: str, url: str) -> ParquetFooter:
+    """The footer in its bytes.
+
+    Raises:
+        ShardReadError: it is damaged.
+        ConfigError: pyarrow is not installed.
+    """
+    return ParquetFooter(size, etag, data, _metadata(data, url))
+
+
+class ChunksOfGroups(NamedTuple):
+    """Where columns lie in the row groups of a file; int64 arrays, groups x columns."""
+
+    paths: list[str]
+    starts: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]
+    plain: np.ndarray[Any, Any]
+    """Bytes that they have when they are not compressed."""
+
+
+def chunks_of(footer: ParquetFooter, columns: Sequence[str] | None, url: str) -> ChunksOfGroups:
+    """Where these columns lie; a column of lists or structs is all that is in it.
+
+    Raises:
+        ConfigError: there is no such column.
+        ShardReadError: one lies outside the file.
+    """
+    found = footer.metadata
+    known = [found.schema.column(i).path for i in range(found.num_columns)]
+    numbers = list(range(len(known)))
+    if columns is not None:
+        for column in columns:
+            if not any(path == column or path.startswith(f"{column}.") for path in known):
+                names = ", ".join(dict.fromkeys(path.partition(".")[0] for path in known))
+                raise ConfigError(f"{url} has no column {column!r}", hint=f"it has {names}")
+        heads = tuple(f"{column}." for column in columns)
+        numbers = [i for i, path in enumerate(known) if path in columns or path.startswith(heads)]
+    shape = (found.num_row_groups, len(numbers))
+    starts, sizes, plain = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    for group in range(found.num_row_groups):
+        rows = found.row_group(group)
+        if not rows.num_rows:
+            starts[group] = len(_MAGIC)
+            continue
+        for place, number in enumerate(numbers):
+            chunk = rows.column(number)
+            starts[group, place], sizes[group, place] = _extent(chunk)
+            plain[group, place] = max(chunk.total_uncompressed_size, chunk.total_compressed_size)
+    if starts.size and (int(starts.min()) < 4 or int((starts + sizes).max()) > footer.size - len(footer.data)):
+        raise ShardReadError("a row group lies outside the file", op="index", url=url, hint="write it again")
+    return ChunksOfGroups([known[i] for i in numbers], starts, sizes, plain)
 
 
 def _named(group: int, column: str, url: str) -> str:
@@ -160,10 +251,93 @@ def decode_row_group(sample: Mapping[str, Any]) -> Any:
         rows = metadata.row_group(group)
         chunks = [rows.column(place) for place in range(rows.num_columns)]
         ranges = {_extent(chunk)[0]: sample[chunk.path_in_schema] for chunk in chunks if chunk.path_in_schema in sample}
-        end = max((start + len(data) for start, data in ranges.items()), default=4)
-        file = pa.PythonFile(_Sparse({**ranges, end: footer}, end + len(footer)), mode="r")
         columns = [chunk.path_in_schema for chunk in chunks if chunk.path_in_schema in sample]
-        opened = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
-        return opened.read_row_group(group, columns=columns, use_threads=False)
+        return _read_group(metadata, footer, group, ranges, columns)
     except (ValueError, OSError, IndexError) as error:
         raise FormatError(f"row group {group} cannot be decoded: {error}", hint="write the file again") from error
+
+
+def _read_group(metadata: Any, footer: bytes, group: int, ranges: Mapping[int, Buffer], columns: Sequence[str]) -> Any:
+    pa, pq = _pyarrow()
+    end = max((start + len(data) for start, data in ranges.items()), default=4)
+    file = pa.PythonFile(_Sparse({**ranges, end: footer}, end + len(footer)), mode="r")
+    opened = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+    return opened.read_row_group(group, columns=list(columns), use_threads=False)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+class ParquetRows:
+    """The rows of a row group; decoded when the first one is wanted.
+
+    Args:
+        footer: Of the file.
+        group: Number of the row group.
+        ranges: What was read of it, by where it begins in the file.
+        columns: Paths of the columns that were read.
+    """
+
+    def __init__(self, footer: ParquetFooter, group: int, ranges: Mapping[int, Buffer], columns: Sequence[str]) -> None:
+        self._coded: tuple[Any, ...] | None = (footer.metadata, footer.data, group, ranges, columns)
+        self._columns: dict[str, Callable[[int], Any]] = {}
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Column to value: numpy scalars, texts, memoryviews of bytes, arrays of lists of numbers, None where there is none;
+        Python's own objects for the rest (dates, decimals, structs, maps).
+
+        Raises:
+            FormatError: the row group is damaged.
+        """
+        if self._coded is not None:
+            self._decode()
+        return {name: value(number) for name, value in self._columns.items()}
+
+    def _decode(self) -> None:
+        assert self._coded is not None
+        group = self._coded[2]
+        try:
+            table = _read_group(*self._coded)
+            self._columns = {name: _column(table.column(name)) for name in table.column_names}
+        except (ValueError, OSError, IndexError) as error:
+            raise FormatError(f"row group {group} cannot be decoded: {error}", hint="write the file again") from error
+        self._coded = None  # the table has what is needed
+
+
+def _column(chunked: Any) -> Callable[[int], Any]:
+    """The value of a column in each row."""
+    pa, _ = _pyarrow()
+    column = chunked.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # of no chunk, or too much for one
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return _numbers(column)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return lambda row: None if (buffer := column[row].as_buffer()) is None else memoryview(buffer)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = kind.value_type
+        if pa.types.is_boolean(inner) or pa.types.is_integer(inner) or pa.types.is_floating(inner):
+            return lambda row: _array(column[row])
+    return lambda row: column[row].as_py()
+
+
+def _numbers(column: Any) -> Callable[[int], Any]:
+    if column.null_count and str(column.type) == "halffloat":
+        return lambda row: column[row].as_py()
+    if not column.null_count:
+        return column.to_numpy(zero_copy_only=False).__getitem__  # type: ignore[no-any-return]
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.fill_null(False if str(column.type) == "bool" else 0).to_numpy(zero_copy_only=False)
+    return lambda row: values[row] if there[row] else None
+
+
+def _array(value: Any) -> Any:
+    """A list of numbers as a 1-D array; as a list where some are missing, None where it is."""
+    values = value.values
+    if values is None:
+        return None
+    return value.as_py() if values.null_count else values.to_numpy(zero_copy_only=False)

@@ -43,7 +43,7 @@ def rows(loader: Any, column: str = "n") -> list[Any]:
 
 def test_row_groups_are_what_was_written(folder: Path) -> None:
     for _ in range(2):  # once an index is made, then it is found
-        dataset = from_parquet(f"{folder}/*.parquet")
+        dataset = from_parquet(f"{folder}/*.parquet", sample="row_group")
         assert len(dataset) == FILES * ROWS // GROUP
         loader = Loader(dataset, batch_size=3, shuffle="none", tail="short", transform=decode_row_group)
         groups = [group for batch in loader for group in batch]
@@ -51,7 +51,7 @@ def test_row_groups_are_what_was_written(folder: Path) -> None:
 
 
 def test_only_the_columns_wanted_are_fetched(folder: Path) -> None:
-    dataset = open_dataset(f"{folder}/*.parquet", kind="parquet", members=["n", "tags.list.element"])
+    dataset = open_dataset(f"{folder}/*.parquet", kind="parquet", sample="row_group", columns=["n", "tags.list.element"])
     loader = Loader(dataset, batch_size=2, shuffle="none", tail="short", transform=decode_row_group)
     groups = [group for batch in loader for group in batch]
     assert {tuple(group.column_names) for group in groups} == {("n", "tags")}
@@ -60,13 +60,13 @@ def test_only_the_columns_wanted_are_fetched(folder: Path) -> None:
     assert loader.stats.bytes_used < stored / 10
     assert loader.stats.bytes_fetched < sum(path.stat().st_size for path in folder.glob("*.parquet"))
     with pytest.raises(ConfigError, match="price"):
-        from_parquet(f"{folder}/*.parquet", members=["price"])
+        from_parquet(f"{folder}/*.parquet", columns=["price"], sample="row_group")
 
 
 def test_shuffled_sharded_and_resumed(folder: Path) -> None:
     url, wanted = f"{folder}/*.parquet", list(range(FILES * ROWS))
     options: dict[str, Any] = {"transform": decode_row_group, "seed": 5, "tail": "short"}
-    dataset = from_parquet(url, members=["n"])
+    dataset = from_parquet(url, columns=["n"], sample="row_group")
     ranks = [rows(Loader(dataset, batch_size=2, rank=rank, world_size=2, **options)) for rank in range(2)]
     assert sorted(ranks[0] + ranks[1]) == wanted
     assert ranks[0] != sorted(ranks[0])
@@ -76,7 +76,7 @@ def test_shuffled_sharded_and_resumed(folder: Path) -> None:
     second = Loader(dataset, batch_size=3, **options)
     second.load_state_dict(first.state_dict())
     assert sorted(head + rows(second)) == wanted
-    torch = S3IterableDataset.from_parquet(url, members=["n"], batch_size=2, return_type="bytes", **options)
+    torch = S3IterableDataset.from_parquet(url, columns=["n"], sample="row_group", batch_size=2, return_type="bytes", **options)
     assert sorted(rows(S3DataLoader(torch, num_workers=2))) == wanted
 
 
@@ -86,12 +86,12 @@ def test_damage_is_noticed(folder: Path) -> None:
     flipped = bytearray(whole)
     flipped[whole.index(bytes([200]) * 5000) + 9] ^= 1
     path.write_bytes(flipped)
-    dataset = from_parquet(f"{folder}/*.parquet", members=["blob"])
+    dataset = from_parquet(f"{folder}/*.parquet", columns=["blob"], sample="row_group")
     with pytest.raises(FormatError, match="row group"):
         list(Loader(dataset, batch_size=2, shuffle="none", transform=decode_row_group))
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:-100] + whole[-90:]):
         path.write_bytes(damaged)
         with pytest.raises(ShardReadError):
-            from_parquet(f"{folder}/*.parquet")
+            from_parquet(f"{folder}/*.parquet", sample="row_group")
     with pytest.raises(ConfigError, match="group"):
         open_dataset(f"{folder}/*.parquet", kind="parquet", group="webdataset")

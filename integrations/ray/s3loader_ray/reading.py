@@ -14,7 +14,7 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from s3loader import ConfigError, Dataset, Loader
-from s3loader.adapters import DatasetSource, SourceKeywords, checked, open_source
+from s3loader.adapters import DatasetSource, MemberKeywords, checked, open_source
 
 __all__ = ["ManifestDatasource", "read_manifest"]
 
@@ -38,7 +38,7 @@ def read_manifest(
     concurrency: int | None = None,
     override_num_blocks: int | None = None,
     ray_remote_args: dict[str, Any] | None = None,
-    **source: Unpack[SourceKeywords],
+    **source: Unpack[MemberKeywords],
 ) -> ray.data.Dataset:
     """The samples at a URL as a `ray.data.Dataset`, a row each, in their order: a manifest, or all else `open_dataset` reads.
 
@@ -74,7 +74,7 @@ def read_manifest(
     )
 
 
-_PLACE: Final = {*SourceKeywords.__optional_keys__} - {
+_PLACE: Final = {*MemberKeywords.__optional_keys__} - {
     *("kind", "store", "group", "members", "where", "index_dir", "on_torn"),
     *("allow_missing_end", "allow_trailing", "lower_extensions"),
 }
