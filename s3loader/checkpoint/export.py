@@ -98,7 +98,8 @@ def export_safetensors(checkpoint: Checkpoint, url: Location, *, item: str | Non
     names = {name: _short(name, prefix) for name in checkpoint if name.startswith(prefix)}
     if not names:
         raise CheckpointError(
-            f"step {checkpoint.step} has no tensors in {item!r}", hint=f"its items: {', '.join(checkpoint.items)}"
+            f"step {checkpoint.step} has no tensors{'' if item is None else f' in {item!r}'}",
+            hint=f"its items: {', '.join(checkpoint.items)}",
         )
     shapes = [(short, checkpoint.chunks(name)[0].dtype, checkpoint.chunks(name)[0].shape) for name, short in names.items()]
     header, spans = encode_header(shapes, {"format": "pt", "s3loader_step": str(checkpoint.step)})

@@ -64,6 +64,11 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
 )
 
 
+_REDIRECTS: Final = (301, 302, 307, 308)
+_OTHER_REGION: Final = ("IllegalLocationConstraintException", "InvalidLocationConstraint")
+"""The bucket or the endpoint is of another region than was said."""
+
+
 class _ReaderGoneError(Exception):
     """Nobody reads our output any more. (Of a BrokenPipeError click makes an exit code of its own.)"""
 
@@ -145,6 +150,8 @@ def exit_code(error: BaseException) -> int:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
+    if isinstance(error, errors.StoreError) and (error.status in _REDIRECTS or error.code in _OTHER_REGION):
+        return 3
     return 5 if isinstance(error, errors.S3LoaderError) and error.retryable else 1
 
 

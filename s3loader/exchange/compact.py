@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 from s3loader.errors import ConfigError
@@ -16,6 +14,7 @@ from s3loader.exchange.objects import ObjectAccess
 from s3loader.exchange.reading import read_manifest_lines
 from s3loader.exchange.types import CompactReport, ManifestEntry
 from s3loader.store.arguments import checked_key
+from s3loader.store.ordered import map_ordered
 from s3loader.types import PutMode, Update
 
 __all__ = ["compact"]
@@ -145,19 +144,11 @@ def _existing(access: ObjectAccess, entries: Iterable[_Kept], report: CompactRep
             return archives[archive]
         return access.exists(entry["key"]) if split_virtual_key(entry["key"]) else access.store.exists(entry["key"])
 
-    with ThreadPoolExecutor(_CHECKS, "s3loader-exists") as pool:
-        window: deque[tuple[_Kept, Future[bool]]] = deque()
-
-        def settle() -> Iterator[_Kept]:
-            kept, future = window.popleft()
-            if future.result():
-                yield kept
-            else:
-                report["removed_entries"] += 1
-
-        for kept in entries:
-            window.append((kept, pool.submit(there, kept.entry)))
-            if len(window) >= 4 * _CHECKS:
-                yield from settle()
-        while window:
-            yield from settle()
+    looked = map_ordered(
+        lambda kept: (kept, there(kept.entry)), entries, concurrency=_CHECKS, name="s3loader-exists", ahead=4 * _CHECKS
+    )
+    for kept, still in looked:
+        if still:
+            yield kept
+        else:
+            report["removed_entries"] += 1

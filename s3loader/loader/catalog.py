@@ -11,7 +11,6 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -33,6 +32,7 @@ from s3loader.shard.index import ShardIndex, index_key, is_foreign, load_index
 from s3loader.shard.reader import ShardReader
 from s3loader.store.backend import key_bytes
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.ordered import map_ordered
 from s3loader.types import Buffer, ObjectMeta
 
 __all__ = [
@@ -251,9 +251,8 @@ def make_indexes(store: ObjectStore, shards: Sequence[Shard], options: ArchiveOp
         elif result.error is not None:
             raise result.error
     if denied:
-        with ThreadPoolExecutor(_WORKERS, "s3loader-index") as pool:
-            for _ in pool.map(lambda key: keep_index(store, key, options), denied):
-                pass
+        for _ in map_ordered(lambda key: keep_index(store, key, options), denied, concurrency=_WORKERS, name="s3loader-index"):
+            pass
     return set(keys).difference(denied)
 
 
@@ -321,13 +320,17 @@ def look(store: ObjectStore, keys: Sequence[str]) -> list[Now | None]:
             names.sort(key=key_bytes)
             jobs += [(folder, names[low : low + some]) for low in range(0, len(names), some)]
     found: dict[str, Now] = {}
-    with ThreadPoolExecutor(max(1, min(_LOOKING, len(jobs))), "s3loader-look") as pool:
-        for part in pool.map(lambda job: dict(_listed(store, *job)) if len(job[1]) > 1 else _asked(store, job[1]), jobs):
-            found |= part
-        listed = [key for folder, names in jobs if folder or len(names) > 1 for key in names]
-        missing = [key for key in listed if key not in found] if found else []
-        for part in pool.map(lambda key: _asked(store, [key]), missing):
-            found |= part
+    threads, name = min(_LOOKING, len(jobs)), "s3loader-look"
+
+    def one(job: tuple[str, list[str]]) -> dict[str, Now]:
+        return dict(_listed(store, *job)) if len(job[1]) > 1 else _asked(store, job[1])
+
+    for part in map_ordered(one, jobs, concurrency=threads, name=name):
+        found |= part
+    listed = [key for folder, names in jobs if folder or len(names) > 1 for key in names]
+    missing = [key for key in listed if key not in found] if found else []
+    for part in map_ordered(lambda key: _asked(store, [key]), missing, concurrency=threads, name=name):
+        found |= part
     return [found.get(key) for key in keys]
 
 

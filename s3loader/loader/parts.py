@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +30,7 @@ from s3loader.shard.tar import BLOCK
 from s3loader.store.backend import ReadResult
 from s3loader.store.bulk import ReadFailure
 from s3loader.store.objectstore import ObjectStore
+from s3loader.store.ordered import map_ordered
 from s3loader.types import ReadRequest
 from s3loader.units import KIB, MIB
 
@@ -190,10 +191,8 @@ def counted(
     unknown = {i: part for i, part in early.items() if group is not None or part.samples < 0}
     if len(early) > _FEW:
         early = unknown
-    with ThreadPoolExecutor(1, "s3loader-index-heads") as pool:  # beside the look at the shards
-        coming = pool.submit(_heads, store, early)
-        parts = pinned(store, parts)
-        heads = coming.result()
+    asked: tuple[Callable[[], Any], ...] = (partial(pinned, store, parts), partial(_heads, store, early))  # beside each other
+    parts, heads = map_ordered(lambda ask: ask(), asked, concurrency=2, name="s3loader-opening")
     for i in early.keys() - unknown.keys():  # only so that they are there when the first samples are read
         _remember(store, early[i], heads.pop(i))
     doubtful = {i: part for i, part in enumerate(parts) if isinstance(part, Shard) and 0 <= part.now < BLOCK * part.samples}

@@ -24,6 +24,7 @@ _ELSEWHERE: Final = {
     "gs": "make, list and delete them with `gcloud storage buckets`",
     "az": "make, list and delete them with `az storage container`",
 }
+_OTHER_REGION: Final = ("IllegalLocationConstraintException", "InvalidLocationConstraint")
 _MINE: Final = ("BucketAlreadyOwnedByYou",)
 
 
@@ -148,6 +149,9 @@ def _create_on_s3(where: ObjectURL, place: StoreKeywords) -> bool:
             raise ObjectExistsError(
                 "the bucket belongs to somebody else", op="create bucket", url=str(where), code=error.code
             ) from error
+        if error.code in _OTHER_REGION:
+            region = settings_of(place).region if place.get("s3_client") is None else place["s3_client"].meta.region_name
+            error.hint = f"the endpoint is of another region than {region!r}: name its region (--region, region=)"
         raise
     return True
 

@@ -77,6 +77,17 @@ def error_reply(rule: Rule, path: str) -> Reply:
     return Reply(f"HTTP/1.1 {status} {reason}", headers, rule.error_body(path), status)
 
 
+def signed_elsewhere(request: Message, region: str, *, redirect: bool) -> Rule | None:
+    """How S3 refuses what is signed for another region than `region`; None: it is not. Unsigned requests are not asked."""
+    scope = request.get("authorization").partition("Credential=")[2].partition(",")[0].split("/")
+    if len(scope) < 3 or scope[2] == region:
+        return None
+    text = f"the region '{scope[2]}' is wrong; expecting '{region}'"
+    code, status = ("PermanentRedirect", 301) if redirect else ("AuthorizationHeaderMalformed", 400)
+    body = f"<Error><Code>{code}</Code><Message>{text}</Message><Region>{region}</Region><RequestId>FAULT</RequestId></Error>"
+    return Rule("error", status=status, code=code, body=body.encode(), headers={"x-amz-bucket-region": region})
+
+
 def mismatch(request: Message) -> str | None:
     """The name of a checksum header that the body does not match, if there is one."""
     from awscrt.checksums import crc64nvme

@@ -29,6 +29,7 @@ from s3loader.testing._wire import (
     read_reply,
     read_request,
     rewrite,
+    signed_elsewhere,
 )
 from s3loader.testing.faults import Plan, Request, Rule
 
@@ -57,6 +58,8 @@ class FaultProxy:
         ssl_context: Speak TLS to the client with this server-side context.
         verify_checksums: Refuse a body that its ``x-amz-checksum-*`` header or Content-MD5 does not match,
             as S3 does; the servers from pip do not know CRC32C, or do not look.
+        region: Refuse what is signed for another region and name this one, as S3 does; the servers from pip do not look.
+        redirect: Refuse it with a 301 in place of a 400; S3 does both.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class FaultProxy:
         seed: int = 0,
         ssl_context: ssl.SSLContext | None = None,
         verify_checksums: bool = False,
+        region: str | None = None,
+        redirect: bool = False,
     ) -> None:
         parts = urlsplit(target)
         if parts.scheme != "http" or parts.hostname is None:
@@ -75,6 +80,7 @@ class FaultProxy:
         self.plan = Plan(rules, seed)
         self._ssl = ssl_context
         self._verify = verify_checksums
+        self._region, self._redirect = region, redirect
         self._lock = threading.Lock()
         self._requests: dict[int, Request] = {}
         self._next = 0
@@ -208,6 +214,8 @@ class FaultProxy:
     def _answer(self, request: Message, rule: Rule | None, path: str) -> Reply:
         """The reply to send, with what the rule does before that done."""
         action = rule.action if rule else None
+        if self._region is not None and (wrong := signed_elsewhere(request, self._region, redirect=self._redirect)) is not None:
+            return error_reply(wrong, path)
         if rule is None:
             return self._forward(request)
         if action not in ("hold", "hold_reply", "stall"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,10 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from s3loader import CheckpointManager, PutRequest
+from s3loader.cli.main import COMMANDS
+from s3loader.oplog import OpRecord, write_op_log
 from s3loader.packing import pack
-from s3loader.testing import Server, server
+from s3loader.testing import FaultProxy, Rule, Server, server
+from s3loader.types import ObjectMeta
 
 Command = Any
 QUICK = ("--seconds", "0.3", "--max-bytes", "1MiB")
@@ -214,3 +220,167 @@ def test_both_modes_of_put_write_the_same(command: Command, tmp_path: Path, mode
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     command(*put, f"{tmp_path}/out/", "--chunk-size", "0", code=3)
     command(*put, f"{tmp_path}/out/", "--data-gen-mode", "x", code=2)
+
+
+# -- another region ---------------------------------------------------------------------------------
+
+HERE = "eu-west-9"
+ON_S3 = [
+    *ON_DATA,
+    *ON_STORE,
+    ("ls", "-r", "{}/"),
+    ("list", "{}/"),
+    ("du", "{}/"),
+    ("stat", "{}/a.tar"),
+    ("get", "{}/a.tar"),
+    ("mp-get", "{}/data/", "-p", "1"),
+    ("download", "{}/data/", "{local}/down"),
+    ("upload", "{local}/file", "{}/up/"),
+    ("cp", "{}/a.tar", "{}/b.tar"),
+    ("copy", "{}/a.tar", "{local}/b.tar"),
+    ("sync", "{}/data/", "{}/synced/"),
+    ("rm", "{}/a.tar", "--dry-run"),
+    ("delete", "-r", "{}/data/"),
+    ("delete-bucket", "s3://{bucket}", "--dry-run"),
+    ("create-bucket", "s3://{bucket}"),
+    ("list-buckets",),
+    ("doctor", "{}"),
+    ("gen", "{}/gen", "-s", "10"),
+    ("pack", "{local}/folder", "{}/packed"),
+    ("manifest", "delete", "{}/manifest.jsonl"),
+    ("ckpt", "ls", "{}/run"),
+    ("ckpt", "latest", "{}/run"),
+    ("ckpt", "inspect", "{}/run"),
+    ("ckpt", "verify", "{}/run"),
+    ("ckpt", "gc", "{}/run"),
+    ("ckpt", "diff", "{}/run", "1", "2"),
+    ("ckpt", "export", "{}/run", "{local}/out.safetensors"),
+    ("ckpt", "delete", "{}/run", "1"),
+    ("ckpt", "rollback", "{}/run", "1"),
+    ("oplog", "replay", "{local}/log.tsv.zst", "--to", "{}/replayed", "--prepare"),
+]
+LOCAL = {"completion", "config", "top", "oplog"}
+"""Commands that ask no store, but for `oplog replay`."""
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[Server]:
+    with server() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the commands take, by key: it may be copied anywhere."""
+    folder = tmp_path_factory.mktemp("template")
+    pack([{"bin": b"%d" % n, "cls": n % 3} for n in range(10)], str(folder), shard_size="64KiB")
+    with CheckpointManager(str(folder / "run")) as manager:
+        for step in (1, 2):
+            manager.save(step, {"a": np.arange(5)}).result()
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    tar = next(data for name, data in found.items() if name.endswith(".tar"))
+    return found | {"a.tar": tar, "data/b.tar": tar}
+
+
+@pytest.fixture
+def elsewhere(moto: Server, template: dict[str, bytes], tmp_path: Path) -> dict[str, str]:
+    """A bucket of its own, and a folder."""
+    bucket = moto.bucket()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    (tmp_path / "file").write_text("a")
+    write_op_log(str(tmp_path / "log.tsv.zst"), [OpRecord("GET", "some/k", 0, 1, bytes=5)])
+    with moto.open_store(f"{bucket}/x") as store:
+        list(store.put_many(PutRequest(name, data) for name, data in template.items()))
+    return {"bucket": bucket, "local": str(tmp_path), "place": f"s3://{bucket}/x"}
+
+
+def test_the_table_has_every_command() -> None:
+    assert {case[0] for case in ON_S3} >= COMMANDS.keys() - LOCAL
+
+
+@pytest.mark.parametrize("answer", ["malformed", "redirect"])
+@pytest.mark.parametrize("case", ON_S3, ids=named)
+def test_a_bucket_of_another_region(
+    command: Command,
+    moto: Server,
+    elsewhere: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[str, ...],
+    answer: str,
+) -> None:
+    """The command follows it there; what is no request to one bucket says which region it is."""
+    followed = case[0] not in ("list-buckets", "create-bucket")
+    with FaultProxy(moto.endpoint_url, region=HERE, redirect=answer == "redirect") as proxy:
+        for name, value in {**moto.environment, "S3_ENDPOINT_URL": proxy.endpoint_url}.items():
+            monkeypatch.setenv(name, value)
+        arguments = [part.format(elsewhere["place"], **elsewhere) for part in case]
+        if followed or case[0] == "create-bucket":  # which is there
+            command(*arguments)
+        else:
+            command(*arguments, code=3)
+            assert HERE in command.err
+        refused = [request for request in proxy.requests if request.status in (301, 400)]
+    assert refused
+    assert not followed or len(refused) < len(proxy.requests)
+
+
+def test_a_bucket_cannot_be_made_where_the_endpoint_is_of_another_region(
+    command: Command, moto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(moto.endpoint_url, region=HERE) as proxy:
+        for name, value in {**moto.environment, "S3_ENDPOINT_URL": proxy.endpoint_url}.items():
+            monkeypatch.setenv(name, value)
+        command("create-bucket", "s3://made-elsewhere", code=3)
+        assert "us-east-1" in command.err
+        assert "--region" in command.err
+        command("--region", HERE, "create-bucket", "s3://made-elsewhere")
+        monkeypatch.setenv("S3_REGION", HERE)
+        command("delete-bucket", "s3://made-elsewhere")
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------
+
+WRITERS = [
+    (("index", "{}/a.tar"), "GET", "a.tar"),
+    (("index", "{}/a.tar"), "PUT", "a.tar.idx"),
+    (("manifest", "compact", "{}/manifest.jsonl"), "GET", "manifest"),
+    (("manifest", "compact", "{}/manifest.jsonl", "{}/flat.jsonl"), "PUT", "flat"),
+    (("manifest", "append", "{}/manifest.jsonl", "{}/a.tar"), "PUT", "part-"),
+    (("manifest", "merge", "{}/manifest.jsonl", "{}/new.jsonl"), "PUT", "new.jsonl"),
+    (("manifest", "from-prefix", "{}/data/", "{}/new.jsonl"), "PUT", "new.jsonl"),
+    (("manifest", "compact", "{}/manifest.jsonl"), "HEAD", "tar"),
+    (("manifest", "delete", "{}/manifest.jsonl"), "POST", ""),
+    (("loader", "{}/manifest.jsonl", "--html", "{local}/page.html"), "GET", "tar"),
+    (("ls-samples", "{}/manifest.jsonl"), "GET", "idx"),
+]
+"""A command, and the request in the middle of which it is interrupted."""
+
+
+@pytest.mark.parametrize(("case", "method", "path"), WRITERS, ids=lambda part: named(part) if isinstance(part, tuple) else part)
+def test_ctrl_c_in_the_middle(moto: Server, elsewhere: dict[str, str], case: tuple[str, ...], method: str, path: str) -> None:
+    """It ends at once, says nothing of its insides, and nothing is there that was not before."""
+    rule = Rule("hold", method=method, path=path)
+    bucket, local = elsewhere["bucket"], Path(elsewhere["local"])
+    with moto.open_store(bucket) as store, FaultProxy(moto.endpoint_url, [rule]) as proxy:
+        before = {meta.key: (meta.size, meta.etag) for meta in store.list() if isinstance(meta, ObjectMeta)}
+        files = sorted(local.iterdir())
+        running = subprocess.Popen(
+            [sys.executable, "-m", "s3loader", *(part.format(elsewhere["place"], **elsewhere) for part in case)],
+            env={**os.environ, **moto.environment, "S3_ENDPOINT_URL": proxy.endpoint_url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert rule.reached.wait(300)
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=300)
+        finally:
+            running.kill()
+        assert running.returncode == 130, (out, err)
+        assert "Traceback" not in err
+        after = {meta.key: (meta.size, meta.etag) for meta in store.list() if isinstance(meta, ObjectMeta)}
+        assert after == before
+        assert not list(store.backend.list_multipart())
+        assert sorted(local.iterdir()) == files

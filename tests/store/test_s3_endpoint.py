@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,8 @@ from s3loader.config import S3Settings
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError, S3LoaderError, StoreError
 from s3loader.store import StoreOptions, open_store
-from s3loader.types import ReadRequest, Update
+from s3loader.testing import FaultProxy, Server, ServerKind
+from s3loader.types import PutRequest, ReadRequest, Update
 
 REGION = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>wrong region</Message><Region>eu-west-9</Region></Error>"
 
@@ -297,3 +298,27 @@ def test_everything_goes_through_a_proxy(server: RogueServer, monkeypatch: pytes
     words = base64.b64encode(b"me:pass@word")
     assert all(b"Basic " + words in head for head in heads)
     proxy.close()
+
+
+@pytest.mark.parametrize("redirect", [False, True])
+@pytest.mark.parametrize("driver", ["pump", "threads"])
+def test_requests_side_by_side_all_follow_to_the_region(
+    servers: Callable[[ServerKind], Server], shared_bucket: Callable[[ServerKind], str], driver: Any, redirect: bool
+) -> None:
+    """The first that is refused learns it; those that were under way then are sent again as well."""
+    running = servers("moto")
+    root = f"{shared_bucket('moto')}/regions-{driver}-{redirect}"
+    keys = [f"k{number}" for number in range(40)]
+    with (
+        FaultProxy(running.endpoint_url, region="eu-west-9", redirect=redirect) as proxy,
+        running.open_store(root, endpoint_url=proxy.endpoint_url) as store,
+    ):
+        assert len(list(store.put_many([PutRequest(key, DATA) for key in keys], driver=driver))) == 40
+    with (
+        FaultProxy(running.endpoint_url, region="eu-west-9", redirect=redirect) as proxy,
+        running.open_store(root, endpoint_url=proxy.endpoint_url) as store,
+    ):
+        found = store.read_many([ReadRequest(key) for key in keys], driver=driver, concurrency=16)
+        assert [bytes(each.data) for each in found] == [DATA] * 40
+        refused = [request for request in proxy.requests if request.status in (301, 400)]
+    assert len(proxy.requests) == 40 + len(refused)

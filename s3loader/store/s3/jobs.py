@@ -158,13 +158,14 @@ class EndpointContext:
         """Headers of every request."""
         return {"x-amz-request-payer": "requester"} if self.options.requester_pays else {}
 
-    def learn(self, error: S3LoaderError, region: str | None, location: str | None) -> bool:
+    def learn(self, error: S3LoaderError, region: str | None, location: str | None, asked: str) -> bool:
         """Take in what an error response says of credentials and region.
 
         Args:
             error: What the response is.
             region: Where it says that the bucket is.
             location: Its Location header.
+            asked: Region that the bucket was taken for when the request was made.
 
         Returns:
             Whether the request is to be sent once more, since it now goes where the bucket is.
@@ -177,10 +178,12 @@ class EndpointContext:
         moved = error.status in (301, 302, 307, 308) or error.code in _WRONG_REGION
         if not moved and not (error.status == 400 and error.code is None):
             return False
-        return self._move(region, location)
+        return self._move(region, location, asked)
 
-    def _move(self, region: str | None, location: str | None) -> bool:
+    def _move(self, region: str | None, location: str | None, asked: str) -> bool:
         here = self.endpoint
+        if region and region == here.region != asked:
+            return True  # a request beside this one has learned it first
         there = here.in_region(region) if region and region != here.region else None
         if there is None and location:
             there = here.at(urlsplit(location))
@@ -223,7 +226,7 @@ class Job(ABC):
     """
 
     __slots__ = (
-        "_block", "_context", "_first_byte", "_health", "_mended", "_origin", "_scratch", "_started", "_view", "at",
+        "_block", "_context", "_first_byte", "_health", "_mended", "_origin", "_region", "_scratch", "_started", "_view", "at",
         "cost", "done", "error", "fast", "head", "hedge_of", "result", "time_limit",
     )  # fmt: skip
 
@@ -236,6 +239,7 @@ class Job(ABC):
 
     def __init__(self, context: EndpointContext, health: EndpointHealth, cost: int, fast: bool) -> None:
         self._context = context
+        self._region = context.connections.endpoint.region
         self._health = health
         self.cost = cost
         """Bytes it takes of the driver's bound; corrected when the response's head has come."""
@@ -457,7 +461,7 @@ class Job(ABC):
             response = ErrorResponse(head, bytes(self._view[: self.at]))
         error = response.error(self.where())
         again = (
-            self._context.learn(error, response.region, response.location)
+            self._context.learn(error, response.region, response.location, self._region)
             or self._mend(error)
             or bool(response.location and self.fast and self._context.options.follow_redirects)
         )
