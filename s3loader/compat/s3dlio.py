@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from s3loader.datagen import Generator as _Source
@@ -19,6 +20,7 @@ from s3loader.datagen import generate_npz
 from s3loader.errors import ConfigError, IntegrityError, ObjectNotFoundError, S3LoaderError, UnsupportedOperationError
 from s3loader.oplog import finalize_op_log, init_op_log, is_op_log_active, op_log_stats
 from s3loader.shard import dali_index, index_tfrecord, parse_dali_index
+from s3loader.shard.tfrecord import RECORD_OVERHEAD, read_records
 from s3loader.toolbox import many, single, stores, transfer
 from s3loader.toolbox.generated import DEFAULT_OBJECT_SIZE, put_generated
 from s3loader.toolbox.selecting import select
@@ -53,8 +55,11 @@ if TYPE_CHECKING:
     from s3loader.compat.s3dlio_endpoints import (
         create_multi_endpoint_store_from_template as create_multi_endpoint_store_from_template,
     )
+    from s3loader.compat.s3dlio_loaders import JaxIterable as JaxIterable
     from s3loader.compat.s3dlio_loaders import S3JaxIterable as S3JaxIterable
     from s3loader.compat.s3dlio_loaders import make_tf_dataset as make_tf_dataset
+    from s3loader.compat.s3dlio_torch import ObjectStoreIterableDataset as ObjectStoreIterableDataset
+    from s3loader.compat.s3dlio_torch import ObjectStoreMapDataset as ObjectStoreMapDataset
     from s3loader.compat.s3dlio_torch import S3IterableDataset as S3IterableDataset
     from s3loader.compat.s3dlio_torch import S3MapDataset as S3MapDataset
     from s3loader.compat.s3dlio_writers import PyObjectWriter as PyObjectWriter
@@ -65,11 +70,14 @@ __all__ = [
     "DEFAULT_OBJECT_SIZE",
     "ExportStillReferencedError",
     "Generator",
+    "JaxIterable",
     "LengthMismatchError",
     "MultiEndpointStore",
     "MultipartUploadWriter",
     "ObjectMetadata",
     "ObjectNotFoundError",
+    "ObjectStoreIterableDataset",
+    "ObjectStoreMapDataset",
     "PyAsyncDataLoader",
     "PyBytesAsyncDataLoader",
     "PyCheckpointInfo",
@@ -121,7 +129,9 @@ __all__ = [
     "get_object",
     "get_range",
     "get_range_async",
+    "get_tfrecord_index_entries",
     "head_async",
+    "index_tfrecord_bytes",
     "init_logging",
     "init_op_log",
     "is_op_log_active",
@@ -161,7 +171,10 @@ __all__ = [
 ]
 
 _LAZY: Final = {
+    "JaxIterable": "s3dlio_loaders",
     "MultiEndpointStore": "s3dlio_endpoints",
+    "ObjectStoreIterableDataset": "s3dlio_torch",
+    "ObjectStoreMapDataset": "s3dlio_torch",
     "PyAsyncDataLoader": "s3dlio_datasets",
     "PyBytesAsyncDataLoader": "s3dlio_datasets",
     "PyCheckpointInfo": "s3dlio_checkpoints",
@@ -510,12 +523,28 @@ def read_npz(uri: str, array_name: str | None = None) -> Any:
     return next(iter(found.values())) if isinstance(found, dict) else found
 
 
-def create_tfrecord_index(tfrecord_path: str, index_path: str) -> int:
-    """Write DALI's index of a plain TFRecord file, a line ``offset size`` for each record; returns how many there are."""
+def create_tfrecord_index(tfrecord_path: str, index_path: str | None = None) -> int:
+    """Write DALI's index of a plain TFRecord file, a line ``offset size`` for each record; returns how many there are.
+
+    Without `index_path` it is the file's with ``.idx`` behind it, where our loaders keep indexes of their own: give another one
+    for a file that they read, too.
+    """
+    index_path = f"{tfrecord_path}.idx" if index_path is None else index_path
     store, key = stores.object_at(tfrecord_path, {})
     index = index_tfrecord(store, key)
     single.put_bytes(index_path, dali_index(index).encode())
     return len(index)
+
+
+def get_tfrecord_index_entries(tfrecord_bytes: Any) -> builtins.list[tuple[int, int]]:
+    """As `read_tfrecord_index`, of the file itself; records are held against their checksums."""
+    sizes = [len(data) + RECORD_OVERHEAD for data in read_records(iter([bytes(tfrecord_bytes)]), "the TFRecord file")]
+    return builtins.list(zip(accumulate([0, *sizes]), sizes, strict=False))
+
+
+def index_tfrecord_bytes(tfrecord_bytes: Any) -> str:
+    """DALI's index of the file itself."""
+    return "".join(f"{offset} {size}\n" for offset, size in get_tfrecord_index_entries(tfrecord_bytes))
 
 
 def read_tfrecord_index(index_path: str) -> builtins.list[tuple[int, int]]:

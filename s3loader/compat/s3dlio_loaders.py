@@ -12,7 +12,7 @@ from s3loader.errors import ConfigError
 from s3loader.toolbox.many import read_each
 from s3loader.toolbox.selecting import only_objects, select
 
-__all__ = ["Objects", "S3JaxIterable", "batches_of", "check_meaningless", "make_tf_dataset"]
+__all__ = ["JaxIterable", "Objects", "S3JaxIterable", "batches_of", "check_meaningless", "make_tf_dataset"]
 
 _MEANING: Final = {
     "auto_tune": (False, "the number of connections is always measured"),
@@ -183,3 +183,6 @@ def make_tf_dataset(
         output_signature=tf.TensorSpec((None,), tf.uint8),
     )
     return made if map_fn is None else made.map(map_fn)
+
+
+JaxIterable = S3JaxIterable

@@ -15,7 +15,7 @@ from s3loader.compat.s3dlio_loaders import Objects, check_meaningless
 from s3loader.errors import ConfigError
 from s3loader.toolbox import single
 
-__all__ = ["BytesReader", "S3IterableDataset", "S3MapDataset"]
+__all__ = ["BytesReader", "ObjectStoreIterableDataset", "ObjectStoreMapDataset", "S3IterableDataset", "S3MapDataset"]
 
 
 class BytesReader(io.BytesIO):
@@ -169,3 +169,7 @@ class S3MapDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self._shape(single.get(self._objects.urls[index]))
+
+
+ObjectStoreIterableDataset = S3IterableDataset
+ObjectStoreMapDataset = S3MapDataset

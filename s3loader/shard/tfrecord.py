@@ -27,6 +27,7 @@ from s3loader.store.objectstore import ObjectStore
 from s3loader.types import Buffer
 
 __all__ = [
+    "RECORD_OVERHEAD",
     "compressed_records",
     "dali_index",
     "index_tfrecord",
@@ -40,7 +41,8 @@ __all__ = [
 _HEAD: Final = struct.Struct("<QI")
 _FOOT: Final = struct.Struct("<I")
 _MASK: Final = 0xA282EAD8
-_OVERHEAD: Final = _HEAD.size + _FOOT.size
+RECORD_OVERHEAD: Final = _HEAD.size + _FOOT.size
+"""Bytes of a record beside its data: length and checksums."""
 _KEPT: Final = 1 << 20
 """Bytes that were taken and are let go together."""
 
@@ -206,7 +208,7 @@ def _records(source: RangeSource, size: int, url: str) -> Iterator[tuple[int, in
 def dali_index(index: ShardIndex) -> str:
     """The index as ``tfrecord2idx`` writes it: a line ``offset size`` for each record, checksums included."""
     rows = zip(index.offsets.tolist(), index.sizes.tolist(), strict=True)
-    return "".join(f"{offset - _HEAD.size} {size + _OVERHEAD}\n" for offset, size in rows)
+    return "".join(f"{offset - _HEAD.size} {size + RECORD_OVERHEAD}\n" for offset, size in rows)
 
 
 def parse_dali_index(text: str) -> list[tuple[int, int]]:
@@ -218,7 +220,7 @@ def parse_dali_index(text: str) -> list[tuple[int, int]]:
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         parts = line.split()
-        if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts) or int(parts[1]) < _OVERHEAD:
+        if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts) or int(parts[1]) < RECORD_OVERHEAD:
             raise ShardReadError(
                 f"line {number} is no 'offset size' of a record: {line!r:.80}", hint="s3loader index FILE makes one"
             )

@@ -110,7 +110,8 @@ CHECKLIST = {
     "delete": "delete create_bucket delete_bucket mkdir",
     "files": "upload download read_npz",
     "settings": "configure_s3 init_logging",
-    "loaders": "S3IterableDataset S3MapDataset S3JaxIterable make_tf_dataset",
+    "loaders": "ObjectStoreIterableDataset ObjectStoreMapDataset JaxIterable S3IterableDataset S3MapDataset S3JaxIterable "
+    "make_tf_dataset",
     "datasets": "PyVecDataset PyS3Dataset PyDataset create_dataset PyAsyncDataLoader PyS3AsyncDataLoader create_async_loader",
     "writers": "MultipartUploadWriter PyWriterOptions create_s3_writer ReservedBuffer ExportStillReferencedError",
     "checkpoint": "PyCheckpointStore PyCheckpointInfo save_checkpoint load_checkpoint save_distributed_shard "
@@ -139,6 +140,10 @@ def test_the_index_of_records() -> None:
     s3.put_bytes("memory://bk/r/x", generate_tfrecord(5, 100))
     assert s3.create_tfrecord_index("memory://bk/r/x", "memory://bk/r/x.index") == 5
     assert s3.read_tfrecord_index("memory://bk/r/x.index") == [(116 * i, 116) for i in range(5)]
+    assert s3.get_tfrecord_index_entries(s3.get("memory://bk/r/x")) == [(116 * i, 116) for i in range(5)]
+    assert s3.index_tfrecord_bytes(memoryview(s3.get("memory://bk/r/x"))) == s3.get("memory://bk/r/x.index").decode()
+    assert s3.create_tfrecord_index("memory://bk/r/x") == 5
+    assert s3.get("memory://bk/r/x.idx") == s3.get("memory://bk/r/x.index")
 
 
 TENSORFLOW = """
