@@ -59,9 +59,18 @@ static void pace(struct stream *s, size_t bytes) {
     sleep_until(due);
 }
 
+/* Of each connection its own, or those that are opened together would all be late together. */
+static __thread unsigned long seed;
+
+static void sow(unsigned long number) {
+    number *= 0x9e3779b97f4a7c15ul;
+    number = (number ^ (number >> 30)) * 0xbf58476d1ce4e5b9ul;
+    number = (number ^ (number >> 27)) * 0x94d049bb133111ebul;
+    seed = (number ^ (number >> 31)) | 1;
+}
+
 /* The wait for the first byte; 0: the store says slow down. */
 static int wait_first(void) {
-    static __thread unsigned long seed;
     if (far.throttle) {
         unsigned long long now = now_ns(), gap = 1000000000ull / far.throttle;
         pthread_mutex_lock(&far_lock);
@@ -76,7 +85,6 @@ static int wait_first(void) {
     }
     unsigned long wait = far.first_us;
     if (far.tail_ppm) {
-        if (!seed) seed = __atomic_add_fetch(&connections, 0, __ATOMIC_RELAXED) * 2654435761ul + 88172645463325252ul;
         seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
         if (seed % 1000000 < far.tail_ppm) wait = far.tail_us;
     }
@@ -543,6 +551,7 @@ static void *serve(void *argument) {
     struct request *r = malloc(sizeof *r);
     unsigned long number = __atomic_add_fetch(&connections, 1, __ATOMIC_RELAXED);
     prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
+    sow(number);
     if (far.connect_us) sleep_until(now_ns() + far.connect_us * 1000ull);
     if (far.dead && number % far.dead == 0)
         while (fill(s)) s->at = s->end = 0;

@@ -7,6 +7,7 @@ A job changes hands through two C queues: no future, no condition variable per j
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import ssl
@@ -15,14 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final, TypeAlias
 
 from s3loader.errors import ClosedError, S3LoaderError, ThrottledError
 from s3loader.store.client_errors import passed_over
 from s3loader.store.s3.connection import TICK, Connection, Connections, is_stale
 from s3loader.store.s3.http import UnexpectedResponse
-from s3loader.store.s3.jobs import Job, Scratch, Source
+from s3loader.store.s3.in_flight import Hedges
+from s3loader.store.s3.jobs import HEDGED, Job, Scratch, Source
 from s3loader.types import Buffer
 
 __all__ = ["Threads", "exchange", "perform"]
@@ -81,6 +83,7 @@ def exchange(
     scratch: Scratch,
     admit: Callable[[Job, int], None] | None = None,
     quiet: bool = False,
+    hedges: Hedges | None = None,
 ) -> None:
     """Send the job's request and receive its answer.
 
@@ -90,6 +93,7 @@ def exchange(
         admit: Called once, before the body is received, with the bytes by which the object is larger than `job.cost`
             said (negative: smaller); it may wait.
         quiet: Give the GIL away as rarely as can be: once where all goes well.
+        hedges: Is told how long the first byte took.
 
     Raises:
         UnexpectedResponse, OSError: as they come; the connection is spoilt then.
@@ -106,7 +110,10 @@ def exchange(
         left = connection.send(left)
     cost = job.cost
     expected = job.least() if quiet else 0
+    connection.sent = time.monotonic()
     done = _receive(connection, job, expected)
+    if hedges is not None:
+        hedges.first_byte(time.monotonic() - connection.sent)
     connection.used = True
     while not done and job.head is None:
         done = _receive(connection, job, 0)
@@ -191,14 +198,16 @@ def perform(
             if connection is None:
                 job.check_credentials()
                 connection = connections.open()
-            connection.job = job
+            connection.job, connection.sent = job, math.inf
             if track is not None:
                 track(connection)
             try:
-                exchange(connection, job, scratch, admit, quiet)
+                if job.winner is not None:
+                    raise ConnectionAbortedError(HEDGED)
+                exchange(connection, job, scratch, admit, quiet, connections.hedges if quiet and job.in_place else None)
                 break
             except OSError as error:
-                if not is_stale(connection, job, error):
+                if job.winner is not None or not is_stale(connection, job, error):
                     raise
                 connection.close()
                 connection = None
@@ -207,6 +216,9 @@ def perform(
             connection.close()
         if track is not None:
             track(None)
+        if job.winner is not None:
+            job.take_over(job.winner)
+            return
         job.refuse(error)
         job.ask_carefully()
     except S3LoaderError as error:  # a key that is no Unicode, credentials that cannot be had
@@ -230,6 +242,8 @@ def perform(
 
 # -- background threads ----------------------------------------------------------------------------
 
+_FAR: Final = 0.005
+"""Seconds to the first byte from which on stragglers are asked for once more: nearer, other work delays answers as long."""
 _JOIN_SECONDS: Final = 1.0
 _ANY: Final = 1 << 63
 _PAUSE: Final = 0.05
@@ -257,6 +271,10 @@ class Threads:
         self._finished: SimpleQueue[None] = SimpleQueue()
         self._wanted: Job | None = None
         self._threads: list[threading.Thread] = []
+        self._hedges = connections.hedges
+        self._races: dict[Job, Job] = {}
+        """Jobs that were asked for once more, and by which."""
+        self._racing: list[threading.Thread] = []
         self._in_use: dict[int, Connection] = {}
         self._stopped = False
         self._held = self._in_place = 0
@@ -279,7 +297,7 @@ class Threads:
                 self._wanted = order[0]
                 begun = time.monotonic()
                 while not order[0].done:
-                    self._finished.get()
+                    self._await()
                 self._in_flight.waited(time.monotonic() - begun)
                 job = order.popleft()
                 self._wanted = None
@@ -296,6 +314,30 @@ class Threads:
                 raise self._source.error
         finally:
             self._stop()
+
+    def _await(self) -> None:
+        """Wait for the job whose turn it is, and look for stragglers meanwhile."""
+        hedges = self._hedges
+        try:
+            self._finished.get(timeout=None if hedges is None else hedges.interval)
+        except Empty:
+            if hedges is not None and hedges.usual >= _FAR:
+                self._ask_again(hedges)
+
+    def _ask_again(self, hedges: Hedges) -> None:
+        """Ask once more for what goes to the caller's memory and has got no answer for too long; the first answer counts."""
+        now = time.monotonic()
+        for connection in list(self._in_use.values()):
+            job: Job | None = connection.job
+            waited = now - connection.sent
+            if job is None or waited <= hedges.delay or not job.in_place or not job.untouched or job in self._races:
+                continue
+            second = job.again()
+            if second is not None and second.fast and hedges.may_ask(waited):
+                self._races[job] = second
+                thread = threading.Thread(target=self._race, args=(job, second), daemon=True, name="s3loader-s3-again")
+                self._racing.append(thread)
+                thread.start()
 
     def _draw(self) -> None:
         """Hand out jobs while there is room."""
@@ -321,6 +363,26 @@ class Threads:
 
     # -- in the threads --------------------------------------------------------------------------
 
+    def _race(self, first: Job, second: Job) -> None:
+        """Run a second request for what `first` asks for. If it comes first, the thread of `first`, which may be receiving
+        just then, is the one that copies it to the caller's memory."""
+        try:
+            perform(second, self._connections, Scratch(), track=partial(self._track, threading.get_ident()), quiet=True)
+        except BaseException as error:  # noqa: BLE001 - whoever has sent the first request goes on with that
+            second.fail(error)
+        won = second.error is None and second.winner is None and not first.done
+        if won:
+            self._supersede(first, second)
+        if self._hedges is not None:
+            self._hedges.settled(won)
+
+    def _supersede(self, job: Job, winner: Job) -> None:
+        """`winner` has come first: whoever waits for the answer to `job` waits no longer."""
+        job.winner = winner
+        for connection in list(self._in_use.values()):
+            if connection.job is job:
+                connection.shut()
+
     def _work(self, number: int) -> None:
         scratch = Scratch()
         track = partial(self._track, threading.get_ident())
@@ -330,10 +392,15 @@ class Threads:
                 job.fail(passed_over(job.where().url))
                 gate = None
             else:
+                if self._hedges is not None and job.in_place:
+                    self._hedges.sent += 1
                 try:
                     perform(job, self._connections, scratch, admit=self._admit, track=track, quiet=True)
                 except BaseException as error:  # noqa: BLE001 - raised at the job's place by whoever consumes
                     job.fail(error)
+                second = self._races.get(job)
+                if second is not None and job.winner is None and not second.done:
+                    self._supersede(second, job)
             if gate is not None:
                 gate.end(None if job.result is None else job.result.data)
             if self._wanted is job:
@@ -378,6 +445,6 @@ class Threads:
             if connection.job is not None and not connection.job.done:
                 connection.shut()
         deadline = time.monotonic() + _JOIN_SECONDS
-        for thread in self._threads:
+        for thread in [*self._threads, *self._racing]:
             if thread.is_alive():  # Ctrl-C may have come while it was being started
                 thread.join(max(0.0, deadline - time.monotonic()))

@@ -227,7 +227,7 @@ class Job(ABC):
 
     __slots__ = (
         "_block", "_context", "_first_byte", "_health", "_mended", "_origin", "_region", "_scratch", "_started", "_view", "at",
-        "cost", "done", "error", "fast", "head", "hedge_of", "result", "time_limit",
+        "cost", "done", "error", "fast", "head", "hedge_of", "result", "time_limit", "winner",
     )  # fmt: skip
 
     op: ClassVar[str] = ""
@@ -256,6 +256,8 @@ class Job(ABC):
         self.at = 0
         self.hedge_of: Job | None = None
         """The job that this one is a second request for."""
+        self.winner: Job | None = None
+        """The other one of two requests for the same, once it has come first; then this one's connection is shut."""
         self._started = 0.0
         self._mended = False
 

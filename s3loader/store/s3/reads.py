@@ -135,12 +135,23 @@ class ReadJob(Job):
         return self._into is not None
 
     def again(self) -> Job | None:
-        """A second request for the same range, into memory of its own; None: into lent memory, or of unknown size."""
-        if self._into is not None or self._end is None or self.hedge_of is not None:
+        """A second request for the same range, into memory of its own; None: of unknown size."""
+        request = self.request
+        if self._end is None or self.hedge_of is not None:
             return None
-        job = ReadJob(self._context, self.request, self._version_id)
+        if self._into is not None:  # the answer to the first request may be written there at any moment
+            request = ReadRequest(request.key, request.start, self._end, request.if_match, None, request.tag)
+        job = ReadJob(self._context, request, self._version_id)
         job.hedge_of = self
         return job
+
+    def take_over(self, other: Job) -> None:
+        """What `other` has brought is the result of this one; copied to where this one's bytes belong."""
+        super().take_over(other)
+        if self._into is not None:
+            _, data, etag, size = other.result
+            self._into[:] = data
+            self.result = ReadResult(self.request, self._into if self.request.into is None else self.request.into, etag, size)
 
     def least(self) -> int:
         """Bytes that the response will have at least, if all goes well; 0: nobody knows."""
