@@ -253,7 +253,7 @@ def test_every_import_names_a_module_that_is_there() -> None:
     gone = []
     for folder in ("s3loader", "integrations", "tests", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
-            if any(part.startswith(".") for part in path.relative_to(ROOT).parts):  # the peers of the benchmarks are others' code
+            if any(part.startswith(".") for part in path.relative_to(ROOT).parts):  # others' code, of the benchmarks
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -13,6 +13,7 @@ from s3loader.credentials import CredentialsSource
 from s3loader.endpoint import Endpoint
 from s3loader.errors import ConfigError
 from s3loader.store.backend import Backend
+from s3loader.store.obstore import runtime as obstore_runtime  # now: it notes a fork of a process that has obstore
 from s3loader.store.options import StoreOptions
 from s3loader.store.pipeline import innermost
 from s3loader.store.s3 import S3Backend
@@ -124,11 +125,8 @@ def explain_engine(backend: Backend) -> str:
     """Which engine serves `backend` in this process, and why. For people to read."""
     engine = innermost(backend)
     lines = [f"engine {engine.engine}: {_why.get(engine, 'it was made directly')}"]
-    if engine.url.partition("://")[0] in _OTHERS:
-        from s3loader.store.obstore import runtime
-
-        if not runtime.usable():
-            lines.append(runtime.FORKED)
+    if engine.url.partition("://")[0] in _OTHERS and not obstore_runtime.usable():
+        lines.append(obstore_runtime.FORKED)
     if isinstance(engine, S3Backend) and engine.proxy is not None:
         lines.append(f"through the proxy {urlsplit(engine.proxy).hostname}")
     if isinstance(engine, S3Backend) and engine.tls_reader is not None and engine.tls_reader.usable():

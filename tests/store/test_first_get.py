@@ -20,7 +20,7 @@ assert store.get("first") == b"came"
 print(json.dumps(sorted(sys.modules)))
 """
 NOT_NEEDED = (
-    "asyncio", "awscrt", "boto3", "botocore", "click", "msgspec", "multiprocessing", "numpy", "obstore", "rich", "urllib3",
+    "asyncio", "awscrt", "boto3", "botocore", "click", "msgspec", "numpy", "obstore", "rich", "urllib3",
     "zstandard", "s3loader.aio", "s3loader.checkpoint", "s3loader.cli", "s3loader.exchange", "s3loader.loader", "s3loader.plan",
     "s3loader.shard", "s3loader.store.aio", "s3loader.store.boto3.engine", "s3loader.store.obstore.engine", "s3loader.toolbox",
 )  # fmt: skip
