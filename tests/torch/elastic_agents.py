@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from examples import train_torchrun
@@ -66,7 +67,7 @@ def main(folder: str) -> None:
             agent(int(os.read(told, 5)), folder)
             os._exit(0)
         agents.append(pid)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a machine that stays
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a machine that stays
     os.write(tell, f"{store.port:05d}".encode() * 4)
     ended = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in agents)
     print("agents", *ended, flush=True)
