@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -27,6 +28,7 @@ from s3loader.toolbox.selecting import select
 from s3loader.toolbox.twins import twin
 from s3loader.toolbox.writer import MultipartUploadWriter
 from s3loader.types import SCHEMES, ObjectURL
+from s3loader.units import MIB
 
 if TYPE_CHECKING:
     from s3loader.compat.s3dlio_checkpoints import PyCheckpointInfo as PyCheckpointInfo
@@ -262,6 +264,10 @@ mkdir_async = twin(mkdir)
 # -- writing --------------------------------------------------------------------------------------
 
 
+_CHUNK_SIZE: Final = 262144
+"""Of `put`, where none is given."""
+
+
 def put(
     prefix: str,
     num: int,
@@ -274,14 +280,24 @@ def put(
     compress_factor: int = 1,
     data_gen_algorithm: str = "random",
     data_gen_mode: str = "streaming",
-    chunk_size: int = 262144,
+    chunk_size: int = _CHUNK_SIZE,
 ) -> None:
     """Write `num` objects of made-up data below `prefix`.
 
-    `object_type` is RAW, NPZ, TFRECORD, HDF5 or PARQUET; anything else is RAW. `data_gen_algorithm`, `data_gen_mode` and
-    `chunk_size` mean nothing here: one generator does all, and what it makes does not depend on how it is asked.
+    `object_type` is RAW, NPZ, TFRECORD, HDF5 or PARQUET; anything else is RAW. `data_gen_mode` ``"single-pass"`` makes each
+    object whole before it is sent; ``"streaming"`` (and any other word, as there) makes it while it is sent, `chunk_size` bytes
+    at a time, where that pays: from 64 MiB on, or where a `chunk_size` is given. The bytes are the same. `data_gen_algorithm`
+    means nothing here, and a warning says so.
     """
-    del data_gen_algorithm, data_gen_mode, chunk_size
+    if data_gen_algorithm != "random":
+        why = "one generator makes all data"
+        warnings.warn(
+            f"s3dlio's data_gen_algorithm={data_gen_algorithm!r} means nothing here: {why}", UserWarning, stacklevel=2
+        )
+    whole = data_gen_mode.lower().replace("_", "-") in ("single-pass", "singlepass")
+    if not whole and data_gen_mode.lower() != "streaming":
+        warnings.warn(f"data_gen_mode={data_gen_mode!r} is taken for 'streaming', as s3dlio does", UserWarning, stacklevel=2)
+    given = chunk_size not in (0, _CHUNK_SIZE)
     kind = object_type.lower() if object_type.lower() in ("npz", "tfrecord", "hdf5", "parquet") else "raw"
     put_generated(
         prefix,
@@ -293,6 +309,8 @@ def put(
         compress=compress_factor,
         max_in_flight=max_in_flight,
         create_bucket=should_create_bucket,
+        mode="single-pass" if whole else "streaming" if given else None,
+        chunk_size=chunk_size if given else 8 * MIB,
     )
 
 

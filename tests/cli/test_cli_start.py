@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import click
 import pytest
@@ -53,9 +54,22 @@ def test_the_help_imports_no_command() -> None:
         assert {name for name in modules if name.startswith("s3loader.cli.")} == {"s3loader.cli.main"}
 
 
+def every_command() -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """The words and the command, of each that does something; under one of its names."""
+
+    def below(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+        if not isinstance(command, click.Group):
+            yield words, command
+        for name, child in command.commands.items() if isinstance(command, click.Group) else ():
+            yield from below((*words, name), child)
+
+    seen = {id(command): (name, command) for name in sorted(COMMANDS, reverse=True) for command in [command_of(name)]}
+    for name, command in seen.values():
+        yield from below((name,), command)
+
+
 def test_the_help_of_no_command_imports_what_is_heavy() -> None:
-    runs = [[name, "--help"] for name in COMMANDS]
-    runs += [["oplog", "plot", "--help"], ["ckpt", "ls", "--help"], ["config", "show", "--help"]]
+    runs = [[name, "--help"] for name in COMMANDS] + [[*words, "--help"] for words, _ in every_command() if len(words) > 1]
     for name, modules in imported(*runs).items():
         assert not modules & HEAVY, name
 
@@ -79,3 +93,29 @@ def test_gen_offers_every_kind_of_object() -> None:
     (kind,) = [option for option in command_of("gen").params if option.name == "object_type"]
     assert isinstance(kind.type, click.Choice)
     assert tuple(kind.type.choices) == OBJECT_TYPES
+
+
+NO_DATA = {("completion",), ("oplog", "plot"), ("oplog", "merge")}
+"""What they print is no data: a script, a page, how many rows went into a file."""
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {name for option in command.params if isinstance(option, click.Option) for name in option.opts}
+
+
+def test_every_command_that_prints_data_prints_json() -> None:
+    assert {words for words, command in every_command() if "--json" not in options_of(command)} == NO_DATA
+
+
+def test_every_command_that_deletes_can_say_what_it_would_delete() -> None:
+    deleting = {
+        words
+        for words, command in every_command()
+        if {"delete", "rm", "gc", "rollback", "delete-bucket"} & {*words}
+        or any(option.startswith("--delete") for option in options_of(command))
+        or (command.help or "").lower().startswith(("delete", "remove"))
+    }
+    assert len(deleting) >= 7
+    assert {
+        words for words, command in every_command() if words in deleting and "--dry-run" not in options_of(command)
+    } == set()

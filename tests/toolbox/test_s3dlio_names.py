@@ -12,6 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,3 +297,27 @@ def nowhere() -> Iterator[str]:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+def test_how_put_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data_gen_mode` and `chunk_size` are honoured; what means nothing is said."""
+    asked: list[tuple[Any, int]] = []
+    make = s3.put_generated
+
+    def noted(*args: Any, **options: Any) -> Any:
+        asked.append((options["mode"], options["chunk_size"]))
+        return make(*args, **options)
+
+    monkeypatch.setattr(s3, "put_generated", noted)
+    put = partial(s3.put, f"file://{tmp_path}/", 1, "o", size=1000)
+    put()
+    put(data_gen_mode="streaming", chunk_size=4096)
+    for whole in ("single-pass", "Single_Pass", "singlepass"):
+        put(data_gen_mode=whole, chunk_size=4096)
+    with pytest.warns(UserWarning, match="taken for 'streaming'"):
+        put(data_gen_mode="other", chunk_size=0)
+    with pytest.warns(UserWarning, match="data_gen_algorithm='prand' means nothing here"):
+        put(data_gen_algorithm="prand")
+    default = 8 << 20
+    assert asked == [(None, default), ("streaming", 4096), *[("single-pass", 4096)] * 3, (None, default), (None, default)]
+    assert (tmp_path / "o").stat().st_size == 1000
