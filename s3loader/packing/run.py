@@ -28,7 +28,17 @@ from s3loader.loader.loader import Loader
 from s3loader.loader.opening import open_dataset
 from s3loader.loader.urls import expand_braces, one_store
 from s3loader.packing.part import archive_of, drop_tries, entries_of, write_part
-from s3loader.packing.sources import Sample, Source, as_sample, of_folder, of_iterable, of_parquet, of_rows, of_tfrecord
+from s3loader.packing.sources import (
+    Sample,
+    Source,
+    as_sample,
+    column_member,
+    of_folder,
+    of_iterable,
+    of_parquet,
+    of_rows,
+    of_tfrecord,
+)
 from s3loader.progress import Report, ShowProgress, check_progress, showing
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.open import JobKeywords, StoreKeywords
@@ -370,7 +380,7 @@ def _of_run(make: Callable[[], Dataset], number: int) -> Iterator[Sample]:
         for sample in batch:
             if not isinstance(sample, Mapping):
                 raise ConfigError("its samples are whole objects", url=dataset.name, hint="pack the folder they lie in")
-            yield as_sample({name: bytes(v) if isinstance(v, memoryview) else v for name, v in sample.items()}, number)
+            yield as_sample(dict(column_member(name, value) for name, value in sample.items()), number)
             number += 1
 
 

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -418,6 +419,19 @@ def as_sample(sample: Any, number: int | str) -> Sample:
     )
 
 
+def column_member(name: str, value: Any) -> tuple[str, Any]:
+    """Name and value of the member that keeps a column of another dataset: an array as ``NAME.npy``, what only JSON can say as
+    ``NAME.json``, all else under the column's name."""
+    if isinstance(value, memoryview):
+        return name, bytes(value)
+    if getattr(value, "ndim", 0):
+        return (name if name.lower().endswith("npy") else f"{name}.npy"), value
+    if value is None or isinstance(value, (Mapping, list)):
+        data = json.dumps(value, ensure_ascii=False).encode()
+        return (name if name.lower().endswith("json") else f"{name}.json"), data
+    return name, str(value) if isinstance(value, Decimal) else value
+
+
 def _values(values: Mapping[str, Any], key: str) -> dict[str, bytes | str]:
     return {
         extension.lower(): _encoded(extension.lower(), value, key) for extension, value in values.items() if value is not None
@@ -443,7 +457,9 @@ def _encoded(extension: str, value: Any, key: str) -> bytes | str:
         out = io.BytesIO()
         np.save(out, np.asarray(value), allow_pickle=False)
         return out.getvalue()
-    if isinstance(value, (bool, int, float)) or hasattr(value, "__index__"):
+    if getattr(value, "ndim", None) == 0:  # a scalar of numpy
+        value = value.item()
+    if isinstance(value, (bool, int, float)) or (hasattr(value, "__index__") and not hasattr(value, "shape")):
         return str(int(value) if isinstance(value, bool) or hasattr(value, "__index__") else value).encode()
     raise ConfigError(
         f"member {extension!r} of sample {key!r} cannot be {type(value).__name__}",
