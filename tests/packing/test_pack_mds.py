@@ -32,7 +32,9 @@ def test_every_column_is_packed(tmp_path: Path, compression: Any) -> None:
     report = pack(HERE / "plain", str(tmp_path / "out"), shuffle=False, verify="full", compression=compression)
     assert report.samples == 12
     dataset = open_dataset(report.manifest, group="webdataset")
-    samples = [sample for batch in Loader(dataset, batch_size=5, shuffle="none", tail="short", decode="auto") for sample in batch]
+    samples = [
+        sample for batch in Loader(dataset, batch_size=5, shuffle="none", tail="short", decode="auto") for sample in batch
+    ]
     for i, sample in enumerate(samples):
         assert int(sample["cls"]) == i % 3
         assert (sample["id"], float(bytes(sample["score"]))) == (i - 3, i / 7)
