@@ -192,7 +192,8 @@ def counted(
     if len(early) > _FEW:
         early = unknown
     asked: tuple[Callable[[], Any], ...] = (partial(pinned, store, parts), partial(_heads, store, early))  # beside each other
-    parts, heads = map_ordered(lambda ask: ask(), asked, concurrency=2, name="s3loader-opening")
+    answers: list[Any] = list(map_ordered(lambda ask: ask(), asked, concurrency=2, name="s3loader-opening"))
+    parts, heads = answers
     for i in early.keys() - unknown.keys():  # only so that they are there when the first samples are read
         _remember(store, early[i], heads.pop(i))
     doubtful = {i: part for i, part in enumerate(parts) if isinstance(part, Shard) and 0 <= part.now < BLOCK * part.samples}

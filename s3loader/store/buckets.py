@@ -150,7 +150,8 @@ def _create_on_s3(where: ObjectURL, place: StoreKeywords) -> bool:
                 "the bucket belongs to somebody else", op="create bucket", url=str(where), code=error.code
             ) from error
         if error.code in _OTHER_REGION:
-            region = settings_of(place).region if place.get("s3_client") is None else place["s3_client"].meta.region_name
+            client: Any = place.get("s3_client")
+            region = settings_of(place).region if client is None else client.meta.region_name
             error.hint = f"the endpoint is of another region than {region!r}: name its region (--region, region=)"
         raise
     return True
