@@ -161,6 +161,10 @@ def main() -> None:
         root.main(standalone_mode=False, complete_var="_S3LOADER_COMPLETE")
     except click.ClickException as error:
         error.show()
+        if isinstance(error, click.NoSuchOption) and any(error.option_name in param.opts for param in root.params):
+            click.echo(
+                f"hint: {error.option_name} stands before the command: s3loader {error.option_name} ... COMMAND", err=True
+            )
         sys.exit(error.exit_code)
     except errors.S3LoaderError as error:
         if os.environ.get("S3LOADER_DEBUG"):

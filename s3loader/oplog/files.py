@@ -138,7 +138,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         try:
             file = stack.enter_context(open(path, "rb"))
         except FileNotFoundError as error:
-            raise SourceNotFoundError("there is no such file", op="read", url=path) from error
+            raise SourceNotFoundError("there is no such file", op="read", url=path, hint="check the path") from error
         except OSError as error:
             raise StoreError(error.strerror or str(error), op="read", url=path) from error
         yield file

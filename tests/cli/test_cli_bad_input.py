@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from s3loader import CheckpointManager, PutRequest
-from s3loader.cli.main import COMMANDS
+from s3loader.cli.main import COMMANDS, root
 from s3loader.oplog import OpRecord, write_op_log
 from s3loader.packing import pack
 from s3loader.testing import FaultProxy, Rule, Server, server
@@ -384,3 +384,20 @@ def test_ctrl_c_in_the_middle(moto: Server, elsewhere: dict[str, str], case: tup
         assert after == before
         assert not list(store.backend.list_multipart())
         assert sorted(local.iterdir()) == files
+
+
+# -- the command itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", [option for param in root.params for option in param.opts if option.startswith("--")])
+def test_an_option_of_all_commands_behind_one(command: Command, option: str) -> None:
+    """It says where it belongs, unless the command has one of that name itself."""
+    if option in ("--help", "--version"):
+        return
+    command("ls", ".", option, code=2)
+    assert f"s3loader {option} ... COMMAND" in command.err
+
+
+def test_a_log_that_is_not_there(command: Command, tmp_path: Path) -> None:
+    command("oplog", "summarize", tmp_path / "nothing", code=4)
+    assert "hint: check the path" in command.err
