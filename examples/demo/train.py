@@ -7,6 +7,7 @@ the data) goes into one checkpoint, which exists whole or not at all.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import io
 import json
@@ -169,6 +170,7 @@ def train(options: argparse.Namespace) -> None:
     progress.close()
     manager.close()
     if dist.is_initialized():
+        gc.collect()  # else gloo may abort the process as it ends (torch 2.13)
         dist.destroy_process_group()
     log.write(json.dumps({
         "event": "end", "time": time.time(), "step": step, "sequence": sequence, "weights": weights_digest(model),

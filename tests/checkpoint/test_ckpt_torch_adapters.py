@@ -182,6 +182,7 @@ whole = {k: v.full_tensor() for k, v in model.state_dict().items()}
 if rank == 0:
     torch.save(whole, folder + "/whole.pt")
 dist.barrier()
+__import__("gc").collect()  # gloo of torch 2.13 may abort an ending process that still holds collectives
 dist.destroy_process_group()
 """
 

@@ -244,6 +244,7 @@ with CheckpointManager(folder + "/ours", rank=rank, world_size=world, job="j") a
     # nothing of the target is spread: whole
     assert at.restore({"extra": None}, rank=rank)["extra"]["ema"].tolist() == list(range(8))
 dist.barrier()
+__import__("gc").collect()  # gloo of torch 2.13 may abort an ending process that still holds collectives
 dist.destroy_process_group()
 """
 

@@ -49,6 +49,7 @@ GANG = textwrap.dedent(
         with open(f"{out}.{rank}", "w") as file:
             json.dump(ids, file)
         dist.barrier()
+        __import__("gc").collect()  # gloo of torch 2.13 may abort an ending process that still holds collectives
         dist.destroy_process_group()
 
     if __name__ == "__main__":
