@@ -8,10 +8,11 @@ checksums of samples: a damaged one is noticed only if it no longer parses.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -21,12 +22,18 @@ import numpy as np
 
 from s3loader.errors import FormatError, IntegrityError, S3LoaderError, ShardReadError
 from s3loader.loader.layout import Shard
+from s3loader.plan.permutation import Int64Array
+from s3loader.shard.compression import decompressor
 from s3loader.shard.index import ShardIndex
 from s3loader.shard.samples import Grouping
 from s3loader.store.backend import ReadResult
-from s3loader.types import ReadRequest
+from s3loader.store.objectstore import ObjectStore
+from s3loader.types import Buffer, ReadRequest
 
-__all__ = ["Columns", "MdsShard"]
+__all__ = ["COMPRESSIONS_OF_MDS", "Columns", "CompressedMdsShard", "MdsShard"]
+
+COMPRESSIONS_OF_MDS: Final = {"gz": "gzip", "bz2": "bz2", "zstd": "zstd"}
+"""Name in the index, before a colon and the level, to name in `decompressor`; ``br`` and ``snappy`` are not read."""
 
 _ARRAY_DTYPES: Final = {
     8: "uint8",
@@ -186,6 +193,25 @@ class MdsShard(Shard):
         """The read of its offsets."""
         return ReadRequest(self.key, 0, self.head_size, self.if_match, tag=tag)
 
+    def offsets_of(self, start: Buffer) -> Int64Array:
+        """Where its samples begin in the file, and where the last one ends: samples + 1, int64.
+
+        Args:
+            start: Its first `head_size` bytes.
+
+        Raises:
+            ShardReadError: the offsets are not in order.
+        """
+        if len(start) != self.head_size:
+            raise ShardReadError(f"its offsets take {self.head_size} bytes, {len(start)} came")
+        head = np.frombuffer(start, "<u4").astype(np.int64)
+        offsets: Int64Array = head[1:]
+        if len(head) != self.samples + 2 or head[0] != self.samples:
+            raise ShardReadError(f"it has {int(head[0]) if len(head) else 0} samples, the dataset expects {self.samples}")
+        if offsets[0] < self.head_size or offsets[-1] != self.size or (np.diff(offsets) < 0).any():
+            raise ShardReadError("its offsets are out of order, or do not end where the file does")
+        return offsets
+
     def index_of(self, answer: ReadResult) -> ShardIndex:
         """Its samples as members, each called by its number in the dataset.
 
@@ -194,14 +220,7 @@ class MdsShard(Shard):
             ShardReadError: the offsets are not in order.
         """
         check_size(self, answer.size)
-        if len(answer.data) != self.head_size:
-            raise ShardReadError(f"its offsets take {self.head_size} bytes, {len(answer.data)} came")
-        head = np.frombuffer(answer.data, "<u4").astype(np.int64)
-        offsets = head[1:]
-        if len(head) != self.samples + 2 or head[0] != self.samples:
-            raise ShardReadError(f"it has {int(head[0]) if len(head) else 0} samples, the dataset expects {self.samples}")
-        if offsets[0] < self.head_size or offsets[-1] != self.size or (np.diff(offsets) < 0).any():
-            raise ShardReadError("its offsets are out of order, or do not end where the file does")
+        offsets = self.offsets_of(answer.data)
         names = [b"%d" % number for number in range(self.first, self.first + self.samples)]
         return ShardIndex(
             offsets=offsets[:-1].astype(np.uint64),
@@ -226,6 +245,48 @@ class MdsShard(Shard):
             return {"__key__": name, **self.columns.row(data)}
         except S3LoaderError as error:
             error.op, error.url = "read", self.key
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedMdsShard:
+    """One compressed MDS shard. No sample of it can be read alone: it is read whole, to be packed."""
+
+    key: str
+    size: int
+    """Bytes as they are stored, by the dataset's index."""
+    etag: str | None
+    compression: str
+    """As `decompressor` calls it."""
+    plain: MdsShard
+    """What is in it."""
+
+    def rows(self, store: ObjectStore) -> Iterator[dict[str, Any]]:
+        """Its samples, in order. The compressed and the plain shard are held in memory meanwhile.
+
+        Raises:
+            IntegrityError: it, or what is in it, has another size than the dataset's index says, or is damaged.
+            ShardReadError: it is no such stream, or its offsets are not in order.
+            FormatError: a value does not follow its encoding.
+        """
+        shard = self.plain
+        try:
+            data = store.get(self.key, if_match=self.etag)
+            if len(data) != self.size:
+                raise IntegrityError(f"it has {len(data)} bytes, the dataset's index says {self.size}")
+            plain = bytearray()
+            for piece in decompressor(self.compression, iter([data])):
+                plain += piece
+                if len(plain) > shard.size:
+                    break
+            if len(plain) != shard.size:
+                raise IntegrityError(f"{len(plain)} bytes are in it, the dataset's index says {shard.size}")
+            view = memoryview(plain)
+            edges = itertools.pairwise(shard.offsets_of(view[: shard.head_size]).tolist())
+            for number, (start, end) in enumerate(edges, shard.first):
+                yield shard.row(str(number), view[start:end])
+        except S3LoaderError as error:
+            error.op, error.url = "read", f"{store.url}/{self.key}"
             raise
 
 

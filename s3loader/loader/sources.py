@@ -26,7 +26,7 @@ from s3loader.loader.catalog import ArchiveOptions, look
 from s3loader.loader.dataset import Dataset, Group
 from s3loader.loader.filters import Filter, filtered
 from s3loader.loader.layout import LooseRun, Shard
-from s3loader.loader.mds import Columns, MdsShard, check_size
+from s3loader.loader.mds import COMPRESSIONS_OF_MDS, Columns, CompressedMdsShard, MdsShard, check_size
 from s3loader.loader.parts import Parts, counted, parts_of
 from s3loader.loader.rows import ParquetShard
 from s3loader.loader.urls import Locations, expand_braces, names_of, one_store, split_url
@@ -477,6 +477,56 @@ def from_mds(url: Location, *, store: ObjectStore | None = None, **store_options
     return Dataset(store, shards, name=str(url))
 
 
+def compressed_mds(url: Location) -> tuple[ObjectStore, list[CompressedMdsShard]] | None:
+    """(an open store, its shards) of a folder of compressed MDS shards; None: it holds none, or others.
+
+    Raises:
+        ObjectNotFoundError: the index or a shard does not exist.
+        ShardReadError: only some are compressed, the compression is not known, or a column is pickled.
+    """
+    store, prefix = _folder(url, None, {})
+    try:
+        described = _described(store.get(prefix + _INDEX), f"{store.url}/{prefix}{_INDEX}")
+        zipped = [isinstance(entry, Mapping) and entry.get("zip_data") is not None for entry in described]
+        if not any(zipped):
+            store.close()
+            return None
+        found = {meta.key: meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)}
+        shards: list[CompressedMdsShard] = []
+        first, made = 0, dict[str, Columns]()
+        for entry in described:
+            shards.append(_compressed(entry, prefix, first, found, made))
+            first += shards[-1].plain.samples
+    except _MALFORMED as error:
+        store.close()
+        text = f"a shard is not described as a compressed MDS shard: {type(error).__name__}: {error}"
+        raise ShardReadError(text, op="read", url=f"{store.url}/{prefix}{_INDEX}") from error
+    except BaseException:
+        store.close()
+        raise
+    return store, shards
+
+
+def _compressed(
+    entry: Mapping[str, Any], prefix: str, first: int, found: Mapping[str, ObjectMeta], made: dict[str, Columns]
+) -> CompressedMdsShard:
+    name, size, key = entry["compression"], entry["zip_data"]["bytes"], prefix + entry["zip_data"]["basename"]
+    compression = COMPRESSIONS_OF_MDS.get(name.partition(":")[0])
+    if compression is None:
+        raise ShardReadError(
+            f"shards compressed with {name!r} are not read",
+            op="read",
+            url=key,
+            hint="write the dataset with compression zstd, or None",
+        )
+    if key not in found:
+        raise ObjectNotFoundError("the index names a shard that is not there", op="read", url=key)
+    raw = {name: value for name, value in entry.items() if name not in ("compression", "zip_data")}
+    inside = prefix + entry["raw_data"]["basename"]
+    plain = _shard(raw, prefix, first, {inside: ObjectMeta(inside, entry["raw_data"]["bytes"])}, made)
+    return CompressedMdsShard(key, size, found[key].etag, compression, plain)
+
+
 def holds_mds(url: Location, *, store: ObjectStore | None = None, **store_options: Unpack[StoreKeywords]) -> bool:
     """Whether an ``index.json`` that describes MDS shards is, or stands in, the folder `url`. One GET."""
     given = store
@@ -537,7 +587,7 @@ def _shard(
     if entry.get("compression") is not None or entry.get("zip_data") is not None:
         raise ShardReadError(
             f"the shard is compressed ({entry.get('compression')}), so no sample of it can be read alone",
-            hint="write the dataset with MDSWriter(compression=None)",
+            hint="`s3loader pack FOLDER URL` reads it whole and writes shards; or write it with MDSWriter(compression=None)",
         )
     described = tuple(list(entry[name]) for name in ("column_names", "column_encodings", "column_sizes"))
     columns = made.setdefault(repr(described), Columns(*described))

@@ -25,7 +25,9 @@ from s3loader.exchange.writer import ManifestWriter
 from s3loader.loader.check import check_dataset
 from s3loader.loader.dataset import Dataset
 from s3loader.loader.loader import Loader
+from s3loader.loader.mds import CompressedMdsShard
 from s3loader.loader.opening import open_dataset
+from s3loader.loader.sources import compressed_mds
 from s3loader.loader.urls import expand_braces, one_store
 from s3loader.packing.part import archive_of, drop_tries, entries_of, write_part
 from s3loader.packing.sources import (
@@ -364,14 +366,32 @@ def _of_dataset(url: str, part_bytes: int) -> Source:
     grouped: dict[str, Any] = {"group": "webdataset"}
     try:
         dataset = open_dataset(url, **grouped)
-    except ConfigError:
-        dataset = open_dataset(url)  # MDS has samples of its own
+    except ConfigError:  # MDS has samples of its own
+        if (compressed := compressed_mds(url)) is not None:
+            return _of_compressed(url, *compressed)
+        dataset = open_dataset(url)
     count = len(dataset)
     parts = max(1, min(count, -(-dataset.catalog.total_bytes // part_bytes)))
     edges = [count * number // parts for number in range(parts + 1)]
     pairs = itertools.pairwise(edges) if count else ()
     runs = [partial(_of_run, dataset.slice(first, stop).without_store({}), first) for first, stop in pairs]
     return Source(runs, count, dataset.catalog.total_bytes, dataset.catalog.digest)
+
+
+def _of_compressed(url: str, store: ObjectStore, shards: Sequence[CompressedMdsShard]) -> Source:
+    """The samples of compressed MDS shards; a part is a shard, since none can be read in pieces."""
+    with store:
+        told = [(shard.key, shard.size, shard.etag, shard.plain.samples) for shard in shards]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    parts = [partial(_of_compressed_shard, url, shard) for shard in shards]
+    return Source(parts, sum(s.plain.samples for s in shards), sum(s.plain.size for s in shards), digest)
+
+
+def _of_compressed_shard(url: str, shard: CompressedMdsShard) -> Iterator[Sample]:
+    root = url[: -len("index.json")] if url.endswith("/index.json") else url
+    with open_store(root.rstrip("/") or "/") as store:
+        for number, row in enumerate(shard.rows(store), shard.plain.first):
+            yield as_sample(dict(column_member(name, value) for name, value in row.items()), number)
 
 
 def _of_run(make: Callable[[], Dataset], number: int) -> Iterator[Sample]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from s3loader import ShardReadError, open_dataset, pack
+from s3loader.errors import IntegrityError, ObjectNotFoundError
 from s3loader.loader import Loader, from_mds
 
 HERE = Path(__file__).with_name("mds")
@@ -45,11 +50,81 @@ def test_every_column_is_packed(tmp_path: Path, compression: Any) -> None:
         assert sample["any.npy"].dtype == np.int32
 
 
-def test_compressed_shards_say_what_to_do(tmp_path: Path) -> None:
+def test_compressed_shards_are_packed_like_plain_ones(tmp_path: Path) -> None:
+    """They cannot be read at random, which the loader says, and where to go."""
     with pytest.raises(ShardReadError, match="compressed") as caught:
-        pack(HERE / "gz", str(tmp_path / "out"))
-    assert "compression=None" in str(caught.value.hint)
-    assert not list(tmp_path.rglob("*.tar"))
+        open_dataset(HERE / "gz")
+    assert "s3loader pack" in str(caught.value.hint)
+    found = []
+    for name in ("plain", "gz"):
+        report = pack(str(HERE / name), str(tmp_path / name), shuffle=False, verify="full")
+        assert report.samples == 12
+        dataset = open_dataset(report.manifest, group="webdataset")
+        batches = Loader(dataset, batch_size=5, shuffle="none", tail="short")
+        found.append(
+            [{name: bytes(value) for name, value in s.items() if name != "__key__"} for batch in batches for s in batch]
+        )
+    assert found[0] == found[1]
+    again = pack(str(HERE / "gz"), str(tmp_path / "gz"), shuffle=False)
+    assert again.samples == 12
+
+
+@pytest.mark.parametrize("name", ["zstd:3", "bz2"])
+def test_other_compressions_of_theirs(tmp_path: Path, name: str) -> None:
+    squeeze = {"zstd:3": zstandard.compress, "bz2": bz2.compress}[name]
+    index = json.loads((HERE / "gz/index.json").read_text())
+    for shard in index["shards"]:
+        plain = (HERE / "plain" / shard["raw_data"]["basename"]).read_bytes()
+        data = squeeze(plain)
+        shard["compression"] = name
+        shard["zip_data"] = {"basename": shard["raw_data"]["basename"] + ".z", "bytes": len(data), "hashes": {}}
+        (tmp_path / shard["zip_data"]["basename"]).write_bytes(data)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert pack(str(tmp_path), str(tmp_path / "out")).samples == 12
+
+
+def _damage(folder: Path, how: str) -> None:
+    path = folder / "shard.00000.mds.gz"
+    data, index = path.read_bytes(), json.loads((folder / "index.json").read_text())
+    entry = index["shards"][0]
+    if how == "cut off":
+        path.write_bytes(data[:-20])
+    elif how == "cut off, and the index says so":
+        path.write_bytes(data[:-20])
+        entry["zip_data"]["bytes"] -= 20
+    elif how == "another size inside":
+        entry["raw_data"]["bytes"] += 1
+    elif how == "missing":
+        path.unlink()
+    elif how == "unknown compression":
+        entry["compression"] = "snappy"
+    elif how == "half compressed":
+        del entry["zip_data"], entry["compression"]
+    elif how == "nonsense":
+        entry["zip_data"] = {"basename": 3}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("cut off", IntegrityError),
+        ("cut off, and the index says so", ShardReadError),
+        ("another size inside", IntegrityError),
+        ("missing", ObjectNotFoundError),
+        ("unknown compression", ShardReadError),
+        ("half compressed", ShardReadError),
+        ("nonsense", ShardReadError),
+    ],
+)
+def test_a_compressed_folder_that_is_damaged(tmp_path: Path, how: str, error: type[Exception]) -> None:
+    """A typed error, and nothing is published."""
+    folder = tmp_path / "mds"
+    shutil.copytree(HERE / "gz", folder)
+    _damage(folder, how)
+    with pytest.raises(error):
+        pack(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
 def test_an_array_under_a_name_that_is_no_array(tmp_path: Path) -> None:
