@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def distance(first_byte_ms: int) -> dict[str, int]:
     return {"first_us": first_us, "tail_ppm": 10_000, "tail_us": 10 * first_us, "rate": RATE, "connect_us": first_us}
 
 
+@contextmanager
+def at_a_distance(port: int, settings: Mapping[str, int]) -> Iterator[None]:
+    """The server is far meanwhile, then near again."""
+    go_far(port, **settings)
+    try:
+        yield
+    finally:
+        go_far(port)
+
+
 class Far:
     """A runner whose rounds begin with the server at a distance, and end with it near."""
 
@@ -95,11 +106,8 @@ class Far:
         self.versions = inner.versions
 
     def run(self) -> Round:
-        go_far(self.port, **self.settings)
-        try:
+        with at_a_distance(self.port, self.settings):
             return self.inner.run()
-        finally:
-            go_far(self.port)
 
     def close(self) -> None:
         self.inner.close()
@@ -359,7 +367,8 @@ class Bench:
                 what = ["get", "127.0.0.1", str(self.port), "64", str(layout.count), str(layout.size), path]
                 inner = Command([str(self.limit), *what])
             else:
-                inner = Verb(Child(python_of(name != OURS, self.get_peers), "get_clients.py", spec))
+                with at_a_distance(self.port, distance(ms)):  # who measures its store shall not have known it as a near one
+                    inner = Verb(Child(python_of(name != OURS, self.get_peers), "get_clients.py", spec))
             return counted(inner, self.port, distance(ms))
 
         return make
@@ -395,7 +404,8 @@ class Bench:
         def make() -> Runner:
             child = Child(python_of(name != OURS, self.get_peers), "ckpt_clients.py", spec, timeout=300)
             try:
-                child.run("save", 0)
+                with at_a_distance(self.port, distance(25)):
+                    child.run("save", 0)
             except ClientFailed:
                 child.close()
                 raise

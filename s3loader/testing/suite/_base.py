@@ -24,7 +24,7 @@ def random_bytes(size: int, seed: object = 0) -> bytes:
     return random.Random(repr(seed)).randbytes(size)
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 20.0) -> bool:
+def wait_until(condition: Callable[[], bool], *, seconds: float = 300.0) -> bool:
     """Poll `condition`; whether it came true before the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():

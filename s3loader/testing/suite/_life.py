@@ -24,7 +24,7 @@ from s3loader.errors import (
 )
 from s3loader.store import ObjectStore
 from s3loader.testing.suite import _elsewhere
-from s3loader.testing.suite._base import Base, random_bytes, run_together
+from s3loader.testing.suite._base import Base, random_bytes, run_together, wait_until
 from s3loader.types import ReadRequest
 
 
@@ -147,7 +147,7 @@ class LifeTests(Base):
         for _ in range(3):
             asyncio.run(main())
         store.close()
-        assert threading.active_count() <= before, threading.enumerate()
+        assert wait_until(lambda: threading.active_count() <= before), threading.enumerate()
 
     def test_close(self, store: ObjectStore) -> None:
         with self.reopen(store) as clone:
