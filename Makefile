@@ -16,7 +16,7 @@ FUZZ_COUNT ?= 100000
 FUZZ_SECONDS ?= 300
 MINUTES ?= 10
 
-.PHONY: help demo test fuzz soak lint format clean bench-get bench-exchange bench-load bench-ckpt bench-far bench-pack bench-node bench-scale
+.PHONY: help demo test fuzz soak lint format clean bench-get bench-exchange bench-load bench-ckpt bench-far bench-workers bench-pack bench-node bench-scale
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-ckpt: $(VENV)/.installed-dev  ## saving and loading checkpoints against pe
 
 bench-far: $(VENV)/.installed-dev  ## a distant store: first byte after 2, 25 and 80 ms, against peers
 	@$(PY) -m benchmarks.far $(ARGS)
+
+bench-workers: $(VENV)/.installed-dev  ## from which cost of decoding on worker processes pay
+	@$(PY) -m benchmarks.workers $(ARGS)
 
 bench-pack: $(VENV)/.installed-dev  ## packing here, in processes, and on Ray: samples/s, cost of a task
 	@$(PY) -m benchmarks.pack $(ARGS)
