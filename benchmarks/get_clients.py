@@ -39,6 +39,8 @@ class S3Loader(Client):
             **settings,
         )
         self.driver: Any = "threads" if self.spec.get("busy") else "auto"
+        if self.spec["variant"] == "own":
+            self.driver = "pump"  # our own sockets: over TLS threads read by obstore's
         self.buffers: dict[int, memoryview] = {}
         self.requests()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import ssl
 import threading
@@ -160,3 +161,33 @@ def test_tls_sessions_are_resumed(sockets: ExitStack, tmp_path: Path) -> None:
         connection.close()
     thread.join()
     assert resumed == [False, True, True]
+
+
+def test_threads_that_open_the_first_connections_share_one_context(
+    sockets: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session of another context cannot be resumed: reads failed with a bare ValueError where two threads had made one."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    bundle = str(tmp_path / "ca.pem")
+    authority.cert_pem.write_to_path(bundle)
+    server = sockets.enter_context(RogueServer(context))
+    server.objects["k"] = DATA
+    together, calls, make = threading.Barrier(4), itertools.count(), ssl.create_default_context
+
+    def made_together(**options: str) -> ssl.SSLContext:
+        if next(calls) < 4:
+            together.wait(300)
+        return make(**options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ssl, "create_default_context", made_together)
+    backend = s3_backend(server, ca_bundle=bundle, connect_timeout=300, read_timeout=300)
+    try:
+        backend.open_ahead(4)
+        for _ in range(3):
+            requests = [ReadRequest("k", at, at + 1000) for at in range(0, 40_000, 1000)]
+            results = backend.read_many(requests, max_bytes=1 << 24, concurrency=8, driver="threads")
+            assert b"".join(bytes(result.data) for result in results) == DATA[:40_000]
+    finally:
+        backend.close()

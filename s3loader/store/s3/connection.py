@@ -295,7 +295,8 @@ class Connections:
         self.in_flight = InFlight()
         self.hedges = Hedges() if hedge else None
         """When reads are asked for once more; None: never."""
-        self._context: ssl.SSLContext | None = None
+        self._context: dict[str, ssl.SSLContext] = {}
+        """One, once there is one: sessions belong to it."""
         self._session: ssl.SSLSession | None = None
         self.generation = 0
         """Grows with every fork that this object has been through."""
@@ -374,11 +375,12 @@ class Connections:
                 connection.close()
 
     def _tls_context(self) -> ssl.SSLContext:
-        if self._context is None:
+        context = self._context.get("tls")
+        if context is None:
             context = ssl.create_default_context(cafile=self.endpoint.ca_bundle)
             context.set_alpn_protocols(["http/1.1"])
-            self._context = context
-        return self._context
+            context = self._context.setdefault("tls", context)  # that of the thread that was first: `setdefault` is atomic
+        return context
 
     def take(self) -> Connection | None:
         """The connection that was used last, if a usable one is idle; the server may close it any time."""
