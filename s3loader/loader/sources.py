@@ -477,34 +477,40 @@ def from_mds(url: Location, *, store: ObjectStore | None = None, **store_options
     return Dataset(store, shards, name=str(url))
 
 
-def compressed_mds(url: Location) -> tuple[ObjectStore, list[CompressedMdsShard]] | None:
-    """(an open store, its shards) of a folder of compressed MDS shards; None: it holds none, or others.
+def compressed_mds(url: Location) -> list[CompressedMdsShard] | None:
+    """The shards of a folder of compressed MDS shards; None: there is no ``index.json``, or none of its shards is compressed.
 
     Raises:
-        ObjectNotFoundError: the index or a shard does not exist.
-        ShardReadError: only some are compressed, the compression is not known, or a column is pickled.
+        ObjectNotFoundError: a shard does not exist.
+        ShardReadError: the index is not understood, only some are compressed, the compression is not known, or a column is
+            pickled.
     """
     store, prefix = _folder(url, None, {})
-    try:
-        described = _described(store.get(prefix + _INDEX), f"{store.url}/{prefix}{_INDEX}")
-        zipped = [isinstance(entry, Mapping) and entry.get("zip_data") is not None for entry in described]
-        if not any(zipped):
-            store.close()
+    with store:
+        try:
+            described = _described(store.get(prefix + _INDEX), f"{store.url}/{prefix}{_INDEX}")
+        except ObjectNotFoundError:
+            return None
+        if not any(isinstance(entry, Mapping) and entry.get("zip_data") is not None for entry in described):
             return None
         found = {meta.key: meta for meta in store.list(prefix) if isinstance(meta, ObjectMeta)}
         shards: list[CompressedMdsShard] = []
         first, made = 0, dict[str, Columns]()
-        for entry in described:
-            shards.append(_compressed(entry, prefix, first, found, made))
-            first += shards[-1].plain.samples
-    except _MALFORMED as error:
-        store.close()
-        text = f"a shard is not described as a compressed MDS shard: {type(error).__name__}: {error}"
-        raise ShardReadError(text, op="read", url=f"{store.url}/{prefix}{_INDEX}") from error
-    except BaseException:
-        store.close()
-        raise
-    return store, shards
+        try:
+            for entry in described:
+                shards.append(_compressed(entry, prefix, first, found, made))
+                first += shards[-1].plain.samples
+        except _MALFORMED as error:
+            text = f"a shard is not described as a compressed MDS shard: {type(error).__name__}: {error}"
+            raise ShardReadError(text, op="read", url=f"{store.url}/{prefix}{_INDEX}") from error
+    return shards
+
+
+def rows_of_compressed_mds(url: Location, shard: CompressedMdsShard) -> Iterator[dict[str, Any]]:
+    """The samples of one shard of the folder `url`, as `CompressedMdsShard.rows` gives them."""
+    store, _ = _folder(url, None, {})
+    with store:
+        yield from shard.rows(store)
 
 
 def _compressed(

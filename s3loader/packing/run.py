@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeAlias, Unpack, cast
 
 from s3loader.arguments import checked
 from s3loader.checksum import json_seal_holds, seal_json
-from s3loader.errors import ConfigError, FormatError, IntegrityError, ObjectExistsError, ObjectNotFoundError
+from s3loader.errors import ConfigError, FormatError, IntegrityError, ObjectExistsError, ObjectNotFoundError, ShardReadError
 from s3loader.exchange.types import ManifestEntry, ShardSizePolicy
 from s3loader.exchange.writer import ManifestWriter
 from s3loader.loader.check import check_dataset
@@ -27,7 +27,7 @@ from s3loader.loader.dataset import Dataset
 from s3loader.loader.loader import Loader
 from s3loader.loader.mds import CompressedMdsShard
 from s3loader.loader.opening import open_dataset
-from s3loader.loader.sources import compressed_mds
+from s3loader.loader.sources import compressed_mds, rows_of_compressed_mds
 from s3loader.loader.urls import expand_braces, one_store
 from s3loader.packing.part import archive_of, drop_tries, entries_of, write_part
 from s3loader.packing.sources import (
@@ -367,9 +367,13 @@ def _of_dataset(url: str, part_bytes: int) -> Source:
     try:
         dataset = open_dataset(url, **grouped)
     except ConfigError:  # MDS has samples of its own
-        if (compressed := compressed_mds(url)) is not None:
-            return _of_compressed(url, *compressed)
-        dataset = open_dataset(url)
+        try:
+            dataset = open_dataset(url)
+        except (ShardReadError, ObjectNotFoundError):
+            compressed = compressed_mds(url)
+            if compressed is None:
+                raise
+            return _of_compressed(url, compressed)
     count = len(dataset)
     parts = max(1, min(count, -(-dataset.catalog.total_bytes // part_bytes)))
     edges = [count * number // parts for number in range(parts + 1)]
@@ -378,20 +382,17 @@ def _of_dataset(url: str, part_bytes: int) -> Source:
     return Source(runs, count, dataset.catalog.total_bytes, dataset.catalog.digest)
 
 
-def _of_compressed(url: str, store: ObjectStore, shards: Sequence[CompressedMdsShard]) -> Source:
+def _of_compressed(url: str, shards: Sequence[CompressedMdsShard]) -> Source:
     """The samples of compressed MDS shards; a part is a shard, since none can be read in pieces."""
-    with store:
-        told = [(shard.key, shard.size, shard.etag, shard.plain.samples) for shard in shards]
+    told = [(shard.key, shard.size, shard.etag, shard.plain.samples) for shard in shards]
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     parts = [partial(_of_compressed_shard, url, shard) for shard in shards]
     return Source(parts, sum(s.plain.samples for s in shards), sum(s.plain.size for s in shards), digest)
 
 
 def _of_compressed_shard(url: str, shard: CompressedMdsShard) -> Iterator[Sample]:
-    root = url[: -len("index.json")] if url.endswith("/index.json") else url
-    with open_store(root.rstrip("/") or "/") as store:
-        for number, row in enumerate(shard.rows(store), shard.plain.first):
-            yield as_sample(dict(column_member(name, value) for name, value in row.items()), number)
+    for number, row in enumerate(rows_of_compressed_mds(url, shard), shard.plain.first):
+        yield as_sample(dict(column_member(name, value) for name, value in row.items()), number)
 
 
 def _of_run(make: Callable[[], Dataset], number: int) -> Iterator[Sample]:
