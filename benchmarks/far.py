@@ -375,7 +375,7 @@ class Bench:
 
     def checkpoints(self) -> None:
         """One state saved, and loaded into its own tensors."""
-        size = 128 if self.args.quick else 512
+        size = 128 if self.args.quick else 1024
         for verb, title in (("save", "save"), ("load_into", "load into the state's own tensors")):
             makers = {name: self._saver(name, client, size, verb) for name, client in SAVERS.items()}
             what = {"save": "put", "load_into": "load"}[verb]
@@ -433,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
                         _servers.forget(port, f"{BUCKET}/{data.name}")
                 if "get" in args.cases or args.cases == "*":
                     bench.reading()
-                if "ckpt" in args.cases or args.cases == "*":
+            if "ckpt" in args.cases or args.cases == "*":
+                with _servers.started(program, reserve_mib=1024 if args.quick else 7168) as bench.port:
                     bench.checkpoints()
     except Unavailable as error:
         print(f"bench-far skipped: {error}", file=sys.stderr)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from s3loader import StoreOptions, events
 from s3loader.store.s3.in_flight import Hedges
@@ -118,6 +120,26 @@ def test_nothing_is_known_before_some_answers_came() -> None:
         hedges.first_byte(0.02)
     assert hedges.delay == float("inf")
     hedges.first_byte(0.02)
+    assert hedges.delay == pytest.approx(0.04)
+
+
+@given(st.lists(st.floats(0.0001, 3.0), min_size=16, max_size=200))
+def test_a_straggler_is_told_by_what_the_others_take(times: list[float]) -> None:
+    """Never later than four times the first quartile, never before 20 ms, and never for more than one of the known ones in
+    twenty where they are near each other."""
+    hedges = Hedges()
+    for seconds in times[: len(times) // 16 * 16]:
+        hedges.first_byte(seconds)
+    assert 0.02 <= hedges.delay <= max(0.02, 4 * hedges.usual)
+    if hedges.delay < 4 * hedges.usual:
+        last = times[: len(times) // 16 * 16][-64:]
+        assert sum(seconds > hedges.delay for seconds in last) <= len(last) / 20 + 1
+
+
+def test_where_answers_differ_much_nothing_is_asked_for_earlier_than_before() -> None:
+    hedges = Hedges()
+    for i in range(64):
+        hedges.first_byte(0.02 if i % 4 else 0.06)
     assert hedges.delay == pytest.approx(0.08)
 
 

@@ -101,5 +101,20 @@ def test_a_batch_crosses_as_one_object_however_many_samples_it_has(kind):
         assert len(batch) == samples
         return count
 
+    shared_slots._lent.clear()
     calls(1)
-    assert calls(16) == calls(512)
+    assert calls(16) == calls(200), "by the pipe"
+    calls(10_000)  # whose slot serves both
+    assert calls(512) == calls(10_000), "in a slot"
+
+
+def test_small_batches_get_more_slots_and_then_the_pipe():
+    """A slot keeps a descriptor open, so there are not many; then a batch goes by the pipe, which needs none."""
+    shared_slots._lent.clear()
+    row = memoryview(bytes(60_000))
+    held = [pickle.loads(_dumps(pack([row], "tensor"))) for _ in range(100)]
+    assert len(shared_slots._lent) == 32
+    assert all(len(batch) == 1 and len(batch[0]) == 60_000 for batch in held)
+    del held
+    gc.collect()
+    assert not any(slot.taken for slot in shared_slots._lent)

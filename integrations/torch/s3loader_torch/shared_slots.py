@@ -26,7 +26,10 @@ __all__ = ["SharedRows", "lend_slot", "open_shared"]
 _HEAD: Final = mmap.PAGESIZE
 """The first page holds the mark: 1 while the data is in use."""
 _SLOTS: Final = 8
-_ROUND: Final = 1 << 20
+_SMALL_SLOTS: Final = 32
+_SMALL_BYTES: Final = 32 << 20
+"""Up to `_SMALL_SLOTS` are made while all of them take no more than this. Each keeps a descriptor open."""
+_ROUND: Final = 1 << 16
 
 
 class Slot:
@@ -64,10 +67,12 @@ def lend_slot(size: int) -> Slot | None:
         _owner = os.getpid()
     slot = next((slot for slot in _lent if slot.capacity >= size and not slot.taken), None)
     if slot is None:
-        if len(_lent) >= _SLOTS:
+        capacity = -(-size // _ROUND) * _ROUND
+        small = sum(slot.capacity for slot in _lent) + capacity <= _SMALL_BYTES
+        if len(_lent) >= (_SMALL_SLOTS if small else _SLOTS):
             return None
         try:
-            slot = Slot(-(-size // _ROUND) * _ROUND)
+            slot = Slot(capacity)
         except OSError:  # no memory or descriptors left: torch's way will say so, or manage
             return None
         _lent.append(slot)

@@ -9,13 +9,12 @@ drops the batch.
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from s3loader import ConfigError, SampleError, WorkerError
@@ -23,10 +22,12 @@ from s3loader_torch.shared_slots import SharedRows, lend_slot
 
 __all__ = ["Packed", "Raw", "pack", "pack_views", "tensor_over"]
 
-_BY_PIPE: Final = 1 << 20
-"""Bytes of a batch up to which a pipe costs less than shared memory (a third, at 128 KiB)."""
+_BY_PIPE: Final = 16 << 10
+"""Bytes of a batch up to which a pipe costs less than a slot. It holds 64 KiB: what is larger waits for its reader."""
+_RATHER_BY_PIPE: Final = 1 << 20
+"""Bytes of a batch up to which a pipe costs less than fresh shared memory (a third, at 128 KiB)."""
 _ALIGN: Final = 64
-_ZEROS: Final = np.zeros(_ALIGN, dtype=np.uint8)
+_ZEROS: Final = memoryview(bytes(_ALIGN))
 _FEW: Final = 16
 """So many tensors may go each by itself."""
 
@@ -123,10 +124,10 @@ def pack(data: Any) -> Any:
     """
     if _goes_alone(data):
         return data
-    buffers: list[npt.NDArray[np.uint8]] = []
+    buffers: list[memoryview] = []
 
     def keep(buffer: pickle.PickleBuffer) -> None:
-        buffers.append(np.frombuffer(buffer.raw(), dtype=np.uint8))
+        buffers.append(buffer.raw())
 
     file = io.BytesIO()
     try:
@@ -138,7 +139,7 @@ def pack(data: Any) -> Any:
             f"a batch cannot be sent from a worker: {why}",
             hint=hint or "return tensors, arrays, numbers, text, bytes, or containers of them from transform= or collate=",
         ) from error
-    values, bounds = _joined([np.frombuffer(file.getbuffer(), dtype=np.uint8), *buffers])
+    values, bounds = _joined([file.getbuffer(), *buffers])
     return Packed(_unpack, values, bounds)
 
 
@@ -160,14 +161,19 @@ def _goes_alone(data: Any) -> bool:
 
 def pack_views(views: Sequence[memoryview], *, as_bytes: bool) -> Packed:
     """A `Packed` that unpickles to the list of the views' bytes: as `bytes`, or as uint8 tensors."""
-    rows = [np.frombuffer(view, dtype=np.uint8) for view in views]
-    sizes = [len(row) for row in rows]
-    return Packed(_unpack_views, _sent(rows, sum(sizes)), sizes, as_bytes)
+    sizes = [view.nbytes for view in views]
+    return Packed(_unpack_views, _sent([_flat(view) for view in views], sum(sizes)), sizes, as_bytes)
 
 
-def _joined(rows: Sequence[npt.NDArray[np.uint8]]) -> tuple[Any, list[int]]:
+def _flat(view: memoryview) -> memoryview:
+    if view.format == "B" and view.ndim == 1 and view.contiguous:
+        return view
+    return memoryview(view.tobytes()) if not view.contiguous else view.cast("B")
+
+
+def _joined(rows: Sequence[memoryview]) -> tuple[Any, list[int]]:
     """(all rows in one, begin and end of each), aligned for any dtype."""
-    parts: list[npt.NDArray[np.uint8]] = []
+    parts: list[memoryview] = []
     bounds, end = [], 0
     for row in rows:
         gap = -end % _ALIGN
@@ -177,17 +183,24 @@ def _joined(rows: Sequence[npt.NDArray[np.uint8]]) -> tuple[Any, list[int]]:
     return _sent(parts, end), bounds
 
 
-def _sent(parts: Sequence[npt.NDArray[np.uint8]], size: int) -> Any:
-    """All parts end to end: through the queue's pipe while that is cheaper, else in shared memory."""
-    if size <= _BY_PIPE:
-        return bytearray(b"".join(cast("Sequence[bytes]", parts)))
-    slot = lend_slot(size)
+def _sent(parts: Sequence[memoryview], size: int) -> Any:
+    """All parts, flat bytes, end to end: in a slot, by the queue's pipe where that costs less, or in fresh shared memory."""
+    slot = lend_slot(size) if size > _BY_PIPE else None
     if slot is not None:
-        np.concatenate(parts, out=slot.data[:size])
+        _lay(parts, slot.data)
         return SharedRows(slot, size)
+    if size <= _RATHER_BY_PIPE:
+        return bytearray().join(parts)
     values = torch.empty(size, dtype=torch.uint8)
-    np.concatenate(parts, out=values.numpy())
+    _lay(parts, values.numpy())
     return values
+
+
+def _lay(parts: Sequence[memoryview], target: Any) -> None:
+    into, end = memoryview(target), 0
+    for part in parts:
+        begin, end = end, end + len(part)
+        into[begin:end] = part
 
 
 # -- in the training process -----------------------------------------------------------------------
@@ -217,8 +230,11 @@ def _unpack(values: Any, bounds: list[int]) -> Any:
 
 
 def _unpack_views(values: Any, sizes: list[int], as_bytes: bool) -> list[Any]:
-    rows = torch.split(_received(values), sizes)
-    return [row.numpy().tobytes() for row in rows] if as_bytes else list(rows)
+    if not as_bytes:
+        return list(torch.split(_received(values), sizes))
+    whole = memoryview(values if isinstance(values, bytearray) else values.numpy())
+    ends = list(itertools.accumulate(sizes))
+    return [whole[end - size : end].tobytes() for end, size in zip(ends, sizes, strict=True)]
 
 
 def _view(buffer: Any, format_: str, shape: tuple[int, ...]) -> memoryview:

@@ -171,6 +171,7 @@ _SOME: Final = 16
 """First bytes after which the delay is computed, and computed again."""
 _KEPT: Final = 64
 _TIMES: Final = 4.0
+_SHARP: Final = 2.0
 _LEAST: Final = 0.02
 _EARNED: Final = 0.02
 _EARNED_WINNING: Final = 0.1
@@ -187,7 +188,8 @@ class Hedges:
     """When a read is asked for once more because its answer takes unusually long: measured, and within a budget.
 
     Dean and Barroso, "The Tail at Scale", CACM 2013. A straggler is a request without a first byte after four times the first
-    quartile of the last first bytes (and 20 ms): that is what one takes which nothing, such as our own work, holds up. The
+    quartile of the last first bytes: that is what one takes which nothing, such as our own work, holds up. Where all take
+    nearly as long as each other, twice what nineteen in twenty take is less, and enough; below 20 ms none is a straggler. The
     second request costs a token; each request earns two hundredths of one, and a tenth of one while most second requests come
     first: then it is the store that has stragglers, and not the network that is full. What has waited four times as long
     again, as on a connection that is dead, may borrow a few tokens.
@@ -220,11 +222,12 @@ class Hedges:
         self._new += 1
         if self._new < (_SOME if self.usual else _FEW):
             return
-        self.usual = sorted(times)[len(times) // 4]
+        ordered = sorted(times)
+        self.usual = ordered[len(times) // 4]
         if len(times) >= _SOME:
             self._new = 0
             del times[:-_KEPT]
-            self.delay = max(_LEAST, _TIMES * self.usual)
+            self.delay = max(_LEAST, min(_TIMES * self.usual, _SHARP * ordered[len(ordered) * 19 // 20]))
 
     @property
     def interval(self) -> float:
