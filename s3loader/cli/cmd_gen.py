@@ -48,10 +48,9 @@ def gen(
     as_json: bool,
 ) -> None:
     """Write made-up objects below URL: no two alike, the same for the same --seed."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from s3loader.datagen import Generator, generate_chunks
     from s3loader.store import open_store
+    from s3loader.store.ordered import map_ordered
 
     each = parse_size(int(size), "size_bytes") if size.isdecimal() else parse_size(size, "size")
     drawn = Generator(0, seed=seed, dedup=dedup, compress=compress).seed
@@ -69,10 +68,9 @@ def gen(
                     out.write(piece)
                 return out.tell()
 
-        with ThreadPoolExecutor(min(jobs, num)) as pool:
-            for done, written in enumerate(pool.map(one, range(num)), 1):
-                total += written
-                show(done, num, total)
+        for done, written in enumerate(map_ordered(one, range(num), concurrency=min(jobs, num), name="s3loader-gen"), 1):
+            total += written
+            show(done, num, total)
     seconds = time.perf_counter() - begin
     if as_json:
         print_json({"objects": num, "bytes": total, "seconds": seconds, "seed": drawn, "names": names})

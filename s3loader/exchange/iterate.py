@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice, pairwise
 from typing import Any, Final, Literal, TypeAlias
 
@@ -20,6 +22,7 @@ from s3loader.shard.index import ShardIndex
 from s3loader.shard.reader import Run, ShardReader, plan_runs
 from s3loader.store.arguments import check_several
 from s3loader.store.backend import ReadResult
+from s3loader.store.ordered import BoundedPool, map_ordered
 from s3loader.types import ReadRequest
 
 __all__ = ["KeyedObjects", "filter_by_prefix", "iter_contents", "iter_files", "iter_keys"]
@@ -67,30 +70,47 @@ def iter_contents(access: ObjectAccess, entries: Iterable[ManifestEntry], *, exp
         ExchangeObjectNotFoundError: an object is gone; at its turn, with `.key`.
         IntegrityError: it has not as many bytes as its entry says.
     """
-    with ThreadPoolExecutor(_AHEAD, "s3loader-shard") as pool:
+    pool = BoundedPool(_AHEAD, "s3loader-shard")
+    try:
         ahead = _ahead(access, entries, pool if expand_shards else None)
         for is_loose, run in groupby(ahead, lambda item: item[0]["kind"] == "file" and "#" not in item[0]["key"]):
             if is_loose:
                 yield from _loose(access, (entry for entry, _ in run))
                 continue
-            for entry, prepared in run:
-                if prepared is not None:
+            for entry, asked in run:
+                if asked is not None:
                     assert entry["kind"] == "shard"
-                    yield from ShardMembers(access, entry).contents_of(prepared.result())
+                    prepared = asked.result()
+                    if isinstance(prepared, Exception):
+                        raise prepared
+                    yield from ShardMembers(access, entry).contents_of(prepared)
                 elif entry["kind"] == "shard":
                     body: ObjectBody = access.open(entry["archive_key"], resolve_virtual_keys=False)
                     yield access.checked(body, entry), entry
                 else:
                     body = access.open(entry["key"], resolve_virtual_keys=entry["kind"] == "file")
                     yield access.checked(body, entry), entry
+    finally:
+        pool.stop()
+
+
+def _prepared(shard: ShardMembers) -> PreparedShard | Exception | None:
+    try:
+        return shard.prepare()
+    except Exception as error:  # noqa: BLE001 - raised when the shard's turn has come
+        return error
+
+
+_Prepared: TypeAlias = Future[PreparedShard | Exception | None] | None
+"""None: there is nothing to prepare."""
 
 
 def _ahead(
-    access: ObjectAccess, entries: Iterable[ManifestEntry], pool: ThreadPoolExecutor | None
-) -> Iterator[tuple[ManifestEntry, Future[PreparedShard | None] | None]]:
+    access: ObjectAccess, entries: Iterable[ManifestEntry], pool: BoundedPool | None
+) -> Iterator[tuple[ManifestEntry, _Prepared]]:
     """The entries; indexes of the next shards are read while the one before is. An error keeps its turn."""
     source = iter(entries)
-    waiting: deque[tuple[ManifestEntry, Future[PreparedShard | None] | None]] = deque()
+    waiting: deque[tuple[ManifestEntry, _Prepared]] = deque()
     error: Exception | None = None
     ended = False
     while True:
@@ -104,7 +124,7 @@ def _ahead(
                 error, ended = failure, True
                 break
             shard = ShardMembers(access, entry) if pool is not None and entry["kind"] == "shard" else None
-            waiting.append((entry, None if shard is None or pool is None else pool.submit(shard.prepare)))
+            waiting.append((entry, None if shard is None or pool is None else pool.submit(partial(_prepared, shard))))
         if not waiting:
             if error is not None:
                 raise error
@@ -156,6 +176,11 @@ class _Step:
     reader: ShardReader | None = None
     index: ShardIndex | None = None
     run: Run | None = None
+
+
+def _load_index(reader: ShardReader) -> None:
+    with contextlib.suppress(Exception):
+        reader.has_side_car()
 
 
 class KeyedObjects(Iterator[KeyedItem]):
@@ -218,9 +243,7 @@ class KeyedObjects(Iterator[KeyedItem]):
         archives = {archive for archive in map(_archive_of, batch) if archive is not None}
         readers = [reader for reader in map(self._access.reader, archives) if not reader.is_loaded]
         if len(readers) > 1:
-            with ThreadPoolExecutor(min(_LOADS, len(readers)), "s3loader-index") as pool:
-                for future in [pool.submit(reader.has_side_car) for reader in readers]:
-                    future.exception()
+            deque(map_ordered(_load_index, readers, concurrency=min(_LOADS, len(readers)), name="s3loader-index"), 0)
 
     # planning
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from typing import Any, Final, Literal, Unpack
@@ -35,6 +34,7 @@ from s3loader.shard.parquet import FOOTER, read_footer
 from s3loader.shard.samples import LeftOut, extension_of
 from s3loader.store.objectstore import ObjectStore
 from s3loader.store.open import StoreKeywords, open_store
+from s3loader.store.ordered import map_ordered
 from s3loader.types import Location, ObjectMeta, ObjectURL
 
 __all__ = [
@@ -384,9 +384,8 @@ def from_parquet(
 
 def _rows(store: ObjectStore, keys: Sequence[str], columns: Sequence[str] | None, name: str) -> Dataset:
     """The rows of these files; their footers are read side by side."""
-    with ThreadPoolExecutor(max(1, min(_FOOTERS, len(keys))), "s3loader-footers") as pool:
-        footers = pool.map(partial(read_footer, store), keys)
-        found = [ParquetShard.of(key, footer, columns, f"{store.url}/{key}") for key, footer in zip(keys, footers, strict=True)]
+    footers = map_ordered(partial(read_footer, store), keys, concurrency=min(_FOOTERS, len(keys)), name="s3loader-footers")
+    found = [ParquetShard.of(key, footer, columns, f"{store.url}/{key}") for key, footer in zip(keys, footers, strict=True)]
     dataset = Dataset(store, [shard for shard, _ in found], name=name)
     dataset.keep_layouts({number: layout for number, (_, layout) in enumerate(found)})
     return dataset

@@ -6,7 +6,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, cast
@@ -21,6 +20,7 @@ from s3loader.oplog.summary import OpLogSummary, summarize
 from s3loader.store import ObjectStore, open_store
 from s3loader.store.open import JobKeywords
 from s3loader.store.options import StoreOptions
+from s3loader.store.ordered import BoundedPool
 from s3loader.tasks import executor_of
 from s3loader.types import ObjectURL
 
@@ -269,7 +269,7 @@ def _run(
     errors = itertools.count()
     anchor = time.time_ns() - time.perf_counter_ns()
     fatal: list[BaseException] = []
-    room = threading.Semaphore(concurrency)
+    pool = BoundedPool(concurrency, "s3loader-replay", max_jobs=concurrency)
 
     def note(event: events.OpEvent) -> None:
         if is_request(event):
@@ -284,8 +284,6 @@ def _run(
             next(errors)
         except BaseException as error:  # noqa: BLE001 - raised by the caller
             fatal.append(error)
-        finally:
-            room.release()
 
     stop = events.subscribe(note)
     begun = begin = time.perf_counter()
@@ -294,26 +292,26 @@ def _run(
     due_rows = itertools.count()
     first: int | None = None
     try:
-        with ThreadPoolExecutor(concurrency, "s3loader-replay") as pool:
-            for record in in_order(partial(read_op_log, path)):
-                if not _is_sent(record, wanted):
-                    skipped[record.op] = skipped.get(record.op, 0) + 1
-                    continue
-                mine = next(due_rows) % share[1] == share[0]
-                first = record.start if first is None else first
-                if not mine:
-                    continue
-                due = begin + ((record.start - first) / 1e9 / speed if speed else 0.0)
-                time.sleep(max(0.0, due - time.perf_counter()))
-                room.acquire()
-                if fatal:
-                    break
-                late.append(time.perf_counter() - due if speed else 0.0)
-                pool.submit(one, record)
-                sent += 1
-                if progress is not None:
-                    progress(sent)
+        for record in in_order(partial(read_op_log, path)):
+            if not _is_sent(record, wanted):
+                skipped[record.op] = skipped.get(record.op, 0) + 1
+                continue
+            mine = next(due_rows) % share[1] == share[0]
+            first = record.start if first is None else first
+            if not mine:
+                continue
+            due = begin + ((record.start - first) / 1e9 / speed if speed else 0.0)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            pool.submit(partial(one, record))
+            if fatal:
+                break
+            late.append(time.perf_counter() - due if speed else 0.0)
+            sent += 1
+            if progress is not None:
+                progress(sent)
+        pool.wait()
     finally:
+        pool.stop()
         stop()
     if fatal:
         raise fatal[0]

@@ -184,17 +184,20 @@ def _staged(file: FilePlan, pool: BufferPool) -> Generator[StagedPart, None, Non
 
 def _all(file: FilePlan, check: _Check, pool: BufferPool, crew: ThreadPoolExecutor) -> bool:
     """Whether `check` says yes to every part. The first one goes ahead: another state mostly shows there."""
-    jobs: list[Future[bool]] = []
+    jobs: dict[Future[bool], StagedPart] = {}
     try:
         with contextlib.closing(_staged(file, pool)) as parts:
             for part in parts:
-                jobs.append(crew.submit(_released, part, check, pool))
-                if len(jobs) == 1 and not jobs[0].result():
+                jobs[crew.submit(_released, part, check, pool)] = part
+                if len(jobs) == 1 and not all(job.result() for job in jobs):
                     return False
-                if any(job.done() and not job.result() for job in jobs[-8:]):
+                if any(job.done() and not job.result() for job in [*jobs][-8:]):
                     return False
         return all(job.result() for job in jobs)
     finally:
+        for job, part in jobs.items():
+            if job.cancel():  # the answer is known, or nobody waits for it any more
+                pool.release(part.buffer)
         wait(jobs)  # none may write a checksum once the file is staged in earnest
 
 
