@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from exchange_helpers import append_many, files, run_together, watched, write_shards, write_until_killed
 
-from s3loader import ObjectStore, S3ExchangeStore, ShardSizePolicy, open_store
+from s3loader import ObjectStore, S3ExchangeStore, ShardSizePolicy, StoreOptions, open_store
 from s3loader.errors import ConflictError, ObjectChangedError, ObjectExistsError, OutcomeUnknownError
 from s3loader.exchange import append_entries, commit, iter_manifest, publish_manifest
 from s3loader.testing import FaultProxy, Rule, Server, server
@@ -221,3 +222,24 @@ def test_compacting_in_place_does_not_swallow_an_append() -> None:
     with pytest.raises(ObjectChangedError):
         store.compact_manifest("m.jsonl", "m.jsonl")
     assert all_keys(seen, "m.jsonl") == ["a", "late"]
+
+
+def test_whoever_lets_go_does_not_wait_for_what_is_read_ahead(s3: Server) -> None:
+    """The index of the next shard is on its way, and does not come."""
+    bucket = s3.bucket()
+    with s3.open_store(bucket) as store:
+        write_shards(store, "m.jsonl", 0, 9)
+        second = [entry["archive_key"] for entry in iter_manifest(store, "m.jsonl") if entry["kind"] == "shard"][1]
+    rule = Rule("hold", "GET", second.rpartition("/")[2])
+    patient = StoreOptions(read_timeout=3600, request_timeout=3600, hedge_reads=False)
+    with FaultProxy(s3.endpoint_url, [rule]) as proxy:
+        store = s3.open_store(bucket, endpoint_url=proxy.endpoint_url, options=patient)
+        contents = [S3ExchangeStore(store).iter_objects("m.jsonl")]
+        next(contents[0])
+        assert rule.reached.wait(300)
+        closing = threading.Thread(target=contents.clear, daemon=True)
+        closing.start()
+        closing.join(300)
+        assert not closing.is_alive()
+        rule.release.set()
+        store.close()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from s3loader import ConfigError, FormatError, open_store
+from s3loader import ConfigError, FormatError, StoreOptions, open_store
 from s3loader.oplog import OpRecord, html_report, read_op_log, replay_op_log, summarize, write_op_log
+from s3loader.testing import FaultProxy, Rule, server
 
 MS = 1_000_000
 BEGIN = 1_700_000_000_000 * MS
@@ -187,6 +190,30 @@ def test_replay(tmp_path: Path) -> None:
         "HEAD": [1, 0],
         "LIST": [1, 0],
     }
+
+
+def test_an_interrupted_replay_does_not_wait_for_what_is_under_way(tmp_path: Path) -> None:
+    log = tmp_path / "run.tsv.zst"
+    write_op_log(str(log), [record("PUT", number, 10, 100) for number in range(8)])
+    held = Rule("hold", "PUT", "PUT-0")
+    patient = StoreOptions(read_timeout=3600, request_timeout=3600)
+
+    def interrupt(_sent: int) -> None:
+        assert held.reached.wait(300)
+        raise KeyboardInterrupt
+
+    def replay() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            replay_op_log(str(log), to, speed=0, concurrency=4, progress=interrupt, options=patient, **place)
+
+    with server("moto") as s3, FaultProxy(s3.endpoint_url, [held]) as proxy:
+        to = f"s3://{s3.bucket()}/there"
+        place = {**s3._arguments(), "endpoint_url": proxy.endpoint_url}
+        running = threading.Thread(target=replay, daemon=True)
+        running.start()
+        running.join(300)
+        assert not running.is_alive()
+        held.release.set()
 
 
 def test_reads_go_where_they_went(tmp_path: Path) -> None:
