@@ -506,6 +506,9 @@ class Run:
         self._chunks: deque[Chunk] = deque()
         self._turns: Generator[None, None, None] | None = None
         self._first = True
+        """No read is in its place yet."""
+        self._given = False
+        """A batch was given out."""
 
     def __iter__(self) -> Generator[RawBatch, None, None]:
         with shared_pool().bounded(self._memory_limit), closing(self):
@@ -536,6 +539,10 @@ class Run:
         A chunk at a time, since nothing is received meanwhile, until the bytes that may be under way are planned.
         """
         planner, fetcher = self._planner, self._fetcher
+        if not self._given and self._turns is not None:  # the first batch waits: nothing but what connections lack
+            if not fetcher.queue and not planner.done and planner.ready:
+                self._plan()
+            return
         more = not self._first
         while fetcher.queued < planner.budget.in_flight and not planner.done and planner.ready:
             if len(fetcher.queue) > fetcher.connections:
@@ -567,6 +574,7 @@ class Run:
         for step, length in zip(chunk.steps, chunk.lengths.tolist(), strict=True):
             here = slice(at, at + length)
             items = self._collect(chunk, chunk.starts[here].tolist(), chunk.slots[here].tolist())
+            self._given = True
             yield RawBatch(step, chunk.positions[here], chunk.samples[here], items)
             at += length
 

@@ -166,19 +166,20 @@ def _by_bulk(
 ) -> Iterator[Any]:
     """The results of a bulk verb; an error is raised, or given as a failure of its request."""
     pending: deque[Any] = deque()
+    kept = errors == "return"
 
     def feed() -> Iterator[Any]:
         for request in source:
             pending.append(request)
             yield request
 
-    outcomes = run(feed())
+    outcomes = run(feed() if kept else source)
     try:
         for outcome in outcomes:
-            request = pending.popleft()
+            request = pending.popleft() if kept else None
             if not isinstance(outcome, BaseException):
                 yield outcome
-            elif errors == "return" and isinstance(outcome, S3LoaderError):
+            elif kept and isinstance(outcome, S3LoaderError):
                 yield failure(request, outcome)
             else:
                 raise outcome

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
+import select
 import selectors
 import socket
 import ssl
@@ -19,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from s3loader.endpoint import Endpoint
@@ -162,6 +163,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_blocking",
+        "_poll",
         "deadline",
         "endpoint",
         "expires",
@@ -201,6 +203,11 @@ class Connection:
         self.expires = 0.0
         """When to give up on the job that is under way, whatever comes."""
         self._blocking = True
+        self._poll: Callable[[int], list[tuple[int, int]]] | None = None
+        if not self.tls and hasattr(select, "poll"):
+            poller = select.poll()
+            poller.register(self.fd, select.POLLIN)
+            self._poll = poller.poll
 
     def block(self, blocking: bool) -> None:
         """Set the socket's mode."""
@@ -213,6 +220,8 @@ class Connection:
 
         Such a byte would be taken for the beginning of the next response: of another object's bytes.
         """
+        if self._poll is not None:  # a quarter of the time of a peek, which raises where nothing is there
+            return not self._poll(0)
         sock = self.sock
         try:
             if isinstance(sock, ssl.SSLSocket):

@@ -231,6 +231,7 @@ _RANGE: Final = re.compile(rb"bytes (0|[1-9]\d{0,17})-(0|[1-9]\d{0,17})/(0|[1-9]
 _EMPTY: Final = b"bytes 0--1/0"
 """Content-Range of what some servers send of an empty object, asked for bytes from its end."""
 
+_ZERO: Final = ord("0")
 _LENGTH_NAME, _RANGE_NAME, _ETAG_NAME, _CRC_NAME, _VERSION_NAME, _CONNECTION_NAME, _FORBIDDEN, _OTHER = range(8)
 _ROLES: Final = {
     b"content-length": _LENGTH_NAME,
@@ -364,7 +365,11 @@ def parse_head(raw: bytes, bodiless: bool = False) -> Head:
         if seen & 1 << role:
             raise UnexpectedResponse(f"{name.decode()} is there twice", status)
         seen |= 1 << role
-        _read_known(head, role, value.strip(b" \t"))
+        value = value.strip(b" \t")
+        if role == _LENGTH_NAME and value.isdigit() and len(value) < 18 and value[0] != _ZERO:
+            head.length = int(value)  # the usual case of `_read_known`, without the call
+        else:
+            _read_known(head, role, value)
     if head.length < 0 and not head.chunked:
         if status == 204:
             head.length = 0

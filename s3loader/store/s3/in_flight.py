@@ -91,20 +91,21 @@ class InFlight:
         """Whoever asked had nothing to do for so long but to wait for a result."""
         self._waited += seconds
 
-    def completed(self, size: int, *, full: bool, most: int) -> None:
-        """A request of `size` bytes is done.
+    def completed(self, size: int, *, full: int, most: int, count: int = 1) -> None:
+        """Requests are done.
 
         Args:
-            size: Bytes that it moved.
-            full: There was a next request, and room for it.
+            size: Bytes that they moved.
+            full: For how many of them there was a next request, and room for it.
             most: The driver's own bound.
+            count: How many they are.
         """
         with self._lock:
-            self._count += 1
+            self._count += count
             self._bytes += size
             self._full += full
             if self.starting and not self._doubted and self.limit < most:
-                self.limit += 1
+                self.limit = min(most, self.limit + count)
             if self._count >= min(self._round, most):
                 self._judge(most)
 

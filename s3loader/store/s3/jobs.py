@@ -227,7 +227,7 @@ class Job(ABC):
 
     __slots__ = (
         "_block", "_context", "_first_byte", "_health", "_mended", "_origin", "_region", "_scratch", "_started", "_view", "at",
-        "cost", "done", "error", "fast", "head", "hedge_of", "result", "time_limit", "winner",
+        "cost", "done", "error", "fast", "head", "hedge_of", "in_place", "result", "time_limit", "winner",
     )  # fmt: skip
 
     op: ClassVar[str] = ""
@@ -249,6 +249,8 @@ class Job(ABC):
         """Whether the fast path is to send it. A second try of what failed there goes the careful way."""
         self.time_limit = context.options.request_timeout + cost / 1048576
         """Seconds it may take in all."""
+        self.in_place = False
+        """Whether its bytes go to memory of the caller's, so that none is lent for them."""
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -320,11 +322,6 @@ class Job(ABC):
         self._place(head, stop, have)
         self.at = have
         return have == length and self._finish()
-
-    @property
-    def in_place(self) -> bool:
-        """Whether its bytes go to memory of the caller's, so that none is lent for them."""
-        return False
 
     def least(self) -> int:
         """Bytes that the response will have at least, if all goes well; 0: nobody knows."""

@@ -98,7 +98,9 @@ _GLANCE: Final = 0.0005
 _FAR: Final = 0.005
 """Seconds to the first byte from which on connections are opened ahead."""
 _MEASURE: Final = 0.002
-"""Seconds between two turns in which first bytes are measured."""
+"""Seconds between two turns in which first bytes are measured..."""
+_MEASURED: Final = 4
+"""...and of how many requests in one."""
 _PATIENCE: Final = 0.5
 """Seconds between two looks at the deadlines."""
 _ANY: Final = 1 << 63
@@ -127,6 +129,7 @@ class Pump:
         self._concurrency = concurrency
         self._reserve = concurrency // 16 if connections.hedges is not None else 0
         """Of them, those that are left for second requests."""
+        self._most = concurrency - self._reserve
         self._in_flight = connections.in_flight
         self._hedges = connections.hedges
         self._next_measure = self._next_search = 0.0
@@ -137,6 +140,9 @@ class Pump:
         self._order: deque[Job] = deque()
         self._held = self._in_place = 0
         """Bytes under way or not yet taken, and those of them that go to the caller's memory."""
+        self._room = self._in_flight.room(max_bytes)
+        self._done_count = self._done_bytes = self._done_full = 0
+        """Requests completed since the limit was told last, their bytes, and how many found a next one waiting."""
         self._by_fd: dict[int, Connection] = {}
         self._idle: list[Connection] = []
         self._parked: list[tuple[Connection, int]] = []
@@ -183,8 +189,8 @@ class Pump:
 
     def _has_free(self, besides: int = 0) -> bool:
         """Whether one more request may be under way; `besides`: connections that are about to be free."""
-        active = self._active() - besides
-        return active < self._concurrency - self._reserve and active < self._in_flight.limit
+        active = len(self._by_fd) - len(self._idle) + self._blocking.busy - besides  # `_active`, without the call
+        return active < self._most and active < self._in_flight.limit
 
     def _active(self) -> int:
         """Requests under way, and connections that are being opened for some."""
@@ -219,7 +225,7 @@ class Pump:
             return None
         if self._held:
             left, lent = self._max_bytes - self._held, self._held - self._in_place
-            job = self._source.take(min(left, self._in_flight.room(self._max_bytes) - lent), left)
+            job = self._source.take(min(left, self._room - lent), left)
         else:
             job = self._source.take(_ANY, _ANY)
         if job is not None:
@@ -309,6 +315,7 @@ class Pump:
         """Only where nobody kept us from looking is what we see of times the store's."""
         if hedges is not None:
             timeout = min(timeout, hedges.interval)
+        measured = 0
         ready = self._poller.poll(timeout if _EPOLL else timeout * 1000)
         now = self._now = time.monotonic()
         deadline = now + self._connections.read_timeout
@@ -328,13 +335,23 @@ class Pump:
                 if measure and hedges is not None and mask & _IN and job.head is None and job.untouched:
                     hedges.first_byte(now - connection.sent)
                     self._next_measure = now + _MEASURE
+                    measured += 1
+                    measure = measured < _MEASURED
                 self._serve(connection, job, mask)
+        if self._done_count:
+            self._tell_limit()
         if hedges is not None and now >= self._next_search:
             self._next_search = now + hedges.interval
             self._ask_again(hedges, now)
         if now - self._checked > _PATIENCE:
             self._check_deadlines()
         self._looked = time.monotonic()
+
+    def _tell_limit(self) -> None:
+        """Have the limit of requests follow what was completed in this turn."""
+        self._in_flight.completed(self._done_bytes, full=self._done_full, most=self._concurrency, count=self._done_count)
+        self._room = self._in_flight.room(self._max_bytes)
+        self._done_count = self._done_bytes = self._done_full = 0
 
     def _serve(self, connection: Connection, job: Job, mask: int) -> None:
         try:
@@ -374,7 +391,8 @@ class Pump:
             self._end_race(job.hedge_of, job)
         elif job in self._races:
             self._end_race(job)
-        reusable = job.head.keep_alive and not connection.pending and self._is_usable(connection)
+        usable = connection.endpoint is self._connections.endpoint and connection.is_quiet()  # `_is_usable`, without the call
+        reusable = usable and job.head.keep_alive and not connection.pending
         if job.hedge_of is None:
             self._ask_carefully(job)  # unless it is done, as nearly always
         if not reusable:
@@ -386,10 +404,13 @@ class Pump:
         following = self._admit() if self._has_free(besides=1) else None
         if isinstance(job.error, ThrottledError):
             self._in_flight.rejected()
-        self._in_flight.completed(job.cost, full=following is not None, most=self._concurrency)
+        self._done_count += 1
+        self._done_bytes += job.cost
         if following is None:
             self._idle.append(connection)
-        elif following.fast:
+            return
+        self._done_full += 1
+        if following.fast:
             self._send(connection, following)
         else:
             self._idle.append(connection)

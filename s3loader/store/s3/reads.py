@@ -73,6 +73,7 @@ class ReadJob(Job):
         self._empty = cost <= 0
         self._end = end
         self._into = into
+        self.in_place = into is not None
         self._meta: ObjectMeta | None = None
         self._version_id = version_id
         self._by_tls_reader = by_tls_reader
@@ -128,11 +129,6 @@ class ReadJob(Job):
         assert isinstance(block, bytearray)
         self._block = block
         self._origin = self.at = -context.head_length % _ALIGNMENT
-
-    @property
-    def in_place(self) -> bool:
-        """Whether its bytes go to memory of the caller's."""
-        return self._into is not None
 
     def again(self) -> Job | None:
         """A second request for the same range, into memory of its own; None: of unknown size."""
