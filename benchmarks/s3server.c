@@ -1,28 +1,33 @@
 /* An S3 server in memory, fast enough not to be what a benchmark measures.
  *
- * Thread per connection, path-style URLs, signatures not checked, no TLS. It knows: PUT, GET with
+ * Thread per connection, path-style URLs, signatures not checked. It knows: PUT, GET with
  * ranges, HEAD, DELETE, CopyObject, ListObjectsV2, DeleteObjects and multipart uploads; If-Match and
  * If-None-Match on GET, PUT and CompleteMultipartUpload; user metadata; aws-chunked bodies. A body
  * lies in pieces of at most 1 MiB that are reused; a multipart upload is completed without a copy.
- * GET /__stats tells requests and body bytes, in and out; DELETE /__prefix/BUCKET/PREFIX forgets all
- * keys that begin so.
+ * GET /__stats tells requests, body bytes in and out, connections (of each address, too) and TLS
+ * handshakes, whole and resumed ones; DELETE /__prefix/BUCKET/PREFIX forgets all keys that begin so.
  *
  * PUT /__far?NAME=NUMBER&... makes it a distant store from then on (what is not named is 0, off):
  *   first_us          microseconds from a request to the first byte of its answer
  *   tail_ppm, tail_us so many requests in a million wait so long instead
  *   rate, total       bytes per second of one connection, and of all together
- *   connect_us        added to the first answer of a connection, as handshakes would
+ *   connect_us        added to the first answer of a connection, as handshakes would; over TLS, to
+ *                     the first answer of the handshake
  *   throttle          requests a second; those beyond get 503 SlowDown
  *   dead              every so-manieth connection never answers
  *
- * usage: s3server [PORT [MIB]]      MIB of memory are touched before it says its port
+ * usage: s3server [PORT [MIB [ADDRESSES [CERTIFICATE KEY]]]]
+ *   MIB                of memory are touched before it says its port
+ *   ADDRESSES          it listens on 127.0.0.1 to 127.0.0.ADDRESSES (1)
+ *   CERTIFICATE, KEY   files (PEM); the port then takes TLS 1.3 as well, with tickets that any of the
+ *                      addresses resumes. Only where it was compiled with -DTLS -lssl -lcrypto.
  */
 #define _GNU_SOURCE
 #include "http.h"
 #include "s3store.h"
-#include <sys/uio.h>
 
-static unsigned long requests, bytes_in, bytes_out, connections, throttled;
+static unsigned long requests, bytes_in, bytes_out, connections, throttled, connections_of[ADDRESSES];
+static int addresses = 1;
 static struct { unsigned long first_us, tail_ppm, tail_us, rate, total, connect_us, throttle, dead; } far;
 static pthread_mutex_t far_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned long long total_due, throttle_due; /* nanoseconds: when all connections together may go on */
@@ -103,7 +108,7 @@ static int receive(struct stream *s, struct blob *b, size_t at, size_t length) {
             memcpy(to, s->data + s->at, n);
             s->at += n;
         } else {
-            ssize_t got = recv(s->fd, to, want, MSG_WAITALL);
+            ssize_t got = take(s, to, want, MSG_WAITALL);
             if (got <= 0) return 0;
             n = (size_t)got;
         }
@@ -142,32 +147,23 @@ broken:
     return NULL;
 }
 
-static int reply(int fd, const char *status, const char *headers, const char *body) {
+static int reply(struct stream *s, const char *status, const char *headers, const char *body) {
     char head[1024];
     int n = snprintf(head, sizeof head, "HTTP/1.1 %s\r\nServer: bench\r\nContent-Type: application/xml\r\nx-amz-request-id: 1\r\nContent-Length: %zu\r\n",
                      status, strlen(body));
     struct iovec iov[] = {{head, (size_t)n}, {(char *)headers, strlen(headers)}, {"\r\n", 2}, {(char *)body, strlen(body)}};
-    size_t total = (size_t)n + strlen(headers) + 2 + strlen(body);
-    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 4};
-    ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
-    if (sent == (ssize_t)total) return 1;
-    for (int i = 0; sent >= 0 && i < 4; i++) { /* a long listing into a full socket */
-        size_t skip = (size_t)sent < iov[i].iov_len ? (size_t)sent : iov[i].iov_len;
-        sent -= (ssize_t)skip;
-        if (!say(fd, (char *)iov[i].iov_base + skip, iov[i].iov_len - skip)) return 0;
-    }
-    return sent >= 0;
+    return say_all(s, iov, 4);
 }
 
-static int fail(int fd, int status, const char *method) {
+static int fail(struct stream *s, int status, const char *method) {
     const char *line = status == 404 ? "404 Not Found" : status == 412 ? "412 Precondition Failed" : status == 416 ? "416 Range Not Satisfiable" : status == 501 ? "501 Not Implemented" : status == 503 ? "503 Slow Down" : "400 Bad Request";
     const char *code = status == 404 ? "NoSuchKey" : status == 412 ? "PreconditionFailed" : status == 416 ? "InvalidRange" : status == 501 ? "NotImplemented" : status == 503 ? "SlowDown" : "InvalidRequest";
     char body[256];
     snprintf(body, sizeof body, "<?xml version=\"1.0\"?><Error><Code>%s</Code><Message>%s</Message></Error>", code, code);
-    if (strcmp(method, "HEAD")) return reply(fd, line, "", body);
+    if (strcmp(method, "HEAD")) return reply(s, line, "", body);
     char head[256];
     int n = snprintf(head, sizeof head, "HTTP/1.1 %s\r\nServer: bench\r\nContent-Length: 0\r\n\r\n", line);
-    return say(fd, head, (size_t)n);
+    return say(s, head, (size_t)n);
 }
 
 static void unquote(const char *from, const char *end, char *to, size_t room) {
@@ -223,7 +219,7 @@ static void checksum_line(const struct request *r, char *out, size_t room) {
 static int send_object(struct stream *s, const struct request *r, const char *key) {
     char range[64], match[128], head[HEADERS + 1024], date[64], where[96] = "";
     struct object *o = find(key);
-    if (!o) return fail(s->fd, 404, r->method);
+    if (!o) return fail(s, 404, r->method);
     etag_of(r, "if-match:", match, sizeof match);
     size_t start = 0, end = o->size;
     int partial = header(r, "range:", range, sizeof range) && !strncmp(range, "bytes=", 6), status = 0;
@@ -240,7 +236,7 @@ static int send_object(struct stream *s, const struct request *r, const char *ke
     }
     if (status) {
         object_drop(o);
-        return fail(s->fd, status, r->method);
+        return fail(s, status, r->method);
     }
     struct tm tm;
     gmtime_r(&o->modified, &tm);
@@ -271,16 +267,7 @@ static int send_object(struct stream *s, const struct request *r, const char *ke
         }
         first = 0;
         if (paced()) pace(s, total);
-        for (struct iovec *v = iov; ok && total;) {
-            struct msghdr message = {.msg_iov = v, .msg_iovlen = (size_t)(iov + count - v)};
-            ssize_t sent = sendmsg(s->fd, &message, MSG_NOSIGNAL);
-            if (sent <= 0) ok = 0;
-            else for (total -= (size_t)sent; sent;) {
-                size_t step = (size_t)sent < v->iov_len ? (size_t)sent : v->iov_len;
-                v->iov_base = (char *)v->iov_base + step, v->iov_len -= step, sent -= (ssize_t)step;
-                if (!v->iov_len) v++;
-            }
-        }
+        ok = say_all(s, iov, count);
     }
     if (strcmp(r->method, "HEAD")) __atomic_fetch_add(&bytes_out, end - start, __ATOMIC_RELAXED);
     object_drop(o);
@@ -295,12 +282,12 @@ static int finish_put(struct stream *s, const struct request *r, const char *key
     int status = store(key, o, match, header(r, "if-none-match:", none, sizeof none) && *none == '*');
     if (status != 200) {
         object_drop(o);
-        return fail(s->fd, status, r->method);
+        return fail(s, status, r->method);
     }
     checksum_line(r, sum, sizeof sum);
     snprintf(extra, sizeof extra, "ETag: \"%s\"\r\n%s", etag, sum);
     snprintf(body, sizeof body, "<?xml version=\"1.0\"?><CompleteMultipartUploadResult><Location>x</Location><Bucket>bucket</Bucket><Key>key</Key><ETag>&quot;%s&quot;</ETag></CompleteMultipartUploadResult>", etag);
-    return reply(s->fd, "200 OK", extra, multipart ? body : "");
+    return reply(s, "200 OK", extra, multipart ? body : "");
 }
 
 static int copy(struct stream *s, const struct request *r, const char *key) {
@@ -309,7 +296,7 @@ static int copy(struct stream *s, const struct request *r, const char *key) {
     char *from = *source == '/' ? source + 1 : source;
     unquote(from, from + strlen(from), plain, sizeof plain);
     struct object *old = find(plain);
-    if (!old) return fail(s->fd, 404, r->method);
+    if (!old) return fail(s, 404, r->method);
     struct blob **blobs = malloc(old->count * sizeof *blobs);
     for (size_t i = 0; i < old->count; i++) __atomic_add_fetch(&(blobs[i] = old->blobs[i])->refs, 1, __ATOMIC_RELAXED);
     struct object *o = object_new(blobs, old->count, old->type, strdup(old->metadata), 0);
@@ -320,10 +307,10 @@ static int copy(struct stream *s, const struct request *r, const char *key) {
     int status = store(key, o, match, header(r, "if-none-match:", none, sizeof none) && *none == '*');
     if (status != 200) {
         object_drop(o);
-        return fail(s->fd, status, r->method);
+        return fail(s, status, r->method);
     }
     snprintf(body, sizeof body, "<?xml version=\"1.0\"?><CopyObjectResult><ETag>&quot;%s&quot;</ETag><LastModified>2025-01-01T00:00:00.000Z</LastModified></CopyObjectResult>", etag);
-    return reply(s->fd, "200 OK", "", body);
+    return reply(s, "200 OK", "", body);
 }
 
 static int begin_upload(struct stream *s, const struct request *r, const char *key) {
@@ -338,7 +325,7 @@ static int begin_upload(struct stream *s, const struct request *r, const char *k
     u->next = uploads;
     uploads = u;
     pthread_rwlock_unlock(&lock);
-    return reply(s->fd, "200 OK", "", body);
+    return reply(s, "200 OK", "", body);
 }
 
 static int put_part(struct stream *s, const struct request *r, const char *id, int number) {
@@ -352,10 +339,10 @@ static int put_part(struct stream *s, const struct request *r, const char *id, i
     if (u) u->parts[number] = b;
     pthread_rwlock_unlock(&lock);
     blob_drop(old);
-    if (!u) return fail(s->fd, 404, r->method);
+    if (!u) return fail(s, 404, r->method);
     checksum_line(r, sum, sizeof sum);
     snprintf(extra, sizeof extra, "ETag: \"%032d\"\r\n%s", number, sum);
-    return reply(s->fd, "200 OK", extra, "");
+    return reply(s, "200 OK", extra, "");
 }
 
 static int complete(struct stream *s, const struct request *r, const char *id) {
@@ -363,7 +350,7 @@ static int complete(struct stream *s, const struct request *r, const char *id) {
     if (!body) return 0;
     blob_drop(body);
     struct upload *u = take_upload(id);
-    if (!u) return fail(s->fd, 404, r->method);
+    if (!u) return fail(s, 404, r->method);
     size_t count = 0;
     struct blob **blobs = malloc(PARTS * sizeof *blobs);
     for (int i = 0; i < PARTS; i++)
@@ -427,7 +414,7 @@ static int list(struct stream *s, const char *bucket, const char *query) {
     if (more) fputs("<NextContinuationToken>", out), xml(out, last, 0), fputs("</NextContinuationToken>", out);
     fputs("</ListBucketResult>", out);
     fclose(out);
-    int ok = reply(s->fd, "200 OK", "", buffer);
+    int ok = reply(s, "200 OK", "", buffer);
     free(buffer);
     return ok;
 }
@@ -462,14 +449,18 @@ static int delete_many(struct stream *s, const struct request *r, const char *bu
     }
     free(text);
     blob_drop(b);
-    return reply(s->fd, "200 OK", "", "<?xml version=\"1.0\"?><DeleteResult></DeleteResult>");
+    return reply(s, "200 OK", "", "<?xml version=\"1.0\"?><DeleteResult></DeleteResult>");
 }
 
 static int stats(struct stream *s) {
-    char body[256];
-    snprintf(body, sizeof body, "{\"requests\": %lu, \"bytes_in\": %lu, \"bytes_out\": %lu, \"objects\": %zu, \"connections\": %lu, \"throttled\": %lu}\n",
-             requests, bytes_in, bytes_out, entry_count, connections, throttled);
-    return reply(s->fd, "200 OK", "", body);
+    char body[512 + 48 * ADDRESSES];
+    int n = snprintf(body, sizeof body,
+                     "{\"requests\": %lu, \"bytes_in\": %lu, \"bytes_out\": %lu, \"objects\": %zu, \"connections\": %lu, \"throttled\": %lu, "
+                     "\"tls_full\": %lu, \"tls_resumed\": %lu",
+                     requests, bytes_in, bytes_out, entry_count, connections, throttled, (unsigned long)tls_full, (unsigned long)tls_resumed);
+    for (int i = 0; i < addresses; i++) n += snprintf(body + n, sizeof body - (size_t)n, ", \"connections_127.0.0.%d\": %lu", i + 1, connections_of[i]);
+    snprintf(body + n, sizeof body - (size_t)n, "}\n");
+    return reply(s, "200 OK", "", body);
 }
 
 static int forget(struct stream *s, const char *prefix) {
@@ -483,7 +474,7 @@ static int forget(struct stream *s, const char *prefix) {
     memmove(entries + first, entries + end, (entry_count - end) * sizeof *entries);
     entry_count -= end - first;
     pthread_rwlock_unlock(&lock);
-    return reply(s->fd, "200 OK", "", "");
+    return reply(s, "200 OK", "", "");
 }
 
 static int set_far(const char *query) {
@@ -509,17 +500,17 @@ static int answer(struct stream *s, const struct request *r) {
     snprintf(bucket, sizeof bucket, "%.*s", (int)strcspn(path, "/"), path);
     const char *key = path[strlen(bucket)] ? path + strlen(bucket) + 1 : "";
     if (!strcmp(r->target, "/__stats")) return stats(s);
-    if (!strncmp(r->target, "/__far", 6)) return set_far(query) && drop(s, r->length) && reply(s->fd, "200 OK", "", "");
+    if (!strncmp(r->target, "/__far", 6)) return set_far(query) && drop(s, r->length) && reply(s, "200 OK", "", "");
     if (!strncmp(r->target, "/__prefix/", 10)) return forget(s, r->target + 10);
     __atomic_fetch_add(&requests, 1, __ATOMIC_RELAXED);
-    if (!wait_first()) return drop(s, r->length) && fail(s->fd, 503, r->method);
+    if (!wait_first()) return drop(s, r->length) && fail(s, 503, r->method);
     int has_id = parameter(query, "uploadId", id, sizeof id);
     if (!*key) {
         if (!strcmp(m, "GET") && strstr(query, "uploads") && !strstr(query, "prefix=uploads"))
-            return reply(s->fd, "200 OK", "", "<?xml version=\"1.0\"?><ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>");
+            return reply(s, "200 OK", "", "<?xml version=\"1.0\"?><ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>");
         if (!strcmp(m, "GET")) return list(s, bucket, query);
         if (!strcmp(m, "POST")) return delete_many(s, r, bucket);
-        return drop(s, r->length) && reply(s->fd, "200 OK", "", "");
+        return drop(s, r->length) && reply(s, "200 OK", "", "");
     }
     if (!strcmp(m, "GET") || !strcmp(m, "HEAD")) return send_object(s, r, path);
     if (!strcmp(m, "PUT") && has_id && parameter(query, "partNumber", number, sizeof number)) return put_part(s, r, id, atoi(number));
@@ -541,28 +532,31 @@ static int answer(struct stream *s, const struct request *r) {
         if (u) upload_free(u);
         if (!has_id) store(path, NULL, "", 0);
         const char *gone = "HTTP/1.1 204 No Content\r\nServer: bench\r\n\r\n";
-        return say(s->fd, gone, strlen(gone));
+        return say(s, gone, strlen(gone));
     }
-    return fail(s->fd, 501, m);
+    return fail(s, 501, m);
 }
 
 static void *serve(void *argument) {
     struct stream *s = argument;
     struct request *r = malloc(sizeof *r);
     unsigned long number = __atomic_add_fetch(&connections, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&connections_of[s->address], 1, __ATOMIC_RELAXED);
     prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
     sow(number);
     if (far.connect_us) sleep_until(now_ns() + far.connect_us * 1000ull);
     if (far.dead && number % far.dead == 0)
         while (fill(s)) s->at = s->end = 0;
-    while (read_head(s, r) && answer(s, r)) {}
-    close(s->fd);
+    if (greet(s))
+        while (read_head(s, r) && answer(s, r)) {}
     free(r);
-    free(s);
+    hang_up(s);
     return NULL;
 }
 
 int main(int argc, char **argv) {
     if (argc > 2) reserve(strtoul(argv[2], NULL, 10));
-    return listen_forever(argc > 1 ? atoi(argv[1]) : 0, serve);
+    if (argc > 3) addresses = atoi(argv[3]);
+    if (argc > 4 && !(argc > 5 && use_tls(argv[4], argv[5]))) return 2;
+    return listen_forever(argc > 1 ? atoi(argv[1]) : 0, addresses, serve);
 }

@@ -52,7 +52,7 @@ static int answer(struct stream *s, const struct request *r) {
                      "ETag: \"d41d8cd98f00b204e9800998ecf8427e-1\"\r\nLast-Modified: Wed, 01 Jan 2025 00:00:00 GMT\r\n"
                      "x-amz-request-id: 1\r\n%s\r\n%s",
                      status, strlen(body), extra, body);
-    return say(s->fd, text, (size_t)n);
+    return say(s, text, (size_t)n);
 }
 
 static void *serve(void *argument) {
@@ -66,9 +66,8 @@ static void *serve(void *argument) {
         }
         if (!answer(s, &r)) break;
     }
-    close(s->fd);
-    free(s);
+    hang_up(s);
     return NULL;
 }
 
-int main(int argc, char **argv) { return listen_forever(argc > 1 ? atoi(argv[1]) : 0, serve); }
+int main(int argc, char **argv) { return listen_forever(argc > 1 ? atoi(argv[1]) : 0, 1, serve); }
