@@ -39,12 +39,46 @@ def need(*programs: str) -> None:
             raise Unavailable(f"{name} is not installed" + (f" ({hint})" if hint else ""))
 
 
-def build(folder: Path, *names: str) -> list[Path]:
-    """Compile ``NAME.c`` into `folder`, for each of `names`; returns the programs."""
+def build(folder: Path, *names: str, tls: bool = False) -> list[Path]:
+    """Compile ``NAME.c`` into `folder`, for each of `names`; returns the programs. With `tls` s3server can speak it.
+
+    Raises:
+        Unavailable: there is no compiler, or with `tls` no OpenSSL to build with.
+    """
     need("cc")
+    with_tls = ["-DTLS", "-lssl", "-lcrypto"]
+    if tls:
+        probe = folder / "openssl-probe"
+        source = "#include <openssl/ssl.h>\nint main(void) { return !TLS_server_method(); }\n"
+        argv = ["cc", "-x", "c", "-", "-o", str(probe), *with_tls]
+        if subprocess.run(argv, check=False, input=source, text=True, capture_output=True).returncode:
+            raise Unavailable("OpenSSL's headers are not installed (apt-get install libssl-dev)")
+        probe.unlink()
     for name in names:
-        subprocess.run(["cc", "-O2", "-Wall", "-o", str(folder / name), str(HERE / f"{name}.c"), "-lpthread"], check=True)
+        argv = ["cc", "-O2", "-Wall", "-o", str(folder / name), str(HERE / f"{name}.c"), "-lpthread"]
+        subprocess.run(argv + (with_tls if tls and name == "s3server" else []), check=True)
     return [folder / name for name in names]
+
+
+def certificate(folder: Path, *names: str) -> Path:
+    """Write ``cert.pem`` and ``key.pem`` of a server of these names into `folder`; returns the ``ca.pem`` to trust.
+
+    Raises:
+        Unavailable: what makes certificates is not installed.
+    """
+    try:
+        import trustme
+    except ImportError as error:
+        raise Unavailable("trustme is not installed (pip install trustme)") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    authority = trustme.CA()
+    issued = authority.issue_cert(*names)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    issued.private_key_pem.write_to_path(str(folder / "key.pem"))
+    (folder / "cert.pem").unlink(missing_ok=True)
+    for blob in issued.cert_chain_pems:
+        blob.write_to_path(str(folder / "cert.pem"), append=True)
+    return folder / "ca.pem"
 
 
 @dataclass(frozen=True)
@@ -127,12 +161,16 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def started(binary: Path, *, reserve_mib: int = 0) -> Iterator[int]:
-    """Run one of our C servers (sink, s3server); yields its port.
+def started(binary: Path, *, reserve_mib: int = 0, addresses: int = 1, tls: Path | None = None) -> Iterator[int]:
+    """Run one of our C servers (sink, s3server); yields its port. All arguments but the first are s3server's.
 
-    `reserve_mib`: memory that s3server touches beforehand, so that no client pays for its page faults.
+    `reserve_mib`: memory that it touches beforehand, so that no client pays for its page faults.
+    `addresses`: it listens on so many, from 127.0.0.1 on.
+    `tls`: a folder with what `certificate` made; the port then takes https beside http.
     """
-    argv = [str(binary), "0", str(reserve_mib)] if reserve_mib else [str(binary)]
+    argv = [str(binary), "0", str(reserve_mib), str(addresses)]
+    if tls is not None:
+        argv += [str(tls / "cert.pem"), str(tls / "key.pem")]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -212,18 +250,7 @@ http {{
 def nginx(folder: Path, data: Path, *, sink_port: int, workers: int = 2) -> Iterator[Nginx]:
     """Run nginx over `data` with everything it writes below `folder`."""
     need("nginx")
-    try:
-        import trustme
-    except ImportError as error:
-        raise Unavailable("trustme is not installed (pip install trustme)") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1", "localhost")
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
-    (folder / "cert.pem").unlink(missing_ok=True)
-    for blob in certificate.cert_chain_pems:
-        blob.write_to_path(str(folder / "cert.pem"), append=True)
+    ca = certificate(folder, "127.0.0.1", "localhost")
     http, tls, tls_sink, status = _free_ports(4)
     config = folder / "nginx.conf"
     config.write_text(
@@ -249,7 +276,7 @@ def nginx(folder: Path, data: Path, *, sink_port: int, workers: int = 2) -> Iter
     )
     try:
         _wait_for(http, process, folder / "error.log")
-        yield Nginx(http, tls, tls_sink, folder / "ca.pem", status)
+        yield Nginx(http, tls, tls_sink, ca, status)
     finally:
         _end(process)
 

@@ -2,7 +2,8 @@
 
 The in-memory S3 server answers as a store in the same region, or far from it, does: a time to the
 first byte (one request in a hundred takes ten times as long), and a bandwidth of each connection.
-Everyone runs with default options. The limit is a C client with 64 connections.
+Everyone runs with default options. The limit is a C client with 64 connections. One case is read over
+TLS 1.3, for which OpenSSL's headers must be there (libssl-dev).
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ GETTERS = {
     "s3dlio": "s3dlio",
     "boto3": "boto3",
 }
+TLS_GETTERS = ("s3loader", "obstore", "s3torchconnector", "s3dlio")
+"""Who reads over TLS, too: the same as in `get.py`, which has the C client speak plain HTTP only."""
 SAVERS = {
     OURS: "s3loader",
     "s3torchconnector, DCP": "dcp",
@@ -295,8 +298,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 class Bench:
     """All cases against one server."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, port: int, limit: Path) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, port: int, limit: Path, ca: Path | str) -> None:
         self.args, self.folder, self.port, self.limit = args, folder, port, limit
+        self.ca = ca
+        """Whom to trust over TLS; a text: why the server speaks none."""
         self.results: dict[str, dict[str, Row]] = {}
         self.titles: dict[str, str] = {}
         self.versions: dict[str, str] = {}
@@ -356,16 +361,19 @@ class Bench:
             makers = {name: self._getter(name, client, layout, ms) for name, client in GETTERS.items()}
             title = f"{layout.count:,} whole objects of 100 KiB, first byte after {ms} ms, 64 in flight"
             self.run(f"get-{ms}ms", title, makers, bytes_table)
+        makers = {client: self._getter(client, client, layout, 25, tls=True) for client in TLS_GETTERS}
+        title = f"{layout.count:,} whole objects of 100 KiB over TLS 1.3, first byte after 25 ms, 64 in flight"
+        self.run("get-tls-25ms", title, makers, bytes_table)
 
-    def _getter(self, name: str, client: str, layout: Layout, ms: int) -> Callable[[], Runner]:
+    def _getter(self, name: str, client: str, layout: Layout, ms: int, *, tls: bool = False) -> Callable[[], Runner]:
         spec = {
             "client": client,
             "engine": "auto",
             "variant": "",
             "write": False,
             "busy": False,
-            "endpoint": f"http://127.0.0.1:{self.port}",
-            "ca": None,
+            "endpoint": f"{'https' if tls else 'http'}://127.0.0.1:{self.port}",
+            "ca": str(self.ca) if tls else None,
             "bucket": BUCKET,
             "single": False,
             "key": f"{layout.name}/%06d",
@@ -380,6 +388,8 @@ class Bench:
 
         def make() -> Runner:
             inner: Runner
+            if tls and isinstance(self.ca, str):
+                raise ClientFailed(self.ca)
             if client == "limit":
                 what = ["get", "127.0.0.1", str(self.port), "64", str(layout.count), str(layout.size), path]
                 inner = Command([str(self.limit), *what])
@@ -441,9 +451,16 @@ def main(argv: list[str] | None = None) -> int:
         _servers.need("cc")
         with tempfile.TemporaryDirectory(prefix="s3loader-bench-") as name:
             folder = Path(name)
-            program, limit = _servers.build(folder, "s3server", "limit")
-            with _servers.started(program, reserve_mib=2048) as port:
-                bench = Bench(args, folder, port, limit)
+            (limit,) = _servers.build(folder, "limit")
+            ca: Path | str
+            try:
+                (program,) = _servers.build(folder, "s3server", tls=True)
+                ca = _servers.certificate(folder / "tls", "127.0.0.1")
+            except Unavailable as error:
+                (program,) = _servers.build(folder, "s3server")
+                ca = str(error)
+            with _servers.started(program, reserve_mib=2048, tls=ca.parent if isinstance(ca, Path) else None) as port:
+                bench = Bench(args, folder, port, limit, ca)
                 for data in sets:
                     if matches(f"load-{data.name}-0-25ms", args.cases) or f"-{data.name}-" in args.cases:
                         bench.loading(data)
