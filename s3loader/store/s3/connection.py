@@ -409,7 +409,9 @@ class Connections:
         sock = connection.sock
         if isinstance(sock, ssl.SSLSocket) and connection.endpoint is self.endpoint:
             with contextlib.suppress(ValueError):
-                self._session = sock.session or self._session
+                session = sock.session
+                if session is not None and (session.has_ticket or session.id):  # TLS 1.3 has neither before a ticket was read
+                    self._session = session
 
     def give(self, connection: Connection, *, new: bool = False) -> None:
         """Keep a connection on which nothing is under way; one that is `new` is taken after those that were used."""
