@@ -138,3 +138,21 @@ def test_a_store_that_throttles_is_asked_less_and_recovers(most_per_second: floa
     throttled, link.most_per_second = link.flight.limit, 1e12
     link.move(20_000, 1 << 20)
     assert link.flight.limit >= max(32, throttled)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_completions_may_be_told_together(together: int) -> None:
+    """At the start the limit grows by one for each, however many are told at once, and never above the driver's bound."""
+    now = 0.0
+    flight = InFlight(clock=lambda: now)
+    told = 0
+    while flight.limit < 64:
+        before = flight.limit
+        flight.waited(0.025)
+        now += 0.025
+        flight.completed(together << 20, full=together, most=64, count=together)
+        told += together
+        assert flight.limit == min(64, before + together)
+    assert told >= 64 - 16
+    flight.completed(together << 20, full=together, most=64, count=together)
+    assert flight.limit <= 64

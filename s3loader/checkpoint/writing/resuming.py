@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -185,13 +186,16 @@ def _staged(file: FilePlan, pool: BufferPool) -> Generator[StagedPart, None, Non
 def _all(file: FilePlan, check: _Check, pool: BufferPool, crew: ThreadPoolExecutor) -> bool:
     """Whether `check` says yes to every part. The first one goes ahead: another state mostly shows there."""
     jobs: dict[Future[bool], StagedPart] = {}
+    latest: deque[Future[bool]] = deque(maxlen=8)
     try:
         with contextlib.closing(_staged(file, pool)) as parts:
             for part in parts:
-                jobs[crew.submit(_released, part, check, pool)] = part
-                if len(jobs) == 1 and not all(job.result() for job in jobs):
+                job = crew.submit(_released, part, check, pool)
+                jobs[job] = part
+                latest.append(job)
+                if len(jobs) == 1 and not job.result():
                     return False
-                if any(job.done() and not job.result() for job in [*jobs][-8:]):
+                if any(job.done() and not job.result() for job in latest):
                     return False
         return all(job.result() for job in jobs)
     finally:
