@@ -277,6 +277,8 @@ class Threads:
         self._racing: list[threading.Thread] = []
         self._in_use: dict[int, Connection] = {}
         self._stopped = False
+        self._over = threading.Event()
+        """As `_stopped`, for threads that are more than the limit allows."""
         self._held = self._in_place = 0
         """Bytes under way or not yet taken, and those of them that go to the caller's memory."""
         self._waiting = 0
@@ -408,10 +410,11 @@ class Threads:
             if isinstance(job.error, ThrottledError):
                 self._in_flight.rejected()
             if not isinstance(job.error, ClosedError):
-                self._in_flight.completed(job.cost, full=not self._todo.empty(), most=self._concurrency)
+                near = self._hedges is not None and self._hedges.near
+                self._in_flight.completed(job.cost, full=not self._todo.empty(), most=self._concurrency, near=near)
             del job  # it holds a buffer
-            while number >= self._in_flight.limit and not self._stopped:
-                time.sleep(_PAUSE)
+            while number >= self._in_flight.limit and not self._over.wait(_PAUSE):
+                pass
 
     def _admit(self, job: Job, more: int) -> None:
         """The object is `more` bytes larger than thought: wait until there is room, or its turn."""
@@ -437,6 +440,7 @@ class Threads:
         if self._connections.generation != self._generation:
             return  # the threads are the parent's
         self._stopped = True
+        self._over.set()
         with self._room:
             self._room.notify_all()
         for _ in self._threads:

@@ -8,7 +8,8 @@ back and tried again much later. A store that says "slow down" is believed at on
 
 Rules, enough to build it again. A *round* is as many completed requests as the limit at its start. Its
 rate is bytes per second; for requests below 64 KiB, answers per second. At the start each completed
-request adds one to the limit, up to the most, so that it doubles with every round; from the first
+request adds one to the limit, up to the most, so that it doubles with every round (not where the first
+byte comes within 2 ms: there 16 are enough, and 64 cost the processor's cache); from the first
 round on that does not pay, a step multiplies it by 1.5. A round pays where its rate is at least 1.15
 times that of the last round with a lower limit. After two in a row that do not, the limit goes back, and 8
 rounds pass until the next step, then 16, 32 and 64. A rejection halves the limit once a round and
@@ -91,7 +92,7 @@ class InFlight:
         """Whoever asked had nothing to do for so long but to wait for a result."""
         self._waited += seconds
 
-    def completed(self, size: int, *, full: int, most: int, count: int = 1) -> None:
+    def completed(self, size: int, *, full: int, most: int, count: int = 1, near: bool = False) -> None:
         """Requests are done.
 
         Args:
@@ -99,12 +100,14 @@ class InFlight:
             full: For how many of them there was a next request, and room for it.
             most: The driver's own bound.
             count: How many they are.
+            near: The first byte comes so soon (`Hedges.near`) that a round is judged before more connections could pay: they
+                are tried in steps only.
         """
         with self._lock:
             self._count += count
             self._bytes += size
             self._full += full
-            if self.starting and not self._doubted and self.limit < most:
+            if self.starting and not near and not self._doubted and self.limit < most:
                 self.limit = min(most, self.limit + count)
             if self._count >= min(self._round, most):
                 self._judge(most)
@@ -174,6 +177,7 @@ _KEPT: Final = 64
 _TIMES: Final = 4.0
 _SHARP: Final = 2.0
 _LEAST: Final = 0.02
+_NEAR: Final = 0.002
 _EARNED: Final = 0.02
 _EARNED_WINNING: Final = 0.1
 _MOST_TOKENS: Final = 16.0
@@ -229,6 +233,11 @@ class Hedges:
             self._new = 0
             del times[:-_KEPT]
             self.delay = max(_LEAST, min(_TIMES * self.usual, _SHARP * ordered[len(ordered) * 19 // 20]))
+
+    @property
+    def near(self) -> bool:
+        """Whether the first byte is known to come at once."""
+        return 0 < self.usual < _NEAR
 
     @property
     def interval(self) -> float:

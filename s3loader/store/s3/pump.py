@@ -349,7 +349,10 @@ class Pump:
 
     def _tell_limit(self) -> None:
         """Have the limit of requests follow what was completed in this turn."""
-        self._in_flight.completed(self._done_bytes, full=self._done_full, most=self._concurrency, count=self._done_count)
+        near = self._hedges is not None and self._hedges.near
+        self._in_flight.completed(
+            self._done_bytes, full=self._done_full, most=self._concurrency, count=self._done_count, near=near
+        )
         self._room = self._in_flight.room(self._max_bytes)
         self._done_count = self._done_bytes = self._done_full = 0
 
